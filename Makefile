@@ -1,0 +1,42 @@
+# Two commands do everything from a fresh clone: `make demo` and `make test`.
+.DEFAULT_GOAL := help
+.PHONY: help demo test setup lint lock clean
+
+# The first Python of the supported versions that is there; override with `make PYTHON=...`.
+PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.10 python3,$(if $(shell $(p) -c 'import sys; print(int((3, 10) <= sys.version_info[:2] <= (3, 12)))' 2>/dev/null | grep 1),$(p),)))
+VENV := .venv
+RUN := $(VENV)/bin/python
+
+help:
+	@echo "make demo   try the toolkit on toy_data, without a GPU or a model hub"
+	@echo "make test   run the linter and the tests"
+	@echo "make setup  only install: the pinned packages into $(VENV), and the bundled model"
+	@echo "make lock   resolve requirements.in into requirements.lock again (needs uv)"
+
+setup: $(VENV)/.installed
+	@$(RUN) -m utils.bundled_model >/dev/null
+
+$(VENV)/.installed: requirements.lock
+	@test -n "$(PYTHON)" || { echo "error: Python 3.10, 3.11 or 3.12 is needed; found $$(python3 --version 2>&1). Install one, or name it: make PYTHON=/path/to/python3.11" >&2; exit 2; }
+	@echo "installing the pinned packages into $(VENV) (once, about 2 GB)"
+	@rm -rf $(VENV)
+	@$(PYTHON) -m venv $(VENV)
+	@$(RUN) -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
+	@touch $@
+
+demo: setup
+	@$(RUN) clean_query.py
+
+lint: setup
+	@$(RUN) -m ruff check .
+	@$(RUN) -m ruff format --check .
+
+test: setup lint
+	@$(RUN) -m pytest
+
+lock:
+	uv pip compile --universal --python-version 3.10 --generate-hashes --no-emit-index-url --quiet \
+	  --custom-compile-command "make lock" requirements.in -o requirements.lock
+
+clean:
+	rm -rf $(VENV) output log

@@ -1,0 +1,57 @@
+"""The rooms of utils/ import only what DESIGN allows them."""
+
+import ast
+
+import pytest
+from conftest import ROOT
+
+HEAVY = {"numpy", "paddle", "paddlenlp", "faiss", "tqdm", "jinja2", "matplotlib", "safetensors", "tokenizers"}
+# What each room must not import, at the top or inside a function.
+FORBIDDEN = {
+    "records": HEAVY,
+    "arguments": HEAVY,
+    "outputs": HEAVY,
+    "runtime": HEAVY | {"records", "outputs"},
+    "distributed": {"faiss", "paddlenlp", "records", "search", "encoder"},
+    "bundled_model": {"paddle", "paddlenlp", "faiss", "arguments"},
+    "checkpoint": {"numpy", "paddle", "faiss", "records", "distributed"},
+    "encoder": {"faiss", "records", "distributed", "search"},
+    "engines": {"faiss", "records", "distributed", "search"},
+    "embedding_store": {"paddle", "paddlenlp", "faiss", "encoder", "engines", "search"},
+    "search": {"paddle", "paddlenlp", "records", "encoder", "engines"},
+    "dedup": {"paddle", "paddlenlp", "records", "encoder", "engines", "outputs"},
+    "report": {"paddle", "paddlenlp", "faiss", "dedup", "search"},
+}
+# These cost seconds, so no module may import them before it needs them.
+LAZY = {"paddle", "paddlenlp", "faiss", "tqdm", "safetensors", "tokenizers", "sentencepiece"}
+
+
+def imported(tree: ast.AST) -> set[str]:
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return {part for name in names for part in (name.split(".")[0], name.removeprefix("utils.").split(".")[0])}
+
+
+def source(room: str) -> ast.Module:
+    return ast.parse((ROOT / "utils" / f"{room}.py").read_text())
+
+
+@pytest.mark.parametrize("room", sorted(FORBIDDEN))
+def test_rooms_do_not_know_what_they_must_not(room):
+    assert not imported(source(room)) & FORBIDDEN[room]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "utils").glob("*.py")), ids=lambda path: path.stem)
+def test_slow_packages_are_imported_where_they_are_needed(path):
+    top = ast.Module([n for n in ast.parse(path.read_text()).body if isinstance(n, ast.Import | ast.ImportFrom)], [])
+    assert not imported(top) & LAZY
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "utils").glob("*.py")), ids=lambda path: path.stem)
+def test_every_module_says_what_it_is_for(path):
+    text = path.read_text()
+    assert not text or ast.get_docstring(ast.parse(text))

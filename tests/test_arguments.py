@@ -1,0 +1,117 @@
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import pytest
+from conftest import ROOT
+
+from utils import bundled_model
+from utils.arguments import DEFAULT_MODEL, ArgumentError, CleanArguments, build, option, parse
+
+
+@dataclass
+class Example:
+    name: str = option("a", "a name", choices=("a", "beta"))
+    count: int = option(3, "a count", at_least=1, at_most=9)
+    rate: float = option(0.5, "a rate", above=0.0)
+    limit: int | None = option(None, "a limit")
+    flag: bool = option(False, "a flag")
+    sizes: list[int] = option([1, 2], "sizes", at_least=1)
+
+
+def parsed(*argv) -> Example:
+    return parse(Example, list(argv), "An example.")
+
+
+def test_flags_override_json_which_overrides_defaults(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({"count": 5, "rate": 1, "limit": None, "sizes": [4]}))
+    given = parsed(str(path), "--count", "7", "--flag", "true", "--sizes", "8,9")
+    assert given == Example(count=7, rate=1.0, limit=None, flag=True, sizes=[8, 9])
+
+
+@pytest.mark.parametrize("text", ["none", "null"])
+def test_null_is_none(text):
+    assert parsed("--limit", text).limit is None
+
+
+def test_null_for_an_argument_that_needs_a_value():
+    with pytest.raises(ArgumentError, match="count is None; expected a whole number"):
+        build(Example, count=None)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--cuont", "3"], "unknown argument --cuont; did you mean --count?"),
+        (["--count", "0"], "count is 0; expected at least 1 and at most 9"),
+        (["--count", "ten"], "count is 'ten'; expected a whole number"),
+        (["--count", "1.5"], "count is '1.5'; expected a whole number"),
+        (["--rate", "0"], "rate is 0.0; expected more than 0.0"),
+        (["--rate", "nan"], "rate is nan; expected a finite number"),
+        (["--name", "bata"], "did you mean beta?"),
+        (["--flag", "maybe"], "flag is 'maybe'; expected true or false"),
+        (["--sizes", "1,0"], "sizes is 0; expected at least 1"),
+        (["--count"], "expected one argument"),
+        (["none.json"], "none.json: no such file"),
+    ],
+)
+def test_bad_flags(argv, message):
+    with pytest.raises((ArgumentError, FileNotFoundError)) as caught:
+        parsed(*argv)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"cuont": 3}', "unknown argument 'cuont'; did you mean count?"),
+        ('{"count": "3"}', "count is '3'; expected a whole number"),
+        ('{"count": true}', "count is True; expected a whole number"),
+        ("[1]", "expected one JSON object"),
+        ('{"count": 3,}', ":1: not JSON"),
+    ],
+)
+def test_bad_json(tmp_path, content, message):
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(ArgumentError) as caught:
+        parsed(str(tmp_path / "a.json"))
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"similarity_threshold": 2}, "similarity_threshold is 2.0; expected -1 to 1"),
+        ({"similarity_treshold": 0.5}, "did you mean similarity_threshold?"),
+        ({"template": "query: "}, 'expected exactly one "{text}"'),
+        ({"template": "{text}", "query_template": "{text}"}, "both given"),
+        ({"dtype": "fp32"}, "expected one of"),
+        ({"target_size": 5, "normalize": False}, "target_size needs normalize"),
+    ],
+)
+def test_clean_arguments(options, message):
+    with pytest.raises(ArgumentError) as caught:
+        build(CleanArguments, **options)
+    assert message in str(caught.value)
+
+
+def test_the_default_model_is_the_bundled_one():
+    assert bundled_model.NAME == DEFAULT_MODEL
+
+
+def test_every_shipped_config_is_accepted():
+    for path in (ROOT / "config").glob("clean*.json"):
+        parse(CleanArguments, [str(path)], "")
+
+
+def test_help_and_refusals_import_neither_numpy_nor_paddle():
+    code = (
+        "import sys; sys.argv = ['clean_query.py', '--help']; sys.path.insert(0, '.')\n"
+        "import clean_query\n"
+        "try: clean_query.main()\n"
+        "except SystemExit: pass\n"
+        "assert not {'numpy', 'paddle', 'faiss'} & set(sys.modules), 'heavy import'"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)

@@ -1,0 +1,84 @@
+"""The blocked greedy rule against the one-by-one loop that defines it."""
+
+import numpy as np
+import pytest
+
+from utils import dedup
+from utils.dedup import find_threshold, remove_near_duplicates
+from utils.distributed import Ranks
+from utils.search import pair_scores
+
+
+def one_by_one(vectors, threshold):
+    """kept rows, and {removed row: (best kept row before it, score)}."""
+    kept, removed = [], {}
+    for i, vector in enumerate(vectors):
+        if kept:
+            scores = pair_scores(np.repeat(vector[None], len(kept), 0), vectors[kept])
+            best = int(scores.argmax())
+            if scores[best] >= threshold:
+                removed[i] = (kept[best], scores[best])
+                continue
+        kept.append(i)
+    return kept, removed
+
+
+def clustered(n, dim, seed=0):
+    rng = np.random.default_rng(seed)
+    centres = rng.standard_normal((n // 4, dim))
+    vectors = centres[rng.integers(0, n // 4, n)] + 0.35 * rng.standard_normal((n, dim))
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    vectors = vectors.astype(np.float32)
+    vectors[n // 2 : n // 2 + 20] = vectors[:20]  # exact copies
+    return vectors
+
+
+def clean(vectors, threshold, rows=None):
+    rows = np.arange(len(vectors)) if rows is None else rows
+    return remove_near_duplicates(vectors, rows, vectors.shape[1], threshold, Ranks())
+
+
+@pytest.mark.parametrize("threshold", [-1.0, 0.0, 0.5, 0.8, 0.9, 1.0])
+@pytest.mark.parametrize("block", [7, 64, 1024])
+def test_equals_one_by_one(threshold, block, monkeypatch):
+    monkeypatch.setattr(dedup, "_BLOCK_ROWS", block)
+    vectors = clustered(700, 24)
+    result = clean(vectors, threshold)
+    kept, removed = one_by_one(vectors, threshold)
+    assert result.kept_rows.tolist() == kept
+    assert {d.row: (d.kept_row, d.score) for d in result.duplicates} == removed
+
+
+def test_a_threshold_that_some_pair_meets_exactly():
+    vectors = clustered(400, 24, seed=3)
+    scores = pair_scores(vectors[:1].repeat(399, 0), vectors[1:])
+    for threshold in (scores.max(), np.nextafter(scores.max(), 2)):
+        assert clean(vectors, threshold).kept_rows.tolist() == one_by_one(vectors, threshold)[0]
+
+
+def test_the_guarantee_both_ways():
+    vectors = clustered(2500, 24, seed=1)
+    result = clean(vectors, 0.8)
+    kept = vectors[result.kept_rows]
+    products = kept.astype(np.float64) @ kept.T.astype(np.float64)
+    assert np.tril(products, -1).max() < 0.8
+    assert all(d.score >= 0.8 and d.kept_row in set(result.kept_rows) for d in result.duplicates)
+    assert len(result.kept_rows) + len(result.duplicates) == 2500
+
+
+def test_only_the_given_rows_take_part():
+    vectors = clustered(300, 24)
+    rows = np.arange(1, 300, 2)
+    result = clean(vectors, 0.8, rows)
+    kept, removed = one_by_one(vectors[rows], 0.8)
+    assert result.kept_rows.tolist() == rows[kept].tolist()
+    assert [d.row for d in result.duplicates] == rows[list(removed)].tolist()
+
+
+@pytest.mark.parametrize("target", [1, 50, 200, 399, 400, 1000])
+def test_find_threshold(target):
+    vectors = clustered(400, 24, seed=5)
+    result = find_threshold(lambda t: clean(vectors, t), target)
+    assert len(result.kept_rows) <= target
+    if result.threshold < 1.0:
+        assert len(one_by_one(vectors, result.threshold + dedup.THRESHOLD_STEP)[0]) > target

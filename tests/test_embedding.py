@@ -1,0 +1,128 @@
+"""Stores, resume, and encoding over them, with an encoder that has no model."""
+
+import json
+
+import numpy as np
+import pytest
+
+from utils import embedding
+from utils.distributed import Ranks
+from utils.embedding import embed
+from utils.embedding_store import EmbeddingStore, fingerprint, read_user_vectors
+
+
+class CountingEncoder:
+    """Vectors from a text's length and first letter; counts what it encodes."""
+
+    dim = 3
+
+    def __init__(self, setting="a", fail_after=None):
+        self.setting, self.encoded, self.fail_after = setting, 0, fail_after
+
+    def description(self):
+        return {"setting": self.setting}
+
+    def token_lengths(self, texts):
+        return np.array([len(text) for text in texts], np.int32)
+
+    def plan(self, lengths):
+        order = np.argsort(-lengths, kind="stable")
+        return [order[i : i + 4] for i in range(0, len(order), 4)]
+
+    def encode_batches(self, texts, batches):
+        for rows in batches:
+            if self.fail_after is not None and self.encoded >= self.fail_after:
+                raise KeyboardInterrupt
+            self.encoded += len(rows)
+            yield np.array([[len(texts[r]), ord(texts[r][0]), r] for r in rows], np.float32)
+
+
+TEXTS = ["x" * (i % 17 + 1) for i in range(203)]
+EXPECTED = np.array([[len(t), ord(t[0]), i] for i, t in enumerate(TEXTS)], np.float32)
+
+
+def run(encoder, folder, texts=TEXTS):
+    vectors, encoded = embed(encoder, texts, Ranks(), folder, "texts")
+    return np.array(vectors), encoded
+
+
+def test_vectors_come_back_in_input_order(tmp_path):
+    vectors, encoded = run(CountingEncoder(), tmp_path)
+    np.testing.assert_array_equal(vectors, EXPECTED)
+    assert encoded == len(TEXTS)
+
+
+def test_a_second_run_encodes_nothing(tmp_path):
+    run(CountingEncoder(), tmp_path)
+    again = CountingEncoder(fail_after=0)
+    vectors, encoded = run(again, tmp_path)
+    np.testing.assert_array_equal(vectors, EXPECTED)
+    assert encoded == 0
+
+
+@pytest.mark.parametrize("change", ["setting", "text", "order"])
+def test_any_change_is_another_store(tmp_path, change):
+    run(CountingEncoder(), tmp_path)
+    texts = {"setting": TEXTS, "text": [*TEXTS[:-1], "y"], "order": TEXTS[::-1]}[change]
+    encoder = CountingEncoder("b" if change == "setting" else "a")
+    assert run(encoder, tmp_path, texts)[1] == len(TEXTS)
+
+
+def test_a_broken_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    monkeypatch.setattr(embedding, "_BATCHES_A_ROUND", 2)
+    with pytest.raises(KeyboardInterrupt):
+        run(CountingEncoder(fail_after=100), tmp_path)
+    (store,) = tmp_path.iterdir()
+    with open(store / "journal", "ab") as journal:
+        journal.write(b"torn")  # a kill in the middle of an entry
+    second = CountingEncoder()
+    vectors, _ = run(second, tmp_path)
+    np.testing.assert_array_equal(vectors, EXPECTED)
+    assert 0 < second.encoded <= len(TEXTS) - 96
+
+
+def test_fingerprint_separates_texts():
+    assert fingerprint({}, ["ab", "c"]) != fingerprint({}, ["a", "bc"])
+
+
+def test_vectors_that_are_not_numbers_are_refused(tmp_path):
+    class Broken(CountingEncoder):
+        def encode_batches(self, texts, batches):
+            for block in super().encode_batches(texts, batches):
+                yield block * np.float32("nan")
+
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        run(Broken(), tmp_path)
+
+
+def test_too_little_space_is_said_beforehand(tmp_path):
+    with pytest.raises(OSError, match="MiB free"):
+        EmbeddingStore(tmp_path, "k" * 64, 10**15, 1024).open()
+
+
+def save(path, array) -> str:
+    np.save(path, array)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.ones((3, 4), np.float32), "shape [3, 4]; expected [5, dim]"),
+        (np.ones(5, np.float32), "expected float32 [5, dim]"),
+        (np.ones((5, 4), np.int64), "holds int64"),
+        (np.array([[1, 2], [3, 4], [np.nan, 1], [1, 1], [1, 1]], np.float32), "row 3 holds NaN or infinity"),
+        (np.array([[1, 2], [0, 0], [1, 1], [1, 1], [1, 1]], np.float32), "row 2 holds only zeros"),
+        (np.array([{}] * 5, object), "not a plain .npy"),
+    ],
+)
+def test_bad_user_vectors(tmp_path, array, message):
+    with pytest.raises(ValueError, match=".") as caught:
+        read_user_vectors(save(tmp_path / "v.npy", array), 5, normalize=True)
+    assert message in str(caught.value)
+
+
+def test_text_as_user_vectors(tmp_path):
+    (tmp_path / "v.npy").write_text(json.dumps([1]))
+    with pytest.raises(ValueError, match=r"not a plain \.npy"):
+        read_user_vectors(str(tmp_path / "v.npy"), 5, normalize=True)

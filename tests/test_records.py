@@ -1,0 +1,110 @@
+import gzip
+import json
+
+import pytest
+from conftest import write_jsonl
+
+from utils.records import RecordError, Source, fold
+
+GOOD = {"query": "问题", "pos_passage": ["a", "b"], "neg_passage": [], "id": 7}
+
+
+def write_bytes(tmp_path, content: bytes) -> str:
+    (tmp_path / "in.json").write_bytes(content)
+    return str(tmp_path / "in.json")
+
+
+def test_reads_rows_with_unknown_keys(tmp_path):
+    (record,) = Source(write_jsonl(tmp_path / "in.json", [GOOD]))
+    assert (record.query, record.pos_passage, record.neg_passage, record.line) == ("问题", ("a", "b"), (), 1)
+    assert record.extra == {"id": 7}
+
+
+def test_flagembedding_keys_are_the_same_rows(tmp_path):
+    (record,) = Source(write_jsonl(tmp_path / "in.json", [{"query": "q", "pos": ["p"], "neg": ["n"]}]))
+    assert (record.pos_passage, record.neg_passage, record.extra) == (("p",), ("n",), {})
+
+
+@pytest.mark.parametrize("ending", [b"\n", b"\r\n"])
+@pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize("zipped", [False, True])
+def test_encodings_of_the_same_file(tmp_path, ending, bom, zipped):
+    content = bom + ending.join([json.dumps(GOOD).encode(), b"", json.dumps(GOOD).encode()])
+    source = Source(write_bytes(tmp_path, gzip.compress(content) if zipped else content))
+    assert [record.line for record in source] == [1, 3]
+    assert [json.loads(raw.content) for raw in source.raw_lines()] == [GOOD, GOOD]
+
+
+BAD_LINES = [
+    (b"{", "not JSON"),
+    (b"[1]", "is a list; expected a JSON object"),
+    (b"null", "is null"),
+    (b"{}", '"query" is missing'),
+    (b'{"query": "  "}', '"query" is empty'),
+    (b'{"query": null}', '"query" is null; expected a string'),
+    (b'{"query": 3}', '"query" is a number'),
+    (b'{"query": "q", "pos_passage": "p"}', '"pos_passage" is a string; expected a list'),
+    (b'{"query": "q", "pos_passage": [1]}', '"pos_passage"[0] is a number'),
+    (b'{"query": "q", "pos_passage": ["a", ""]}', '"pos_passage"[1] is empty'),
+    (b'{"query": "q", "neg_passage": null}', '"neg_passage" is null'),
+    (b'{"query": "\\ud800"}', "surrogate"),
+    (b'{"query": "\xff"}', "byte 12 of the line is not UTF-8"),
+    (b'{"query": "q", "x": ' + b"9" * 5000 + b"}", "not usable JSON"),
+    (b'{"query": "q", "x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested too deeply"),
+]
+
+
+@pytest.mark.parametrize(("line", "message"), BAD_LINES, ids=[m for _, m in BAD_LINES])
+def test_bad_rows_are_named(tmp_path, line, message):
+    path = write_bytes(tmp_path, json.dumps(GOOD).encode() + b"\n" + line + b"\n")
+    with pytest.raises(RecordError) as caught:
+        list(Source(path))
+    assert str(caught.value).startswith(f"{path}:2: ")
+    assert message in str(caught.value)
+
+    source = Source(path, on_bad_row="skip")
+    assert len(list(source)) == 1
+    assert [error.line for error in source.rejected] == [2]
+    assert source.n_rows == 2
+
+
+def test_required_passages(tmp_path):
+    path = write_jsonl(tmp_path / "in.json", [{"query": "q", "pos_passage": []}])
+    with pytest.raises(RecordError, match="an empty list; expected a list of at least one string"):
+        list(Source(path, require=("query", "pos_passage")))
+
+
+@pytest.mark.parametrize("content", [b"", b"\n\n", b"\xef\xbb\xbf"])
+def test_empty_files(tmp_path, content):
+    with pytest.raises(ValueError, match="no rows"):
+        list(Source(write_bytes(tmp_path, content)))
+
+
+def test_truncated_gzip(tmp_path):
+    content = gzip.compress(b"".join(json.dumps({**GOOD, "id": i}).encode() + b"\n" for i in range(1000)))
+    with pytest.raises(RecordError, match="broken gzip"):
+        list(Source(write_bytes(tmp_path, content[: len(content) // 2])))
+
+
+def test_all_rows_bad_is_an_error_even_when_skipping(tmp_path):
+    with pytest.raises(ValueError, match="all 1 rows are bad"):
+        list(Source(write_bytes(tmp_path, b"{}\n"), on_bad_row="skip"))
+
+
+def test_a_file_that_changes_between_the_passes_is_noticed(tmp_path):
+    source = Source(write_jsonl(tmp_path / "in.json", [GOOD]))
+    list(source)
+    write_jsonl(tmp_path / "in.json", [GOOD, GOOD])
+    with pytest.raises(ValueError, match="changed"):
+        list(source.raw_lines())
+
+
+def test_missing_file_and_directory(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        list(Source(str(tmp_path / "none.json")))
+    with pytest.raises(IsADirectoryError, match="is a directory"):
+        list(Source(str(tmp_path)))
+
+
+def test_fold():
+    assert fold(" Ｗｉ－Ｆｉ　 密码 ") == "Wi-Fi 密码"

@@ -1,0 +1,80 @@
+"""Exact search against one-by-one float64 scoring, with ties and near-ties planted."""
+
+import numpy as np
+import pytest
+
+from utils.distributed import Ranks
+from utils.search import ExactIndex, Neighbors, ShardedIndex, merge, pair_scores, rounding_bound
+
+
+def brute_force(queries, corpus, k, floor=-np.inf) -> Neighbors:
+    result = Neighbors(np.full((len(queries), k), -np.inf), np.full((len(queries), k), -1))
+    for i, query in enumerate(queries):
+        scores = pair_scores(np.repeat(query[None], len(corpus), 0), corpus)
+        order = np.lexsort((np.arange(len(corpus)), -scores))
+        order = order[scores[order] >= floor][:k]
+        result.scores[i, : len(order)], result.rows[i, : len(order)] = scores[order], order
+    return result
+
+
+def unit(rng, n, dim) -> np.ndarray:
+    vectors = rng.standard_normal((n, dim)).astype(np.float32)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+@pytest.mark.parametrize("floor", [-np.inf, 0.3])
+@pytest.mark.parametrize(("n", "dim", "n_queries", "k"), [(9000, 8, 600, 20), (1000, 64, 100, 5), (3, 4, 5, 10)])
+def test_equals_brute_force_with_ties(n, dim, n_queries, k, floor):
+    rng = np.random.default_rng(n)
+    corpus = unit(rng, n, dim)
+    corpus[n // 2 :] = corpus[: n - n // 2]  # every score occurs twice
+    queries = corpus[rng.integers(0, n, n_queries)] + np.float32(1e-7)
+    found = ExactIndex(dim, vectors=corpus).search(queries, k, floor)
+    expected = brute_force(queries, corpus, k, floor)
+    np.testing.assert_array_equal(found.rows, expected.rows)
+    np.testing.assert_array_equal(found.scores, expected.scores)
+
+
+def test_scores_a_few_units_apart_are_settled_in_float64():
+    rng = np.random.default_rng(0)
+    base = unit(rng, 1, 384)
+    noise = rng.standard_normal((6000, 384)).astype(np.float32) * np.float32(1e-8)
+    corpus = base + noise  # all within float32's rounding of one another
+    found = ExactIndex(384, vectors=corpus).search(base, 50)
+    expected = brute_force(base, corpus, 50)
+    np.testing.assert_array_equal(found.rows, expected.rows)
+
+
+def test_rounding_bound_holds():
+    rng = np.random.default_rng(1)
+    a, b = unit(rng, 2000, 128), unit(rng, 2000, 128)
+    screened = a @ b.T
+    exact = a.astype(np.float64) @ b.T.astype(np.float64)
+    assert np.abs(screened - exact).max() <= rounding_bound(128, 1.0)
+
+
+def test_rows_can_be_added_in_blocks():
+    rng = np.random.default_rng(2)
+    corpus, queries = unit(rng, 500, 16), unit(rng, 40, 16)
+    index = ExactIndex(16, capacity=500)
+    for start in range(0, 500, 130):
+        index.add(corpus[start : start + 130])
+    np.testing.assert_array_equal(index.search(queries, 7).rows, brute_force(queries, corpus, 7).rows)
+
+
+def test_an_empty_index_finds_nothing():
+    found = ExactIndex(4, capacity=10).search(np.ones((2, 4), np.float32), 3)
+    assert (found.rows == -1).all() and np.isneginf(found.scores).all()
+
+
+def test_merge_breaks_ties_by_row():
+    a = Neighbors(np.array([[0.9, 0.5]]), np.array([[7, 3]]))
+    b = Neighbors(np.array([[0.9, -np.inf]]), np.array([[2, -1]]))
+    assert merge([a, b], 3).rows.tolist() == [[2, 7, 3]]
+
+
+def test_sharded_index_with_one_rank_is_the_plain_search():
+    rng = np.random.default_rng(3)
+    corpus, queries = unit(rng, 300, 16), unit(rng, 30, 16)
+    found = ShardedIndex.of(Ranks(), corpus, 300, 16).search_all(queries, 30, 5)
+    np.testing.assert_array_equal(found.rows, brute_force(queries, corpus, 5).rows)

@@ -1,0 +1,313 @@
+"""One dataclass a script: the same fields as keyword arguments, JSON keys and command-line flags.
+
+A field's metadata holds its help text and its limits; ``check`` applies them wherever the values came
+from. Unknown names are refused with the nearest known one. A JSON ``null`` is None.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import json
+import math
+import os
+import sys
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, NoReturn, TypeVar
+
+# The bundled model's name, which bundled_model.py answers to.
+DEFAULT_MODEL = "multilingual-e5-small"
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+POOLINGS = ("cls", "mean", "last")
+
+
+class ArgumentError(ValueError):
+    """An argument that is unknown, of a wrong type or out of range."""
+
+
+def option(default: Any, help: str, choices: tuple = (), at_least=None, at_most=None, above=None) -> Any:
+    """A dataclass field with a help text and limits (``above`` excludes the bound itself)."""
+    limits = {"help": help, "choices": choices, "at_least": at_least, "at_most": at_most, "above": above}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=limits)
+    return field(default=default, metadata=limits)
+
+
+@dataclass
+class ModelArguments:
+    """Which model turns texts into vectors, and how. Shared by every script that encodes."""
+
+    model_path: str = option(
+        DEFAULT_MODEL,
+        "the model: the bundled one by name, a local folder (PaddleNLP or Hugging Face layout), or a hub name",
+    )
+    tokenizer_path: str | None = option(None, "the tokenizer, if it is not in the model's folder")
+    template: str | None = option(None, 'for queries and passages alike, such as "query: {text}"')
+    query_template: str | None = option(None, "for queries; default: the model's own prompt, if it has one")
+    passage_template: str | None = option(None, "for passages; default: the model's own prompt, if it has one")
+    dimension: int | None = option(
+        None, "keep this many leading dimensions (Matryoshka); default: the model's width", at_least=1
+    )
+    max_src_len: int = option(512, "longest text in tokens, special tokens included", at_least=4, at_most=1 << 20)
+    pooling: str | None = option(None, "how token vectors become one; default: as the model says", choices=POOLINGS)
+    normalize: bool = option(True, "scale vectors to length 1, so that products are cosines")
+    dtype: str = option("auto", "arithmetic of the forward pass; auto: the fastest sound one", choices=DTYPES)
+    batch_tokens: int | None = option(
+        None, "most tokens in a batch, padding included; default: by the device. Part of the result's last bits",
+        at_least=64,
+    )  # fmt: skip
+    embedding_cache: str | None = option(
+        None, "a folder that keeps the vectors, so that another run with other options encodes nothing"
+    )
+
+
+@dataclass
+class InputArguments:
+    """How rows are read."""
+
+    on_bad_row: str = option(
+        "error", "error: stop at the first bad row; skip: set bad rows aside in a file", choices=("error", "skip")
+    )
+
+
+@dataclass
+class CleanArguments(ModelArguments, InputArguments):
+    """Arguments of clean_query.py."""
+
+    input_data_path: str = option("./toy_data/toy_source.json", "the JSONL file to clean")
+    output_data_path: str = option("./output/toy_clean.json", "where the kept rows go")
+    similarity_threshold: float = option(
+        0.75, "a row is removed when its cosine with a kept row reaches this (-1 to 1)"
+    )
+    target_size: int | None = option(
+        None, "keep at most this many rows: finds the highest threshold that does, instead of the given one",
+        at_least=1,
+    )  # fmt: skip
+    reference_data_path: str | None = option(
+        None, "a JSONL file (a dev or test set): rows that come as close to one of its queries are removed as leaks"
+    )
+    merge_positives: bool = option(False, "give a removed row's positives to the row that was kept for it")
+    embeddings_path: str | None = option(
+        None, "a .npy file of your own vectors, float [rows of the input, dim], instead of a model"
+    )
+
+    def check(self) -> None:
+        """Rules that tie fields together."""
+        if self.normalize and not -1 <= self.similarity_threshold <= 1:
+            raise ArgumentError(f"similarity_threshold is {self.similarity_threshold!r}; expected -1 to 1, a cosine")
+        if self.target_size is not None and not self.normalize:
+            raise ArgumentError("target_size needs normalize: the threshold it looks for is a cosine")
+        if self.embeddings_path and self.reference_data_path:
+            raise ArgumentError("embeddings_path and reference_data_path are both given; a reference needs a model")
+
+
+Arguments = TypeVar("Arguments")
+
+
+def parse(cls: type[Arguments], argv: list[str], description: str) -> Arguments:
+    """Command-line flags over an optional JSON file over the defaults.
+
+    Raises:
+        ArgumentError: an unknown name, a wrong type, or a value out of range.
+        SystemExit: ``--help`` was asked for.
+    """
+    parser = _Parser(description=description, allow_abbrev=False, formatter_class=_HelpFormatter)
+    parser.add_argument("config", nargs="?", help="a JSON file of the arguments below; flags override it")
+    for f in dataclasses.fields(cls):
+        text = f.metadata["help"].replace("%", "%%")
+        default = _default(f)
+        if default is not None:
+            text += f" (default: {default})"
+        names = [f"--{f.name}"] + ([f"--{f.name.replace('_', '-')}"] if "_" in f.name else [])
+        choices = f.metadata["choices"]
+        metavar = "{" + ",".join(map(str, choices)) + "}" if choices else _metavar(cls, f.name)
+        parser.add_argument(*names, dest=f.name, default=argparse.SUPPRESS, help=text, metavar=metavar)
+    given, unknown = parser.parse_known_args(argv)
+    known = [f"--{f.name}" for f in dataclasses.fields(cls)]
+    for name in unknown:
+        raise ArgumentError(f"unknown argument {name}{_nearest(name.split('=')[0], known)}")
+    values = vars(given)
+    path = values.pop("config")
+    merged = _read_json(path, cls) if path is not None else {}
+    types_ = typing.get_type_hints(cls)
+    merged |= {name: _from_text(name, text, types_[name]) for name, text in values.items()}
+    return build(cls, **merged)
+
+
+def build(cls: type[Arguments], **values) -> Arguments:
+    """Keyword arguments as a checked dataclass.
+
+    Raises:
+        ArgumentError: an unknown name, a wrong type, or a value out of range.
+    """
+    known = {f.name for f in dataclasses.fields(cls)}
+    for name in values:
+        if name not in known:
+            raise ArgumentError(f"unknown argument {name!r}{_nearest(name, known)}")
+    arguments = cls(**values)
+    check(arguments)
+    return arguments
+
+
+def check(arguments) -> None:
+    """Apply every field's type and limits, and the rules that tie fields together.
+
+    Raises:
+        ArgumentError: names the argument, the value and what was expected.
+    """
+    types_ = typing.get_type_hints(type(arguments))
+    for f in dataclasses.fields(arguments):
+        value = _checked_type(f.name, getattr(arguments, f.name), types_[f.name])
+        setattr(arguments, f.name, value)
+        for item in value if isinstance(value, list) else [value]:
+            _check_limits(f, item)
+    for name in ("template", "query_template", "passage_template"):
+        template = getattr(arguments, name, None)
+        if template is not None and template.count("{text}") != 1:
+            raise ArgumentError(f'{name} is {template!r}; expected exactly one "{{text}}" in it')
+    if getattr(arguments, "template", None) is not None:
+        for name in ("query_template", "passage_template"):
+            if getattr(arguments, name) is not None:
+                raise ArgumentError(f"template and {name} are both given; template already covers both sides")
+    if hasattr(arguments, "check"):
+        arguments.check()
+
+
+def _check_limits(f: dataclasses.Field, value) -> None:
+    if value is None:
+        return
+    limits = f.metadata
+    if limits["choices"] and value not in limits["choices"]:
+        expected = ", ".join(map(repr, limits["choices"]))
+        raise ArgumentError(f"{f.name} is {value!r}; expected one of {expected}{_nearest(value, limits['choices'])}")
+    low, high, above = limits["at_least"], limits["at_most"], limits["above"]
+    too_low = (low is not None and value < low) or (above is not None and value <= above)
+    if too_low or (high is not None and value > high):
+        bounds = [f"at least {low}"] if low is not None else []
+        bounds += [f"more than {above}"] if above is not None else []
+        bounds += [f"at most {high}"] if high is not None else []
+        raise ArgumentError(f"{f.name} is {value!r}; expected {' and '.join(bounds)}")
+
+
+def _checked_type(name: str, value, hint) -> Any:
+    """The value as its field's type, an int where a float is wanted and no other leniency."""
+    options = _alternatives(hint)
+    if value is None and type(None) in options:
+        return None
+    (wanted,) = [t for t in options if t is not type(None)]
+    if isinstance(value, os.PathLike) and wanted is str:
+        return os.fspath(value)
+    if typing.get_origin(wanted) is list:
+        (item,) = typing.get_args(wanted)
+        if isinstance(value, list | tuple):
+            return [_checked_type(f"{name}[{i}]", v, item) for i, v in enumerate(value)]
+        return [_checked_type(name, value, item)]
+    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if type(value) is not wanted:
+        optional = " or null" if type(None) in options else ""
+        raise ArgumentError(f"{name} is {value!r}; expected {_type_name(wanted)}{optional}")
+    if wanted is float and not math.isfinite(value):
+        raise ArgumentError(f"{name} is {value!r}; expected a finite number")
+    if wanted is str and not value:
+        raise ArgumentError(f"{name} is an empty string; expected some text")
+    return value
+
+
+def _from_text(name: str, text: str, hint) -> Any:
+    """A command-line flag's text as its field's type."""
+    options = _alternatives(hint)
+    if type(None) in options and text.lower() in ("none", "null"):
+        return None
+    (wanted,) = [t for t in options if t is not type(None)]
+    if typing.get_origin(wanted) is list:
+        (item,) = typing.get_args(wanted)
+        return [_from_text(name, part.strip(), item) for part in text.split(",")]
+    if wanted is bool:
+        if text.lower() in ("true", "1", "yes"):
+            return True
+        if text.lower() in ("false", "0", "no"):
+            return False
+    elif wanted in (int, float):
+        try:
+            return wanted(text)
+        except ValueError:
+            pass
+    else:
+        return text
+    raise ArgumentError(f"{name} is {text!r}; expected {_type_name(wanted)}")
+
+
+def _read_json(path: str, cls: type) -> dict:
+    try:
+        with open(path, encoding="utf-8-sig") as stream:
+            values = json.load(stream)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file; expected a JSON file of arguments") from None
+    except OSError as error:
+        raise type(error)(f"{path}: cannot be read: {error.strerror}; expected a JSON file of arguments") from None
+    except UnicodeDecodeError:
+        raise ArgumentError(f"{path}: not UTF-8; expected a JSON file of arguments") from None
+    except json.JSONDecodeError as error:
+        raise ArgumentError(f"{path}:{error.lineno}: not JSON: {error.msg} at column {error.colno}") from None
+    if not isinstance(values, dict):
+        raise ArgumentError(f"{path}: expected one JSON object of arguments")
+    known = {f.name for f in dataclasses.fields(cls)}
+    for name in values:
+        if name not in known:
+            raise ArgumentError(f"{path}: unknown argument {name!r}{_nearest(name, known)}")
+    return values
+
+
+def _alternatives(hint) -> tuple:
+    return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+
+
+def _type_name(wanted: type) -> str:
+    names = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
+    return names[wanted]
+
+
+def _metavar(cls: type, name: str) -> str:
+    (wanted,) = [t for t in _alternatives(typing.get_type_hints(cls)[name]) if t is not type(None)]
+    if typing.get_origin(wanted) is list:
+        return "A,B,..."
+    return {int: "N", float: "X", str: "TEXT", bool: "true|false"}[wanted]
+
+
+def _default(f: dataclasses.Field):
+    return f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+
+
+def _nearest(name, known) -> str:
+    close = difflib.get_close_matches(str(name), [str(k) for k in known], n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=32, width=110)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        # One spelling is enough in the help; --with-dashes is accepted silently.
+        if action.option_strings[:1] and action.option_strings[0].startswith("--"):
+            return f"{action.option_strings[0]} {action.metavar or ''}".strip()
+        return super()._format_action_invocation(action)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ArgumentError(message)
+
+    def format_usage(self) -> str:
+        return f"usage: {self.prog} [config.json] [--name value ...]\n"
+
+    def format_help(self) -> str:
+        text = super().format_help()
+        return self.format_usage() + text[text.index("\n\n") :]
+
+
+def program_name() -> str:
+    """The running script's file name, for error lines."""
+    return os.path.basename(sys.argv[0])

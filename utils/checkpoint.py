@@ -1,0 +1,196 @@
+"""What a model's folder says about itself, read without loading the model.
+
+Knows the layouts of Hugging Face, sentence-transformers and PaddleNLP. Only small JSON files are read
+here, so that a wrong option is refused before any weight is loaded.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from utils import bundled_model
+
+logger = logging.getLogger(__name__)
+
+WEIGHT_PATTERNS = ("*.safetensors", "pytorch_model*.bin", "*.pdparams")
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt",
+    "vocab.json", "merges.txt", "sentencepiece.bpe.model", "tokenizer.model", "spiece.model",
+)  # fmt: skip
+
+# Model types whose attention looks only backwards; their sentence is summed up in its last token.
+DECODERS = ("qwen2", "qwen3", "llama", "mistral", "gemma", "gpt")
+# These number positions from padding_idx + 1, so that many of their position embeddings are unused.
+_OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert")
+_POOLING_FLAGS = {
+    "pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean", "pooling_mode_lasttoken": "last"
+}  # fmt: skip
+_POOLING_NAMES = {"cls": "cls", "mean": "mean", "lasttoken": "last", "last": "last"}
+_PASSAGE_PROMPTS = ("passage", "document", "corpus")
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model's folder, and the defaults that come with it.
+
+    query_template and passage_template hold ``{text}``; max_length counts special tokens.
+    """
+
+    folder: Path
+    tokenizer_folder: Path
+    model_type: str
+    hidden_size: int
+    max_length: int | None
+    pooling: str
+    query_template: str
+    passage_template: str
+
+    @property
+    def is_decoder(self) -> bool:
+        """True for causal models."""
+        return self.model_type in DECODERS
+
+    def weight_files(self) -> list[Path]:
+        """The files that hold the weights, of the first kind that is there."""
+        for pattern in WEIGHT_PATTERNS:
+            files = sorted(self.folder.glob(pattern))
+            if files:
+                return files
+        return []
+
+    def digest(self) -> str:
+        """SHA-256 over weights, configuration and tokenizer: equal digests give equal vectors."""
+        hasher = hashlib.sha256()
+        tokenizer = [self.tokenizer_folder / name for name in TOKENIZER_FILES]
+        for path in [self.folder / "config.json", *self.weight_files(), *tokenizer]:
+            if path.is_file():
+                hasher.update(path.name.encode() + _sha256(path))
+        return hasher.hexdigest()
+
+
+def resolve(model_path: str, tokenizer_path: str | None = None) -> Checkpoint:
+    """The checkpoint that a ``model_path`` argument means: the bundled model, a folder, or a hub name.
+
+    Raises:
+        FileNotFoundError: no such folder, or the hub cannot be reached.
+        ValueError: the folder is no model, or one that this toolkit cannot use.
+    """
+    folder = _folder(model_path)
+    config = _read_json(folder / "config.json")
+    if config is None:
+        raise ValueError(f"{folder}: no config.json there; expected a model's folder")
+    if not any(any(folder.glob(pattern)) for pattern in WEIGHT_PATTERNS):
+        raise ValueError(f"{folder}: no weights there; expected one of {', '.join(WEIGHT_PATTERNS)}")
+    model_type = str(config.get("model_type", "")).replace("_", "-")
+    hidden_size = config.get("hidden_size")
+    if not model_type or not isinstance(hidden_size, int):
+        raise ValueError(f"{folder / 'config.json'}: lacks model_type or hidden_size; expected a text encoder's")
+    tokenizer_folder = folder if tokenizer_path in (None, model_path) else _folder(tokenizer_path)
+    if not any((tokenizer_folder / name).is_file() for name in TOKENIZER_FILES):
+        raise ValueError(f"{tokenizer_folder}: no tokenizer there; expected one of {', '.join(TOKENIZER_FILES)}")
+    query_prompt, passage_prompt = _prompts(folder)
+    return Checkpoint(
+        folder=folder,
+        tokenizer_folder=tokenizer_folder,
+        model_type=model_type,
+        hidden_size=hidden_size,
+        max_length=_max_length(config, model_type),
+        pooling=_pooling(folder, model_type),
+        query_template=query_prompt + "{text}",
+        passage_template=passage_prompt + "{text}",
+    )
+
+
+def _sha256(path: Path) -> bytes:
+    hasher = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while chunk := stream.read(1 << 22):
+            hasher.update(chunk)
+    return hasher.digest()
+
+
+def _folder(name: str) -> Path:
+    if name == bundled_model.NAME:
+        return bundled_model.build()
+    if os.path.isdir(name):
+        return Path(name)
+    looks_local = name.startswith((".", "/", "~")) or os.path.exists(name) or not _HUB_NAME.fullmatch(name)
+    if looks_local:
+        raise FileNotFoundError(f"{name}: no such model folder; expected a folder, a hub name or {bundled_model.NAME}")
+    return _download(name)
+
+
+def _download(name: str) -> Path:
+    """A hub name's folder, fetched by PaddleNLP into its own cache."""
+    import contextlib
+    import io
+
+    try:
+        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+            from paddlenlp.transformers import AutoModel, AutoTokenizer
+            from paddlenlp.utils.env import MODEL_HOME
+
+            AutoTokenizer.from_pretrained(name)
+            AutoModel.from_pretrained(name)
+        folder = Path(MODEL_HOME) / name
+        if (folder / "config.json").is_file():
+            return folder
+        reason = f"PaddleNLP left no model in {folder}"
+    except Exception as error:  # noqa: BLE001 - PaddleNLP raises whatever its download library does
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    raise FileNotFoundError(
+        f"{name}: not a local folder, and the hub could not supply it ({reason}); "
+        f"give a local folder, or {bundled_model.NAME}, which is bundled"
+    )
+
+
+def _pooling(folder: Path, model_type: str) -> str:
+    """The pooling that a sentence-transformers folder names, else last for decoders and cls for the rest."""
+    for module in _read_json(folder / "modules.json") or []:
+        kind = module.get("type", "").rsplit(".", 1)[-1]
+        if kind in ("Dense", "LSTM", "CNN", "WeightedLayerPooling"):
+            raise ValueError(f"{folder}: its sentence-transformers module {kind} is not supported")
+        if kind == "Pooling":
+            path = folder / module["path"] / "config.json"
+            config = _read_json(path) or {}
+            modes = [mode for flag, mode in _POOLING_FLAGS.items() if config.get(flag)]
+            unknown = [key for key, on in config.items() if key.startswith("pooling_mode_") and on is True]
+            unknown = [key for key in unknown if key not in _POOLING_FLAGS]
+            if "pooling_mode" in config:
+                modes = [_POOLING_NAMES.get(config["pooling_mode"], "")]
+            if len(modes) != 1 or unknown or not modes[0]:
+                raise ValueError(f"{path}: expected exactly one pooling mode of cls, mean, last; give pooling=...")
+            return modes[0]
+    return "last" if model_type in DECODERS else "cls"
+
+
+def _prompts(folder: Path) -> tuple[str, str]:
+    """A sentence-transformers folder's prompts for queries and passages, empty where it has none."""
+    config = _read_json(folder / "config_sentence_transformers.json") or {}
+    prompts = config.get("prompts") or {}
+    default = prompts.get(config.get("default_prompt_name") or "", "")
+    passage = next((prompts[name] for name in _PASSAGE_PROMPTS if name in prompts), default)
+    return prompts.get("query", default) or "", passage or ""
+
+
+def _max_length(config: dict, model_type: str) -> int | None:
+    positions = config.get("max_position_embeddings")
+    if not isinstance(positions, int):
+        return None
+    if model_type in _OFFSET_POSITIONS:
+        positions -= int(config.get("pad_token_id") or 0) + 1
+    return positions
+
+
+def _read_json(path: Path):
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        return None
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path}: cannot be read as JSON ({error})") from None

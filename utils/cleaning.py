@@ -1,0 +1,316 @@
+"""The cleaning job: rows in, near-duplicates out, every row accounted for."""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from utils import dedup, engines, report
+from utils.arguments import CleanArguments
+from utils.dedup import DedupResult
+from utils.distributed import Ranks
+from utils.embedding import build_encoders, embed
+from utils.embedding_store import read_user_vectors, unit_rows
+from utils.outputs import Outputs, write_rejected
+from utils.records import RawLine, RecordError, Source, fold, parse_object, passages_key, to_line
+from utils.search import Neighbors, ShardedIndex
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Removed:
+    """A removed row: ``row`` and ``kept_row`` count from 0 among the good rows of their files."""
+
+    row: int
+    kept_row: int
+    score: float
+    reason: str  # "exact", "similar" or "leakage" (then kept_row is a row of the reference file)
+
+
+@dataclass
+class CleaningResult:
+    """What a cleaning run decided. Rows count from 0 among the input's good rows."""
+
+    kept_rows: np.ndarray
+    removed: list[Removed]
+    rejected: list[RecordError]
+    threshold: float
+    report: dict = field(repr=False)
+
+    def summary(self) -> str:
+        """A short table for a person."""
+        counts = self.report["counts"]
+        rows = [("rows in", f"{counts['input']:,}"), ("kept", f"{counts['kept']:,}")]
+        rows += [(f"removed, {reason}", f"{counts['removed_' + reason]:,}") for reason in _REASONS]
+        rows += [("rejected", f"{counts['rejected']:,}")] if counts["rejected"] else []
+        rows += [("threshold", f"{self.threshold:g}"), ("seconds", f"{self.report['seconds']['total']:.1f}")]
+        title = f"{self.report['arguments']['input_data_path']} -> {self.report['arguments']['output_data_path']}"
+        return report.table(rows, title)
+
+
+_REASONS = ("exact", "similar", "leakage")
+
+
+def clean(given: CleanArguments) -> CleaningResult:
+    """Run the whole job; every rank calls it and gets the result.
+
+    Rank 0 alone reads and writes; the others take part in encoding and in the search.
+    """
+    ranks = Ranks()
+    run = report.RunReport("clean_query", asdict(given))
+    outputs = Outputs(given.output_data_path, [given.input_data_path, given.reference_data_path or ""])
+    try:
+        with run.stage("read"):
+            inputs = ranks.start(lambda: _Inputs.read(given, outputs))
+        vectors, reference = _vectors(given, ranks, run, inputs, outputs.work)
+        with run.stage("dedup"):
+            result, nearest = _decide(given, ranks, inputs, vectors, reference)
+        del vectors, reference  # memory maps of files that are removed next
+        with run.stage("write"):
+            cleaned = ranks.on_first(lambda: _finish(given, outputs, inputs, result, nearest, run))
+        return ranks.broadcast_object(cleaned)
+    except BaseException:
+        outputs.abandon()
+        raise
+
+
+@dataclass
+class _Queries:
+    """A file's queries. ``first`` gives, for each row, the first row whose text is equal after folding."""
+
+    source: Source
+    lines: np.ndarray
+    texts: list[str]
+    first: np.ndarray
+    folded: dict[str, int]
+
+    @classmethod
+    def read(cls, path: str, on_bad_row: str) -> "_Queries":
+        source = Source(path, ("query",), on_bad_row)
+        lines, texts, first, folded = [], [], [], {}
+        for record in source:
+            first.append(folded.setdefault(fold(record.query), len(texts)))
+            lines.append(record.line)
+            texts.append(record.query)
+        return cls(source, np.array(lines, np.int64), texts, np.array(first, np.int64), folded)
+
+    @property
+    def unique(self) -> np.ndarray:
+        """The rows that are the first of their text, int64, ascending."""
+        return np.flatnonzero(self.first == np.arange(len(self.texts)))
+
+    def unique_texts(self) -> list[str]:
+        return [self.texts[row] for row in self.unique]
+
+    def file_rows(self) -> np.ndarray:
+        """Each good row's number among all rows of the file, bad ones included."""
+        bad = np.sort(np.array([error.line for error in self.source.rejected], np.int64))
+        return np.arange(len(self.lines)) + np.searchsorted(bad, self.lines)
+
+
+@dataclass
+class _Inputs:
+    """What rank 0 reads and checks before any model is loaded."""
+
+    queries: _Queries
+    reference: _Queries | None
+    vectors: np.ndarray | None
+
+    @classmethod
+    def read(cls, given: CleanArguments, outputs: Outputs) -> "_Inputs":
+        queries = _Queries.read(given.input_data_path, given.on_bad_row)
+        reference, vectors = None, None
+        if given.reference_data_path:
+            reference = _Queries.read(given.reference_data_path, given.on_bad_row)
+        if given.embeddings_path:
+            vectors = read_user_vectors(given.embeddings_path, queries.source.n_rows, given.normalize)
+        outputs.open_work()
+        if vectors is None:
+            build_encoders(given)
+        return cls(queries, reference, vectors)
+
+
+def _vectors(
+    given: CleanArguments, ranks: Ranks, run: report.RunReport, inputs: _Inputs | None, work: Path
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Vectors of the unique queries, and of the reference file's, on rank 0."""
+    run.counts["encoded"] = 0
+    if given.embeddings_path:
+        if inputs is None:
+            return None, None
+        assert inputs.vectors is not None
+        rows = inputs.queries.file_rows()[inputs.queries.unique]
+        return unit_rows(inputs.vectors, rows, given.normalize), None
+    encoder, _ = ranks.all_agree(lambda: build_encoders(given))
+    folder = Path(given.embedding_cache) if given.embedding_cache else work
+
+    def encode(queries: _Queries | None, what: str) -> np.ndarray | None:
+        vectors, encoded = embed(encoder, queries.unique_texts() if queries else None, ranks, folder, what)
+        run.counts["encoded"] += encoded
+        return vectors
+
+    with run.stage("encode"):
+        vectors = encode(inputs.queries if inputs else None, "queries")
+        reference = None
+        if given.reference_data_path:
+            reference = encode(inputs.reference if inputs else None, "reference queries")
+    if inputs is not None:
+        run.results["encoder"] = encoder.description()
+        run.results["texts_per_second"] = round(run.counts["encoded"] / max(run.seconds["encode"], 1e-9), 2)
+    return vectors, reference
+
+
+def _decide(
+    given: CleanArguments,
+    ranks: Ranks,
+    inputs: _Inputs | None,
+    vectors: np.ndarray | None,
+    reference: np.ndarray | None,
+) -> tuple[DedupResult, Neighbors | None]:
+    """The greedy rule over the unique queries that are no leaks, and each query's nearest reference query."""
+    device = engines.device()
+    n, dim = ranks.broadcast_object(vectors.shape if vectors is not None else None)
+    logger.info("dedup: %s unique queries, at most %.0f MiB of vectors in memory", f"{n:,}", n * dim * 4 / 2**20)
+    nearest = None
+    if given.reference_data_path:
+        nearest = _nearest_reference(ranks, inputs, vectors, reference, n, device)
+
+    def decide(threshold: float) -> DedupResult:
+        rows = np.arange(n) if nearest is None else np.flatnonzero(nearest.scores[:, 0] < threshold)
+        with report.Progress("dedup", len(rows), "rows") as progress:
+            return dedup.remove_near_duplicates(vectors, rows, dim, threshold, ranks, device, progress.update)
+
+    if given.target_size is not None:
+        return dedup.find_threshold(decide, given.target_size), nearest
+    return decide(given.similarity_threshold), nearest
+
+
+def _nearest_reference(
+    ranks: Ranks,
+    inputs: _Inputs | None,
+    vectors: np.ndarray | None,
+    reference: np.ndarray | None,
+    n: int,
+    device: str,
+) -> Neighbors:
+    """Each unique query's nearest reference query, on every rank; equal texts score infinity."""
+    n_reference, dim = ranks.broadcast_object(reference.shape if reference is not None else None)
+    index = ShardedIndex.of(ranks, reference, n_reference, dim, device)
+    nearest = index.search_all(vectors, n, k=1)
+    if inputs is not None and inputs.reference is not None:
+        position = {int(row): i for i, row in enumerate(inputs.reference.unique)}
+        for i, text in enumerate(inputs.queries.unique_texts()):
+            equal = inputs.reference.folded.get(fold(text))
+            if equal is not None:
+                nearest.scores[i, 0], nearest.rows[i, 0] = np.inf, position[equal]
+    return ranks.broadcast_object(nearest)
+
+
+def _account(inputs: _Inputs, result: DedupResult, nearest: Neighbors | None) -> list[Removed]:
+    """Every removed row with its reason, ascending."""
+    queries, unique = inputs.queries, inputs.queries.unique
+    by_row: dict[int, Removed] = {}
+    for duplicate in result.duplicates:
+        row, kept = int(unique[duplicate.row]), int(unique[duplicate.kept_row])
+        by_row[row] = Removed(row, kept, duplicate.score, "similar")
+    if nearest is not None and inputs.reference is not None:
+        reference_rows = inputs.reference.unique
+        for i in np.flatnonzero(nearest.scores[:, 0] >= result.threshold):
+            row, score = int(unique[i]), min(float(nearest.scores[i, 0]), 1.0)
+            by_row[row] = Removed(row, int(reference_rows[nearest.rows[i, 0]]), score, "leakage")
+    removed = []
+    for row, first in enumerate(queries.first.tolist()):
+        if first in by_row:  # a copy goes where the first of its text goes
+            removed.append(replace(by_row[first], row=row))
+        elif row != first:
+            removed.append(Removed(row, first, 1.0, "exact"))
+    return removed
+
+
+def _finish(
+    given: CleanArguments,
+    outputs: Outputs,
+    inputs: _Inputs | None,
+    result: DedupResult,
+    nearest: Neighbors | None,
+    run: report.RunReport,
+) -> CleaningResult:
+    """Account for every row, write the outputs, and let them appear."""
+    assert inputs is not None
+    queries = inputs.queries
+    removed = _account(inputs, result, nearest)
+    gone = np.zeros(len(queries.texts), bool)
+    gone[[r.row for r in removed]] = True
+    kept = np.flatnonzero(~gone)
+    counts = {
+        "input": queries.source.n_rows,
+        "kept": len(kept),
+        **{f"removed_{reason}": sum(r.reason == reason for r in removed) for reason in _REASONS},
+        "rejected": len(queries.source.rejected),
+    }
+    if counts["input"] != sum(counts.values()) - counts["input"]:
+        raise AssertionError(f"the rows do not add up: {counts}")
+    run.counts = {**counts, **run.counts}
+    run.results["similarity_threshold"] = result.threshold
+    _write_rows(given, outputs, inputs, {r.row: r for r in removed})
+    cleaned = CleaningResult(kept, removed, queries.source.rejected, result.threshold, {})
+    if given.on_bad_row == "skip":
+        rejected = queries.source.rejected + (inputs.reference.source.rejected if inputs.reference else [])
+        write_rejected(outputs, rejected)
+    with outputs.stage(".report.json") as stream:
+        stream.write(run.to_json())
+    outputs.commit()
+    cleaned.report = run.as_dict()
+    return cleaned
+
+
+def _write_rows(given: CleanArguments, outputs: Outputs, inputs: _Inputs, removed: dict[int, Removed]) -> None:
+    """The kept rows byte for byte, and the removed ones with their explanation."""
+    queries = inputs.queries
+    gained = _positives_to_merge(queries, removed) if given.merge_positives else {}
+    with outputs.stage() as kept_stream, outputs.stage(".removed.jsonl") as removed_stream:
+        for row, raw in _good_lines(queries):
+            reason = removed.get(row)
+            if reason is None:
+                content = raw.content + b"\n"
+                if row in gained:
+                    content = _with_positives(parse_object(raw, queries.source.path), gained[row])
+                kept_stream.write(content)
+                continue
+            where = inputs.reference if reason.reason == "leakage" else queries
+            assert where is not None
+            entry = {
+                "line": raw.number,
+                "row": parse_object(raw, queries.source.path),
+                "kept_line": int(where.lines[reason.kept_row]),
+                "kept_query": where.texts[reason.kept_row],
+                "cosine": reason.score,
+                "reason": reason.reason,
+            }
+            removed_stream.write(to_line(entry))
+
+
+def _good_lines(queries: _Queries) -> Iterator[tuple[int, RawLine]]:
+    """The good rows' numbers and lines, from a second pass over the file."""
+    bad = {error.line for error in queries.source.rejected}
+    return enumerate(raw for raw in queries.source.raw_lines() if raw.number not in bad)
+
+
+def _positives_to_merge(queries: _Queries, removed: dict[int, Removed]) -> dict[int, list[str]]:
+    """For each kept row, the positives of the rows that were removed for it."""
+    gained: dict[int, list[str]] = {}
+    for row, raw in _good_lines(queries):
+        reason = removed.get(row)
+        if reason is not None and reason.reason != "leakage":
+            record = parse_object(raw, queries.source.path)
+            gained.setdefault(reason.kept_row, []).extend(record.get(passages_key(record, "pos_passage"), []))
+    return gained
+
+
+def _with_positives(row: dict, more: list[str]) -> bytes:
+    key = passages_key(row, "pos_passage")
+    row[key] = list(dict.fromkeys([*row.get(key, []), *more]))
+    return to_line(row)

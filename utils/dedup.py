@@ -1,0 +1,158 @@
+"""Which rows stay, and which kept row explains each removal.
+
+The greedy rule: rows are taken in their order; a row is removed when its score with some row that was
+kept before it reaches the threshold. It alone guarantees both that every removed row has a kept
+neighbour at or above the threshold, and that no two kept rows do. Rows are decided in blocks: one
+search among the rows kept so far, and then each block within itself.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from utils.distributed import Ranks
+from utils.search import ExactIndex, Neighbors, largest_norm, merge, pair_scores, rounding_bound
+
+logger = logging.getLogger(__name__)
+
+# More rows a block means fewer, larger products among the kept rows, and more work within the block.
+_BLOCK_ROWS = 1024
+
+# target_size looks for the threshold in steps of this.
+THRESHOLD_STEP = 1e-4
+
+
+class Duplicate(NamedTuple):
+    """A removed row, the best-scoring row kept before it, and their canonical score."""
+
+    row: int
+    kept_row: int
+    score: float
+
+
+@dataclass
+class DedupResult:
+    """kept_rows: int64, ascending. duplicates: by ascending row. Together they are all the rows asked about."""
+
+    kept_rows: np.ndarray
+    duplicates: list[Duplicate]
+    threshold: float
+
+
+def remove_near_duplicates(
+    vectors: np.ndarray | None,
+    rows: np.ndarray,
+    dim: int,
+    threshold: float,
+    ranks: Ranks,
+    device: str = "cpu",
+    progress: Callable[[int], None] = lambda count: None,
+) -> DedupResult:
+    """Apply the greedy rule to some rows of an array.
+
+    Args:
+        vectors: float32 [n, dim] on rank 0, None elsewhere.
+        rows: int64, ascending, the rows to decide; the same on every rank.
+        threshold: lowest inner product (cosine, for unit vectors) that makes a row a duplicate.
+        progress: called with the number of rows decided since the last call.
+
+    Returns:
+        The same result on every rank.
+
+    The kept rows are dealt out to the ranks block by block, so each holds a part and searches it. In
+    memory: len(rows) x dim float32 over all ranks, at most.
+    """
+    mine = _KeptRows(len(rows), dim, ranks, device)
+    kept: list[np.ndarray] = []
+    duplicates: list[Duplicate] = []
+    for number, start in enumerate(range(0, len(rows), _BLOCK_ROWS)):
+        here = rows[start : start + _BLOCK_ROWS]
+        block = ranks.broadcast(np.ascontiguousarray(vectors[here], np.float32) if vectors is not None else None)
+        decided = _resolve_block(block, here, mine.best(block, threshold), threshold)
+        duplicates += decided
+        stays = ~np.isin(here, [duplicate.row for duplicate in decided])
+        kept.append(here[stays])
+        if number % ranks.size == ranks.rank:
+            mine.add(block[stays], here[stays])
+        progress(len(block))
+    return DedupResult(np.concatenate(kept) if kept else np.zeros(0, np.int64), duplicates, threshold)
+
+
+class _KeptRows:
+    """This rank's part of the rows kept so far."""
+
+    def __init__(self, n: int, dim: int, ranks: Ranks, device: str):
+        # Blocks go round, so no rank gets more than its share rounded up to a block.
+        blocks = -(-n // _BLOCK_ROWS)
+        capacity = min(n, -(-blocks // ranks.size) * _BLOCK_ROWS)
+        self.ranks = ranks
+        self.index = ExactIndex(dim, capacity, device=device)
+        self.row_numbers = np.empty(capacity, np.int64)
+
+    def add(self, vectors: np.ndarray, rows: np.ndarray) -> None:
+        self.row_numbers[len(self.index) : len(self.index) + len(rows)] = rows
+        self.index.add(vectors)
+
+    def best(self, block: np.ndarray, threshold: float) -> Neighbors:
+        """Each row's best kept neighbour on any rank, at or above the threshold; k = 1."""
+        local = self.index.search(block, 1, threshold)
+        rows = np.where(local.rows < 0, -1, self.row_numbers[local.rows])
+        if self.ranks.size == 1:
+            return Neighbors(local.scores, rows)
+        packed = self.ranks.gather_rows(np.concatenate([local.scores, rows.view(np.float64)], axis=1))
+        return merge([Neighbors(p[:, :1].copy(), p[:, 1:].copy().view(np.int64)) for p in packed], 1)
+
+
+def _resolve_block(block: np.ndarray, rows: np.ndarray, best: Neighbors, threshold: float) -> list[Duplicate]:
+    """Settle the rows of one block among themselves, given their best neighbours in earlier blocks (k = 1)."""
+    slack = rounding_bound(block.shape[1], largest_norm(block) ** 2)
+    screened = block @ block.T
+    near = np.tril(screened >= threshold - slack, -1)
+    kept = np.ones(len(block), bool)
+    duplicates = []
+    concerned = near.any(axis=1) | (best.rows[:, 0] >= 0)
+    for i in np.flatnonzero(concerned):
+        score, row = best.scores[i, 0], best.rows[i, 0]
+        inside = np.flatnonzero(near[i, :i] & kept[:i])
+        if len(inside):
+            inside = inside[screened[i, inside] >= screened[i, inside].max() - 2 * slack]
+            scores = pair_scores(np.broadcast_to(block[i], (len(inside), block.shape[1])), block[inside])
+            top = int(scores.argmax())  # the first of equals, so the lowest row
+            if scores[top] >= threshold and scores[top] > score:
+                score, row = scores[top], rows[inside[top]]
+        if row >= 0:
+            kept[i] = False
+            duplicates.append(Duplicate(int(rows[i]), int(row), float(score)))
+    return duplicates
+
+
+def find_threshold(clean: Callable[[float], DedupResult], target_size: int) -> DedupResult:
+    """The highest threshold, to a step of ``THRESHOLD_STEP``, at which at most ``target_size`` rows stay.
+
+    Found by bisection, with one full greedy run for each candidate. The number of kept rows need not
+    rise with the threshold strictly, so "highest" means: one step above, more than the target stay.
+
+    Raises:
+        ValueError: even at -1 more rows stay.
+    """
+    low, high = round(-1 / THRESHOLD_STEP), round(1 / THRESHOLD_STEP)
+    result = clean(high * THRESHOLD_STEP)
+    if len(result.kept_rows) <= target_size:
+        return result
+    best = None
+    while high - low > 1:
+        middle = (low + high) // 2
+        result = clean(round(middle * THRESHOLD_STEP, 4))
+        logger.info("threshold %.4f keeps %d rows", result.threshold, len(result.kept_rows))
+        if len(result.kept_rows) <= target_size:
+            low, best = middle, result
+        else:
+            high = middle
+    if best is None:
+        best = clean(-1.0)
+        if len(best.kept_rows) > target_size:
+            raise ValueError(f"no threshold leaves {target_size} rows or fewer")
+    return best

@@ -1,0 +1,177 @@
+"""The process group: who we are, checks that rank 0 makes for all, and arrays that move in blocks.
+
+Works on NumPy arrays and small objects. With one process every call is the identity and Paddle is not
+imported.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import numpy as np
+
+from utils import runtime
+
+Result = TypeVar("Result")
+
+# Collectives move at most this many bytes at a time.
+BLOCK_BYTES = 64 << 20
+_TEXTS_A_BLOCK = 10_000
+
+
+class Ranks:
+    """The workers of this run.
+
+    ``start`` joins them; every method is a collective that all ranks must call in the same order.
+    """
+
+    def __init__(self) -> None:
+        self.rank = runtime.rank()
+        self.size = runtime.world_size()
+        self._joined = self.size == 1
+
+    @property
+    def is_first(self) -> bool:
+        """True on the rank that reads, checks, prints and writes."""
+        return self.rank == 0
+
+    def start(self, check: Callable[[], Result]) -> Result | None:
+        """Run ``check`` on rank 0, join the group, and return its result on rank 0 (None elsewhere).
+
+        If the check fails, every rank raises: rank 0 the error itself, at once when all ranks are on
+        this machine (the launcher then ends the others), and after telling the others when they are not.
+        """
+        result, failure = None, None
+        if self.is_first:
+            try:
+                result = check()
+            except (ValueError, OSError) as error:
+                if runtime.local_world_size() == self.size:
+                    raise
+                failure = error
+        self._join()
+        self._raise_together(failure)
+        return result
+
+    def on_first(self, work: Callable[[], Result]) -> Result | None:
+        """Run ``work`` on rank 0; an error there is raised on every rank."""
+        result, failure = None, None
+        if self.is_first:
+            try:
+                result = work()
+            except (ValueError, OSError) as error:
+                failure = error
+        self._raise_together(failure)
+        return result
+
+    def all_agree(self, work: Callable[[], Result]) -> Result:
+        """Run ``work`` on every rank; if it fails on any, the lowest such rank's error is raised on all."""
+        result, failure = None, None
+        try:
+            result = work()
+        except (ValueError, OSError) as error:
+            failure = error
+        for error in self.gather_object(failure):
+            if error is not None:
+                raise error
+        return result  # type: ignore[return-value]
+
+    def _raise_together(self, failure: Exception | None) -> None:
+        failure = self.broadcast_object(failure)
+        if failure is not None:
+            raise failure
+
+    def _join(self) -> None:
+        if not self._joined:
+            import paddle.distributed as dist
+
+            with _quiet_stdout():
+                dist.init_parallel_env()
+            self._joined = True
+
+    def broadcast_object(self, value):
+        """Rank 0's value, on every rank."""
+        if self.size == 1:
+            return value
+        import paddle.distributed as dist
+
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def gather_object(self, value) -> list:
+        """Every rank's value, in rank order, on every rank."""
+        if self.size == 1:
+            return [value]
+        import paddle.distributed as dist
+
+        box: list = []
+        dist.all_gather_object(box, value)
+        return box
+
+    def broadcast(self, array: np.ndarray | None) -> np.ndarray:
+        """Rank 0's array, on every rank. One block: the caller bounds its size."""
+        if self.size == 1:
+            assert array is not None
+            return array
+        import paddle
+        import paddle.distributed as dist
+
+        shape, dtype = self.broadcast_object((array.shape, array.dtype.str) if array is not None else None)
+        if array is None:
+            array = np.empty(shape, dtype)
+        if array.size == 0:
+            return array
+        tensor = paddle.to_tensor(np.ascontiguousarray(array))
+        dist.broadcast(tensor, src=0)
+        return tensor.numpy()
+
+    def broadcast_texts(self, texts: Sequence[str] | None) -> Sequence[str]:
+        """Rank 0's texts, on every rank, moved in bounded blocks."""
+        if self.size == 1:
+            assert texts is not None
+            return texts
+        received: list[str] = []
+        for start in range(0, self.broadcast_object(len(texts) if texts is not None else None), _TEXTS_A_BLOCK):
+            block = texts[start : start + _TEXTS_A_BLOCK] if texts is not None else None
+            received += self.broadcast_object(block)
+        return received
+
+    def gather_rows(self, array: np.ndarray) -> list[np.ndarray]:
+        """Every rank's array, in rank order, on every rank; they may differ in their first dimension.
+
+        One block: the caller bounds its size. All ranks give the same dtype and trailing dimensions.
+        """
+        if self.size == 1:
+            return [array]
+        import paddle
+        import paddle.distributed as dist
+
+        counts = self.gather_object(len(array))
+        if max(counts) == 0:
+            return [array] * self.size
+        padded = np.zeros((max(counts), *array.shape[1:]), array.dtype)
+        padded[: len(array)] = array
+        parts: list = []
+        dist.all_gather(parts, paddle.to_tensor(padded))
+        return [part.numpy()[:count] for part, count in zip(parts, counts, strict=True)]
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        self.gather_object(None)
+
+
+class _quiet_stdout:
+    """Keep the native libraries' own lines (gloo's rendezvous) off stdout and stderr."""
+
+    def __enter__(self) -> None:
+        self.saved = [(fd, os.dup(fd)) for fd in (1, 2)]
+        self.sink = os.open(os.devnull, os.O_WRONLY)
+        for fd, _ in self.saved:
+            os.dup2(self.sink, fd)
+
+    def __exit__(self, *error) -> None:
+        for fd, copy in self.saved:
+            os.dup2(copy, fd)
+            os.close(copy)
+        os.close(self.sink)

@@ -1,0 +1,134 @@
+"""Whole inputs to vectors: an encoder's batches dealt to the ranks, their results gathered into a store."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import fields
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from utils import checkpoint, engines
+from utils.arguments import ModelArguments
+from utils.distributed import Ranks
+from utils.embedding_store import EmbeddingStore, fingerprint
+from utils.encoder import Encoder, EncoderSettings, TextEncoder
+from utils.report import Progress
+
+logger = logging.getLogger(__name__)
+
+# Batches that each rank encodes between two exchanges: what a kill can cost.
+_BATCHES_A_ROUND = 8
+
+
+def build_encoders(given: ModelArguments) -> tuple[Encoder, Encoder]:
+    """The encoders of queries and of passages that the arguments describe; no weights are loaded yet.
+
+    Raises:
+        FileNotFoundError, ValueError: no such model, or one that does not go with the arguments.
+    """
+    model = checkpoint.resolve(given.model_path, given.tokenizer_path)
+    engine = engines.LazyEngine(model, given.dtype)
+    query_template = given.query_template or given.template or model.query_template
+    passage_template = given.passage_template or given.template or model.passage_template
+    names = {f.name for f in fields(EncoderSettings)} - {"template"}
+    settings = {name: getattr(given, name) for name in names}
+    query, passage = (
+        Encoder(model, EncoderSettings(template=template, **settings), engine)
+        for template in (query_template, passage_template)
+    )
+    return query, passage
+
+
+def embed(
+    encoder: TextEncoder, texts: Sequence[str] | None, ranks: Ranks, folder: Path, what: str
+) -> tuple[np.ndarray | None, int]:
+    """Vectors of ``texts`` on rank 0 (None elsewhere), float32 [n, dim], memory-mapped from a store.
+
+    Args:
+        texts: on rank 0; None elsewhere.
+        folder: where rank 0 keeps its stores; unused on other ranks.
+        what: a word for progress lines, such as "queries".
+
+    Returns:
+        The vectors, and how many texts had to be encoded now.
+    """
+    store: EmbeddingStore | None = None
+    finished: set[int] | None = None
+
+    def open_store() -> None:
+        nonlocal store, finished
+        assert texts is not None
+        store = EmbeddingStore(folder, fingerprint(encoder.description(), texts), len(texts), encoder.dim)
+        finished = store.open()
+        if store.is_complete:
+            finished = None
+            logger.info("%s: all %s vectors are in %s", what, f"{len(texts):,}", store.folder)
+
+    try:
+        ranks.on_first(open_store)
+        finished = ranks.broadcast_object(finished)
+        encoded = 0
+        if finished is not None:
+            encoded = _fill(encoder, ranks.broadcast_texts(texts), ranks, store, finished, what)
+        return (store.read() if store is not None else None), encoded
+    finally:
+        if store is not None:
+            store.close()
+
+
+def _fill(
+    encoder: TextEncoder,
+    texts: Sequence[str],
+    ranks: Ranks,
+    store: EmbeddingStore | None,
+    finished: set[int],
+    what: str,
+) -> int:
+    """Encode the batches that are not finished; returns the number of texts in them."""
+    share = np.array_split(np.arange(len(texts)), ranks.size)[ranks.rank]
+    own = encoder.token_lengths([texts[row] for row in share])
+    lengths = np.concatenate(ranks.gather_rows(own))
+    plan = encoder.plan(lengths)
+    todo = [number for number in range(len(plan)) if number not in finished]
+    n_todo = sum(len(plan[number]) for number in todo)
+    megabytes = len(texts) * encoder.dim * 4 / 2**20
+    logger.info(
+        "%s: encoding %s texts, %s tokens in %d batches; %.0f MiB of vectors on disk",
+        what, f"{n_todo:,}", f"{sum(int(lengths[plan[number]].sum()) for number in todo):,}", len(todo), megabytes,
+    )  # fmt: skip
+    mine = todo[ranks.rank :: ranks.size]
+    vectors = encoder.encode_batches(texts, [plan[number] for number in mine])
+    with Progress(what, len(texts), "texts", len(texts) - n_todo) as progress:
+        step = _BATCHES_A_ROUND * ranks.size
+        for start in range(0, len(todo), step):
+            numbers = todo[start : start + step]
+            blocks = [next(vectors) for _ in numbers[ranks.rank :: ranks.size]]
+            own_rows = np.concatenate(blocks) if blocks else np.zeros((0, encoder.dim), np.float32)
+            gathered = ranks.gather_rows(own_rows)
+            ranks.on_first(partial(_write, store, numbers, plan, gathered, texts))
+            progress.update(sum(len(plan[number]) for number in numbers))
+    ranks.on_first(lambda: store.finish() if store is not None else None)
+    return n_todo
+
+
+def _write(
+    store: EmbeddingStore | None,
+    numbers: list[int],
+    plan: list[np.ndarray],
+    gathered: list[np.ndarray],
+    texts: Sequence[str],
+) -> None:
+    assert store is not None
+    offsets = [0] * len(gathered)
+    batches = []
+    for position, number in enumerate(numbers):
+        owner, rows = position % len(gathered), plan[number]
+        block = gathered[owner][offsets[owner] : offsets[owner] + len(rows)]
+        offsets[owner] += len(rows)
+        bad = np.flatnonzero(~np.isfinite(block).all(axis=1))
+        if len(bad):
+            text = texts[rows[bad[0]]][:60]
+            raise ValueError(f"the model gives NaN or infinity for {text!r}; try dtype float32, or check the weights")
+        batches.append((number, rows, block))
+    store.write(batches)

@@ -1,0 +1,178 @@
+"""Embeddings on disk, so that nothing is encoded twice and a killed run goes on where it stopped.
+
+A store is a folder named by a fingerprint of everything that the vectors depend on: the texts in
+their order and the encoder's own description (weights, tokenizer, template, lengths, pooling, dtype).
+Any change gives another folder, so a stale vector cannot be read. In it, ``vectors.partial`` (raw
+little-endian float32 rows) is filled batch by batch and ``journal`` notes each finished batch after
+its rows are on disk; when all are there the file is renamed to ``vectors``.
+"""
+
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Iterable
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from utils.outputs import described, take_lock
+
+_DTYPE = np.dtype("<f4")
+_JOURNAL_ENTRY = struct.Struct("<qq")  # a batch number and a check on it, against a torn last entry
+
+
+def fingerprint(description: dict, texts: Iterable[str]) -> str:
+    """SHA-256, in hex, of an encoder's description and the texts in their order."""
+    hasher = hashlib.sha256(json.dumps(description, sort_keys=True, ensure_ascii=False).encode())
+    for text in texts:
+        data = text.encode()
+        hasher.update(b"%d:" % len(data))
+        hasher.update(data)
+    return hasher.hexdigest()
+
+
+class EmbeddingStore:
+    """``n`` vectors of ``dim`` dimensions in ``folder / fingerprint``, used by rank 0 alone.
+
+    ``open`` takes the store's lock, waiting for another run that fills the same store.
+    """
+
+    def __init__(self, folder: Path, key: str, n: int, dim: int):
+        self.folder = folder / key[:32]
+        self.n, self.dim = n, dim
+        self._lock: IO | None = None
+        self._data: IO | None = None
+        self._journal: IO | None = None
+
+    @property
+    def is_complete(self) -> bool:
+        """True once every vector is there."""
+        return (self.folder / "vectors").exists()
+
+    def open(self) -> set[int]:
+        """Lock the store and return the numbers of the batches that are finished.
+
+        Raises:
+            OSError: the folder cannot be made or written, or too little space is left on its disk.
+        """
+        try:
+            self._lock = take_lock(self.folder, patience_s=float("inf"))
+            if self.is_complete:
+                return set()
+            finished = self._read_journal()
+            size = self.n * self.dim * _DTYPE.itemsize
+            if not finished:
+                self._require_space(size)
+            self._data = open(self.folder / "vectors.partial", "r+b" if finished else "w+b")  # noqa: SIM115
+            self._data.truncate(size)
+            self._journal = open(self.folder / "journal", "ab" if finished else "wb")  # noqa: SIM115
+            return finished
+        except OSError as error:
+            raise described(error, f"{self.folder}: cannot keep embeddings there") from None
+
+    def write(self, batches: list[tuple[int, np.ndarray, np.ndarray]]) -> None:
+        """Finished batches: (number, rows int64 [b], vectors float32 [b, dim]).
+
+        Raises:
+            OSError: the disk is full or gone; the batches already noted stay good.
+        """
+        assert self._data is not None and self._journal is not None
+        try:
+            for _, rows, vectors in batches:
+                for row, vector in zip(rows, np.ascontiguousarray(vectors, _DTYPE), strict=True):
+                    self._data.seek(int(row) * vector.nbytes)
+                    self._data.write(vector)
+            self._data.flush()
+            self._journal.write(b"".join(_JOURNAL_ENTRY.pack(number, ~number) for number, _, _ in batches))
+            self._journal.flush()
+        except OSError as error:
+            raise described(error, f"{self.folder}: cannot write embeddings") from None
+
+    def finish(self) -> None:
+        """All batches are written: make the store complete."""
+        assert self._data is not None and self._journal is not None
+        try:
+            os.fsync(self._data.fileno())
+            self._data.close()
+            self._journal.close()
+            os.replace(self.folder / "vectors.partial", self.folder / "vectors")
+            (self.folder / "journal").unlink()
+        except OSError as error:
+            raise described(error, f"{self.folder}: cannot write embeddings") from None
+
+    def read(self) -> np.ndarray:
+        """The vectors, float32 [n, dim], memory-mapped and read-only; requires ``is_complete``."""
+        path = self.folder / "vectors"
+        if path.stat().st_size != self.n * self.dim * _DTYPE.itemsize:
+            raise ValueError(f"{path}: is not {self.n} x {self.dim} float32; remove {self.folder} and run again")
+        if self.n == 0:
+            return np.zeros((0, self.dim), _DTYPE)
+        return np.memmap(path, _DTYPE, "r", shape=(self.n, self.dim))
+
+    def close(self) -> None:
+        """Let go of the files and the lock."""
+        for stream in (self._data, self._journal, self._lock):
+            if stream is not None:
+                stream.close()
+        self._data = self._journal = self._lock = None
+
+    def _read_journal(self) -> set[int]:
+        try:
+            content = (self.folder / "journal").read_bytes()
+        except FileNotFoundError:
+            return set()
+        whole = len(content) - len(content) % _JOURNAL_ENTRY.size
+        entries = _JOURNAL_ENTRY.iter_unpack(content[:whole])
+        if whole != len(content):
+            os.truncate(self.folder / "journal", whole)
+        return {number for number, check in entries if check == ~number}
+
+    def _require_space(self, size: int) -> None:
+        disk = os.statvfs(self.folder)
+        free = disk.f_bavail * disk.f_frsize
+        if free < size:
+            raise OSError(
+                f"{size / 2**20:,.0f} MiB needed for {self.n:,} vectors of {self.dim} dimensions, "
+                f"{free / 2**20:,.0f} MiB free"
+            )
+
+
+def read_user_vectors(path: str, n: int, normalize: bool) -> np.ndarray:
+    """A user's ``.npy`` file: float [n, dim], memory-mapped; checked row by row in blocks.
+
+    Raises:
+        FileNotFoundError, ValueError: missing, not a plain float array, not ``n`` rows, or a row with
+            NaN, infinity or (when they are to be normalised) length 0.
+    """
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"{path}: no such file; expected a .npy file of {n} rows")
+    try:
+        vectors = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise ValueError(f"{path}: not a plain .npy array ({error}); expected float32 [{n}, dim]") from None
+    if not isinstance(vectors, np.ndarray) or vectors.ndim != 2 or vectors.dtype.kind != "f":
+        found = f"{vectors.dtype} {list(vectors.shape)}" if isinstance(vectors, np.ndarray) else "an archive"
+        raise ValueError(f"{path}: holds {found}; expected float32 [{n}, dim]")
+    if len(vectors) != n or vectors.shape[1] == 0:
+        raise ValueError(f"{path}: has shape {list(vectors.shape)}; expected [{n}, dim], a row for each row of input")
+    for start in range(0, n, 1 << 16):
+        block = np.asarray(vectors[start : start + (1 << 16)], np.float32)
+        norms = np.linalg.norm(block.astype(np.float64), axis=1)
+        bad = np.flatnonzero(~np.isfinite(norms) | ((norms == 0) & normalize))
+        if len(bad):
+            what = "NaN or infinity" if not np.isfinite(norms[bad[0]]) else "only zeros"
+            raise ValueError(f"{path}: row {start + bad[0] + 1} holds {what}; expected finite vectors")
+    return vectors
+
+
+def unit_rows(vectors: np.ndarray, rows: np.ndarray, normalize: bool) -> np.ndarray:
+    """The chosen rows in memory, float32 [len(rows), dim], scaled to length 1 if asked for."""
+    chosen = np.empty((len(rows), vectors.shape[1]), np.float32)
+    for start in range(0, len(rows), 1 << 14):
+        block = np.asarray(vectors[rows[start : start + (1 << 14)]], np.float64)
+        if normalize:
+            block /= np.linalg.norm(block, axis=1, keepdims=True)
+        chosen[start : start + len(block)] = block
+    return chosen

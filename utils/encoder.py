@@ -1,0 +1,172 @@
+"""Texts to vectors: tokenise, batch by length, forward, pool, cut, normalise, input order back.
+
+A text's vector can differ in its last bits with the other texts of its batch, because the shape of the
+matrix products decides how they round. Batches are therefore planned over the whole input, from token
+lengths alone, and are never split: whoever encodes a batch, on whichever rank, gets the same bits.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from itertools import islice
+from typing import Protocol
+
+import numpy as np
+
+from utils import checkpoint, engines, tokenizing
+
+logger = logging.getLogger(__name__)
+
+# Rows of a batch at most, whatever their length.
+_MAX_BATCH_ROWS = 1024
+
+
+class TextEncoder(Protocol):
+    """What the algorithms need of an encoder; tests replace it with one that has no model."""
+
+    dim: int
+
+    def description(self) -> dict:
+        """Everything that a vector depends on, apart from the text, as JSON values."""
+
+    def token_lengths(self, texts: Sequence[str]) -> np.ndarray:
+        """Token counts, int32 [n]."""
+
+    def plan(self, lengths: np.ndarray) -> list[np.ndarray]:
+        """Rows of each batch, int64."""
+
+    def encode_batches(self, texts: Sequence[str], batches: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
+        """Vectors of each batch in turn, float32 [b, dim]."""
+
+
+@dataclass(frozen=True)
+class EncoderSettings:
+    """The user's choices; None leaves a choice to the checkpoint. ``template`` holds ``{text}``."""
+
+    template: str | None = None
+    dimension: int | None = None
+    max_src_len: int = 512
+    pooling: str | None = None
+    normalize: bool = True
+    dtype: str = "auto"
+    batch_tokens: int | None = None
+
+
+class Encoder:
+    """A checkpoint with settings, for one side (queries or passages).
+
+    The tokenizer and the weights are loaded when they are first needed.
+
+    Raises:
+        ValueError: the dimension is larger than the model's.
+    """
+
+    def __init__(self, model: checkpoint.Checkpoint, settings: EncoderSettings, engine: "engines.LazyEngine"):
+        self.model, self.settings, self._engine = model, settings, engine
+        self.dim = settings.dimension or model.hidden_size
+        if self.dim > model.hidden_size:
+            raise ValueError(f"dimension is {self.dim}; the model {model.folder} has only {model.hidden_size}")
+        self.template = settings.template or model.query_template
+        self.pooling = settings.pooling or model.pooling
+        self.max_length = min(settings.max_src_len, model.max_length or settings.max_src_len)
+        if self.max_length < settings.max_src_len:
+            logger.info("texts are cut to %d tokens, the longest that the model takes", self.max_length)
+
+    @cached_property
+    def _tokenizer(self) -> tokenizing.Tokenizer:
+        return tokenizing.load(self.model.tokenizer_folder, self.max_length)
+
+    def description(self) -> dict:
+        """Everything that a vector depends on, apart from the text, as JSON values."""
+        return asdict(self.settings) | {
+            "digest": self.model.digest(),
+            "template": self.template,
+            "pooling": self.pooling,
+            "max_src_len": self.max_length,
+            "dimension": self.dim,
+            **self._engine.description(),
+        }
+
+    def token_lengths(self, texts: Sequence[str]) -> np.ndarray:
+        """Token counts with template and special tokens, after the cut, int32 [n]."""
+        return tokenizing.lengths(self._tokenizer, [self._filled(text) for text in texts])
+
+    def plan(self, lengths: np.ndarray) -> list[np.ndarray]:
+        """Rows of each batch, int64: longest texts first, each batch within the token budget."""
+        budget = self.settings.batch_tokens or self._engine.batch_tokens
+        order = np.argsort(-lengths, kind="stable")
+        batches = []
+        start = 0
+        while start < len(order):
+            width = engines.padded_length(int(lengths[order[start]]))
+            size = max(1, min(budget // max(1, width), _MAX_BATCH_ROWS))
+            batches.append(order[start : start + size].astype(np.int64))
+            start += size
+        return batches
+
+    def encode(self, texts: Sequence[str]) -> np.ndarray:
+        """All vectors in input order, float32 [n, dim]; in this process alone."""
+        vectors = np.empty((len(texts), self.dim), np.float32)
+        batches = self.plan(self.token_lengths(texts))
+        for rows, block in zip(batches, self.encode_batches(texts, batches), strict=True):
+            vectors[rows] = block
+        return vectors
+
+    def encode_batches(self, texts: Sequence[str], batches: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
+        """Vectors of each batch in turn, float32 [b, dim].
+
+        Batches are tokenised ahead of the forward pass, on a thread of their own.
+        """
+        engine = self._engine.loaded()
+        with ThreadPoolExecutor(1) as tokenizer_thread, ThreadPoolExecutor(engine.lanes) as lanes:
+
+            def submit(rows: np.ndarray) -> Future:
+                tokens = tokenizer_thread.submit(self._tokenised, [texts[row] for row in rows])
+                return lanes.submit(lambda: self._forward(engine, *tokens.result()))
+
+            waiting = iter(batches)
+            running = [submit(rows) for rows in islice(waiting, 2 * engine.lanes)]
+            try:
+                while running:
+                    vectors = running.pop(0).result()
+                    running += [submit(rows) for rows in islice(waiting, 1)]
+                    yield vectors
+            finally:
+                for future in running:
+                    future.cancel()
+
+    def _filled(self, text: str) -> str:
+        return self.template.replace("{text}", text)
+
+    def _tokenised(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Padded ids int64 [b, t] and lengths int64 [b], padding to the right."""
+        tokens = self._tokenizer([self._filled(text) for text in texts])
+        lengths = np.array([len(ids) for ids in tokens], np.int64)
+        padded = np.full((len(tokens), engines.padded_length(int(lengths.max()))), self._tokenizer.pad_id, np.int64)
+        for row, ids in zip(padded, tokens, strict=True):
+            row[: len(ids)] = ids
+        return padded, lengths
+
+    def _forward(self, engine: "engines.Engine", ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        vectors = engine.forward(ids, lengths, pooling_weights(lengths, ids.shape[1], self.pooling))
+        vectors = np.ascontiguousarray(vectors[:, : self.dim], np.float32)
+        if self.settings.normalize:
+            norms = np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
+            vectors = (vectors / np.maximum(norms, 1e-12)).astype(np.float32)
+        return vectors
+
+
+def pooling_weights(lengths: np.ndarray, width: int, pooling: str) -> np.ndarray:
+    """Pooling as a weighted sum over tokens: float32 [b, width], each row summing to 1.
+
+    ``cls`` takes the first token, ``last`` the last one that is no padding, ``mean`` all of those alike.
+    Sequences begin at column 0.
+    """
+    columns = np.arange(width)
+    if pooling == "cls":
+        return np.broadcast_to(columns == 0, (len(lengths), width)).astype(np.float32)
+    if pooling == "last":
+        return (columns == lengths[:, None] - 1).astype(np.float32)
+    return (columns < lengths[:, None]).astype(np.float32) / np.maximum(lengths, 1)[:, None].astype(np.float32)

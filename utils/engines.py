@@ -1,0 +1,106 @@
+"""Forward engines: token ids to pooled vectors, behind one small interface.
+
+PaddleEngine runs any PaddleNLP model in dynamic graph mode, on a GPU or a CPU.
+"""
+
+import importlib.metadata
+import logging
+from functools import cache
+from typing import Protocol
+
+import numpy as np
+
+from utils.checkpoint import Checkpoint
+
+logger = logging.getLogger(__name__)
+
+
+class Engine(Protocol):
+    """lanes: how many threads may call ``forward`` at once."""
+
+    lanes: int
+
+    def forward(self, ids: np.ndarray, lengths: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        """Pooled vectors, float32 [b, hidden].
+
+        Args:
+            ids: int64 [b, t], padded to the right.
+            lengths: int64 [b], the tokens that are no padding.
+            weights: float32 [b, t], the pooling as a weighted sum over tokens.
+        """
+
+
+@cache
+def device() -> str:
+    """``"gpu"`` where Paddle was built for CUDA and sees a GPU, else ``"cpu"``."""
+    try:
+        importlib.metadata.version("paddlepaddle-gpu")
+    except importlib.metadata.PackageNotFoundError:
+        return "cpu"  # decided without the seconds that importing Paddle takes
+    import paddle
+
+    return "gpu" if paddle.device.cuda.device_count() else "cpu"
+
+
+def padded_length(length: int) -> int:
+    """The width of a batch whose longest text has ``length`` tokens: few widths, so few shapes to prepare."""
+    return -(-length // 8) * 8
+
+
+class LazyEngine:
+    """Knows which engine a checkpoint gets before anything heavy is imported, and loads it when needed."""
+
+    def __init__(self, model: Checkpoint, dtype: str):
+        self.model = model
+        self.device = device()
+        self.dtype = dtype
+        self._engine: Engine | None = None
+        if dtype == "auto":
+            self.dtype = "bfloat16" if self.device == "gpu" else "float32"
+        if self.device == "cpu" and self.dtype == "float16":
+            logger.info("dtype float16 is for GPUs; computing in float32")
+            self.dtype = "float32"
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens in a batch, padding included."""
+        return 65536 if self.device == "gpu" else 2048
+
+    def description(self) -> dict:
+        """What of the engine the vectors depend on."""
+        return {"engine": "paddle", "device": self.device, "dtype": self.dtype}
+
+    def loaded(self) -> Engine:
+        """The engine, its weights in memory."""
+        if self._engine is None:
+            self._engine = PaddleEngine(self.model, self.dtype, self.device)
+        return self._engine
+
+
+class PaddleEngine:
+    """PaddleNLP's AutoModel in dynamic graph mode."""
+
+    lanes = 1
+
+    def __init__(self, model: Checkpoint, dtype: str, device_name: str):
+        import paddle
+        from paddlenlp.transformers import AutoModel
+        from paddlenlp.utils.log import logger as paddlenlp_logger
+
+        paddlenlp_logger.set_level("ERROR")
+        paddle.set_device(device_name)
+        from_torch = not list(model.folder.glob("*.pdparams"))
+        self._model = AutoModel.from_pretrained(str(model.folder), convert_from_torch=from_torch, dtype=dtype)
+        self._model.eval()
+        self._is_decoder = model.is_decoder
+
+    def forward(self, ids: np.ndarray, lengths: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        """See Engine."""
+        import paddle
+
+        mask = (np.arange(ids.shape[1]) < lengths[:, None]).astype(np.int64)
+        with paddle.no_grad():
+            output = self._model(paddle.to_tensor(ids), attention_mask=paddle.to_tensor(mask))
+            hidden = (output[0] if isinstance(output, list | tuple) else output).astype("float32")
+            pooled = paddle.bmm(paddle.to_tensor(weights).unsqueeze(1), hidden).squeeze(1)
+        return pooled.numpy()

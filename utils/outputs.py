@@ -1,0 +1,130 @@
+"""Output files that appear whole or not at all, and the folder that a killed run leaves behind."""
+
+import fcntl
+import os
+import shutil
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from utils.records import RecordError, to_line
+
+# A killed run's last process may still be on its way out.
+LOCK_PATIENCE_S = 10
+
+
+class Outputs:
+    """Output files that appear together, whole, after success.
+
+    They are written in the work folder ``<main>.work`` beside the main output and renamed into place
+    by ``commit``, the main output last, so that its presence means that the run was completed. The
+    work folder is locked for the lifetime of the process: a second run with the same output is
+    refused, and what a killed run left there is taken over.
+    """
+
+    def __init__(self, main: str, inputs: Iterable[str] = ()):
+        self.main = Path(main)
+        self.work = self.main.with_name(self.main.name + ".work")
+        self._staged: list[tuple[Path, Path]] = []
+        self._lock: IO | None = None
+        if self.main.is_dir():
+            raise IsADirectoryError(f"{main}: is a directory; expected a path for the output file")
+        for path in inputs:
+            if os.path.exists(path) and self.main.exists() and os.path.samefile(path, self.main):
+                raise ValueError(f"{main}: the output would overwrite an input; give another output path")
+
+    def open_work(self) -> Path:
+        """Make and lock the work folder.
+
+        Raises:
+            OSError: it cannot be made or written.
+            ValueError: another run holds it.
+        """
+        try:
+            self._lock = take_lock(self.work)
+        except OSError as error:
+            raise described(error, f"{self.main}: cannot write there") from None
+        if self._lock is None:
+            raise ValueError(f"{self.main}: another run is writing this output; wait for it or give another path")
+        return self.work
+
+    @contextmanager
+    def stage(self, suffix: str = "") -> Iterator[IO[bytes]]:
+        """A writer for ``<main><suffix>``; the file appears there at ``commit``."""
+        final = self.main.with_name(self.main.name + suffix)
+        draft = self.work / f"output{suffix or '.main'}"
+        try:
+            with open(draft, "wb") as stream:
+                yield stream
+                stream.flush()
+                os.fsync(stream.fileno())
+        except OSError as error:
+            draft.unlink(missing_ok=True)
+            raise described(error, f"{final}: cannot write") from None
+        self._staged.append((draft, final))
+
+    def commit(self) -> None:
+        """Rename every staged file into place, then remove the work folder."""
+        for draft, final in sorted(self._staged, key=lambda pair: pair[1] == self.main):
+            try:
+                os.replace(draft, final)
+            except OSError as error:
+                raise described(error, f"{final}: cannot write") from None
+        shutil.rmtree(self.work, ignore_errors=True)
+        self.close()
+
+    def abandon(self) -> None:
+        """Remove the work folder if nothing worth resuming is in it."""
+        if self._lock is not None:
+            for name in os.listdir(self.work):
+                if name.startswith("output"):
+                    (self.work / name).unlink()
+            if os.listdir(self.work) == ["lock"]:
+                shutil.rmtree(self.work, ignore_errors=True)
+            self.close()
+
+    def close(self) -> None:
+        """Let go of the lock."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+
+def write_rejected(outputs: Outputs, rejected: Iterable[RecordError]) -> None:
+    """The rows that ``on_bad_row=skip`` set aside, in ``<output>.rejected.jsonl``."""
+    with outputs.stage(".rejected.jsonl") as stream:
+        for error in rejected:
+            stream.write(to_line({"path": error.path, "line": error.line, "reason": error.reason}))
+
+
+def take_lock(folder: Path, patience_s: float = LOCK_PATIENCE_S) -> IO | None:
+    """Make ``folder`` and lock it until the returned file is closed or the process ends.
+
+    Returns None if another process still holds it after ``patience_s`` seconds.
+    """
+    deadline = time.monotonic() + patience_s
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock = open(folder / "lock", "a")  # noqa: SIM115 - held until the process ends
+        except FileNotFoundError:
+            continue  # the holder has just finished and removed the folder
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(lock.fileno()), os.stat(folder / "lock")):
+                return lock
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                lock.close()
+                return None
+            time.sleep(0.1)
+        except FileNotFoundError:
+            pass  # locked a file that its holder had just removed: make a new one
+        lock.close()
+
+
+def described(error: OSError, what: str) -> OSError:
+    """The same kind of error, its message opening with what was being done."""
+    return type(error)(f"{what}: {error.strerror or error}")

@@ -1,0 +1,205 @@
+"""Rows of (query, positives, negatives): JSON Lines in and out.
+
+Every complaint names ``path:line``, what was found and what was expected. Nothing here knows what
+the rows are for.
+"""
+
+import gzip
+import hashlib
+import json
+import os
+import unicodedata
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import IO, NamedTuple
+
+# FlagEmbedding writes its rows under shorter names.
+_ALIASES = {"pos_passage": "pos", "neg_passage": "neg"}
+_BOM = b"\xef\xbb\xbf"
+
+
+class RecordError(ValueError):
+    """A row that cannot be used: ``path:line: what was found; what was expected``."""
+
+    def __init__(self, path: str, line: int, reason: str):
+        super().__init__(f"{path}:{line}: {reason}")
+        self.path, self.line, self.reason = path, line, reason
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One row. ``row`` is the whole JSON object, so that unknown keys and their order survive."""
+
+    query: str
+    pos_passage: tuple[str, ...]
+    neg_passage: tuple[str, ...]
+    line: int
+    row: dict
+
+    @property
+    def extra(self) -> dict:
+        """The keys that this toolkit does not know."""
+        known = {"query", *_ALIASES, *_ALIASES.values()}
+        return {key: value for key, value in self.row.items() if key not in known}
+
+
+class RawLine(NamedTuple):
+    """A line of a file: its 1-based number, and its bytes without the line ending."""
+
+    number: int
+    content: bytes
+
+
+@dataclass
+class Source:
+    """A JSONL file (``.gz`` too) read as records, row by row.
+
+    Args:
+        path: the file.
+        require: the keys that each row must have, filled.
+        on_bad_row: ``"error"`` raises at the first bad row, ``"skip"`` collects it in ``rejected``.
+
+    After a full pass ``n_rows`` counts the rows (blank lines are not rows), ``rejected`` holds the bad
+    ones and ``digest`` the SHA-256 of the content, so that a second pass can tell that the file is
+    still the same.
+    """
+
+    path: str
+    require: tuple[str, ...] = ("query",)
+    on_bad_row: str = "error"
+    n_rows: int = 0
+    digest: str = ""
+    rejected: list[RecordError] = field(default_factory=list)
+
+    def __iter__(self) -> Iterator[Record]:
+        hasher = hashlib.sha256()
+        rejected: list[RecordError] = []
+        n_rows = 0
+        for raw in read_lines(self.path, hasher.update):
+            n_rows += 1
+            try:
+                record = parse_record(raw, self.path, self.require)
+            except RecordError as error:
+                if self.on_bad_row != "skip":
+                    raise
+                rejected.append(error)
+                continue
+            yield record
+        if n_rows == 0:
+            raise ValueError(f"{self.path}: the file has no rows; expected one JSON object a line")
+        if len(rejected) == n_rows:
+            raise ValueError(f"{self.path}: all {n_rows} rows are bad, the first: {rejected[0]}")
+        self.n_rows, self.rejected, self.digest = n_rows, rejected, hasher.hexdigest()
+
+    def raw_lines(self) -> Iterator[RawLine]:
+        """The rows' lines again, byte for byte; raises if the file changed since the full pass."""
+        hasher = hashlib.sha256()
+        yield from read_lines(self.path, hasher.update)
+        if hasher.hexdigest() != self.digest:
+            raise ValueError(f"{self.path}: the file changed while it was being processed; run again")
+
+
+def read_lines(path: str, saw: Callable[[bytes], None] = lambda chunk: None) -> Iterator[RawLine]:
+    """The non-blank lines of a file, gunzipped by content; ``saw`` gets every byte that was read."""
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"{path}: no such file; expected a JSONL file")
+    if os.path.isdir(path):
+        raise IsADirectoryError(f"{path}: is a directory; expected a JSONL file")
+    with open(path, "rb") as plain:
+        zipped = plain.read(2) == b"\x1f\x8b"
+        plain.seek(0)
+        stream: IO[bytes] = gzip.GzipFile(fileobj=plain) if zipped else plain
+        number = 0
+        try:
+            for number, line in enumerate(stream, 1):
+                saw(line)
+                if number == 1:
+                    line = line.removeprefix(_BOM)
+                line = line.rstrip(b"\r\n")
+                if line.strip():
+                    yield RawLine(number, line)
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise RecordError(path, number + 1, f"broken gzip data: {error}") from None
+
+
+def parse_record(raw: RawLine, path: str, require: tuple[str, ...]) -> Record:
+    """One line as a record.
+
+    Raises:
+        RecordError: not UTF-8, not a JSON object, or a key that is missing, empty or of a wrong type.
+    """
+
+    def bad(reason: str) -> RecordError:
+        return RecordError(path, raw.number, reason)
+
+    row = parse_object(raw, path)
+    query = row.get("query", "")
+    if "query" in row and not isinstance(query, str):
+        raise bad(f'"query" is {_kind(query)}; expected a string')
+    if "query" in require and not query.strip():
+        raise bad(f'"query" is {"empty" if "query" in row else "missing"}; expected a non-empty string')
+    passages = []
+    for key in _ALIASES:
+        name = passages_key(row, key)
+        values = row.get(name, [])
+        if not isinstance(values, list):
+            raise bad(f'"{name}" is {_kind(values)}; expected a list of strings')
+        for position, value in enumerate(values):
+            if not isinstance(value, str):
+                raise bad(f'"{name}"[{position}] is {_kind(value)}; expected a string')
+            if not value.strip():
+                raise bad(f'"{name}"[{position}] is empty; expected a non-empty string')
+        if key in require and not values:
+            found = "an empty list" if name in row else "missing"
+            raise bad(f'"{name}" is {found}; expected a list of at least one string')
+        passages.append(tuple(values))
+    try:
+        for text in (query, *passages[0], *passages[1]):
+            text.encode()
+    except UnicodeEncodeError:
+        raise bad("a text holds half of a surrogate pair (\\ud800 to \\udfff); expected valid Unicode") from None
+    return Record(query, passages[0], passages[1], raw.number, row)
+
+
+def parse_object(raw: RawLine, path: str) -> dict:
+    """One line as a JSON object, or a RecordError that says what stands there instead."""
+    try:
+        row = json.loads(raw.content.decode())
+    except UnicodeDecodeError as error:
+        reason = f"byte {error.start + 1} of the line is not UTF-8; expected UTF-8 text"
+        raise RecordError(path, raw.number, reason) from None
+    except json.JSONDecodeError as error:
+        reason = f"not JSON ({error.msg} at column {error.colno}); expected one JSON object a line"
+        raise RecordError(path, raw.number, reason) from None
+    except RecursionError:
+        reason = "JSON nested too deeply; expected one flat JSON object a line"
+        raise RecordError(path, raw.number, reason) from None
+    except ValueError as error:  # such as a number of more than 4,300 digits
+        reason = f"not usable JSON ({error}); expected one JSON object a line"
+        raise RecordError(path, raw.number, reason) from None
+    if not isinstance(row, dict):
+        raise RecordError(path, raw.number, f"the row is {_kind(row)}; expected a JSON object")
+    return row
+
+
+def _kind(value) -> str:
+    names = {type(None): "null", bool: "a boolean", int: "a number", float: "a number"}
+    names |= {str: "a string", list: "a list", dict: "an object"}
+    return names[type(value)]
+
+
+def passages_key(row: dict, key: str) -> str:
+    """Under which name a row holds ``pos_passage`` or ``neg_passage``: ours, or FlagEmbedding's."""
+    alias = _ALIASES[key]
+    return alias if key not in row and alias in row else key
+
+
+def fold(text: str) -> str:
+    """What makes two texts equal: Unicode NFKC, runs of white space as one space, none at the ends."""
+    return " ".join(unicodedata.normalize("NFKC", text).split())
+
+
+def to_line(row: dict) -> bytes:
+    """A JSON object as one UTF-8 line, with its line ending."""
+    return json.dumps(row, ensure_ascii=False).encode() + b"\n"

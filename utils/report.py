@@ -1,0 +1,123 @@
+"""What a person sees while a script runs, and the run report that programs read afterwards."""
+
+import importlib.metadata
+import json
+import logging
+import platform
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+from utils import runtime
+
+_PACKAGES = ("paddlepaddle", "paddlepaddle-gpu", "paddlenlp", "faiss-cpu", "faiss-gpu", "numpy", "tokenizers")
+# With output that is not a terminal a bar becomes a line this often.
+_LINE_EVERY_S = 30.0
+
+
+def set_up_logging() -> None:
+    """Log lines on stderr, from rank 0 only."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    root = logging.getLogger("utils")
+    root.handlers[:] = [handler] if runtime.rank() == 0 else [logging.NullHandler()]
+    root.setLevel(logging.INFO)
+    root.propagate = False
+
+
+class Progress:
+    """A bar on a terminal, an occasional line elsewhere, silence on other ranks."""
+
+    def __init__(self, what: str, total: int, unit: str, done: int = 0):
+        self.what, self.total, self.unit, self.done = what, total, unit, done
+        self._already, self._started = done, time.monotonic()
+        self._line_due = self._started + _LINE_EVERY_S
+        self._bar = None
+        if runtime.rank() == 0 and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total, initial=done, desc=what, unit=unit, unit_scale=True, leave=False)
+
+    def update(self, count: int) -> None:
+        """``count`` more units are done."""
+        self.done += count
+        if self._bar is not None:
+            self._bar.update(count)
+        elif runtime.rank() == 0 and time.monotonic() >= self._line_due:
+            self._line_due = time.monotonic() + _LINE_EVERY_S
+            rate = (self.done - self._already) / (time.monotonic() - self._started)
+            left = (self.total - self.done) / rate if rate else float("inf")
+            print(
+                f"{self.what}: {self.done:,} of {self.total:,} {self.unit}, {rate:,.0f}/s, about {left:,.0f} s left",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *error) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+class RunReport:
+    """Collects what a run did; ``as_dict`` is what ``<output>.report.json`` holds."""
+
+    def __init__(self, script: str, arguments: dict):
+        self.script, self.arguments = script, arguments
+        self.counts: dict[str, int] = {}
+        self.results: dict = {}
+        self.seconds: dict[str, float] = {}
+        self._started = time.monotonic()
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Add the time of this block to ``seconds[name]``."""
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
+
+    def as_dict(self) -> dict:
+        """Everything, ready for JSON. Times in seconds, memory in bytes."""
+        return {
+            "script": self.script,
+            "arguments": self.arguments,
+            "counts": self.counts,
+            **self.results,
+            "seconds": {
+                **{name: round(value, 3) for name, value in self.seconds.items()},
+                "total": round(time.monotonic() - self._started, 3),
+            },
+            "peak_memory_bytes": runtime.peak_memory_bytes(),
+            "world_size": runtime.world_size(),
+            "versions": versions(),
+        }
+
+    def to_json(self) -> bytes:
+        """``as_dict`` as indented UTF-8 JSON."""
+        return (json.dumps(self.as_dict(), ensure_ascii=False, indent=2) + "\n").encode()
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide the result."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def table(rows: Iterable[tuple[str, str]], title: str = "") -> str:
+    """Two columns for a terminal: names to the left, values to the right."""
+    rows = list(rows)
+    left = max(len(name) for name, _ in rows)
+    right = max(len(value) for _, value in rows)
+    lines = [title] if title else []
+    lines += [f"  {name:<{left}}  {value:>{right}}" for name, value in rows]
+    return "\n".join(lines)

@@ -1,0 +1,337 @@
+"""Nearest rows by inner product, exact to the last bit that matters, in bounded blocks.
+
+Float32 matrix products of other shapes round differently, so they only *screen*: whatever lies within
+the rounding bound of the cut is kept, and one float64 dot product per surviving pair (``pair_scores``)
+decides, with ties going to the lower row number. The result is therefore the same for any block size,
+thread count, device and number of ranks.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+
+from utils import runtime
+from utils.distributed import BLOCK_BYTES, Ranks
+
+logger = logging.getLogger(__name__)
+
+# One screening product is at most this many queries by this many corpus rows: 8 MB of float32, which
+# stays in the cache while it is compared.
+_QUERY_BLOCK, _CORPUS_BLOCK = 512, 4096
+# Queries that rank 0 sends round at a time.
+_EXCHANGE_QUERIES = 4096
+# Memory for the float64 copies that pair_scores makes.
+_RESCORE_BYTES = 32 << 20
+
+
+class Neighbors(NamedTuple):
+    """The best corpus rows of each query, best first; where there are fewer than k, row is -1.
+
+    scores: float64 [q, k], minus infinity where there is none. rows: int64 [q, k].
+    """
+
+    scores: np.ndarray
+    rows: np.ndarray
+
+
+def pair_scores(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """The canonical score of each pair of rows: float32 [n, d] twice to float64 [n].
+
+    Products of float32 are exact in float64, and NumPy sums a contiguous axis in an order that depends
+    on its length alone, so the same two rows give the same bits wherever they are scored.
+    """
+    scores = np.empty(len(left), np.float64)
+    step = max(1, _RESCORE_BYTES // (8 * max(1, left.shape[1])))
+    for start in range(0, len(left), step):
+        block = slice(start, start + step)
+        scores[block] = np.multiply(left[block], right[block], dtype=np.float64).sum(axis=1)
+    return scores
+
+
+def rounding_bound(dim: int, norms: float) -> float:
+    """How far a float32 inner product may lie from the true one, for vectors whose norms multiply to ``norms``.
+
+    The classical bound gamma_n |x| |y| with n = dim + 1 and unit roundoff 2^-24 (Higham, Accuracy and
+    Stability of Numerical Algorithms, section 3.1); it holds for any order of summation.
+    """
+    return (dim + 1) * 2.0**-24 * 1.01 * norms
+
+
+class ExactIndex:
+    """Rows to be searched exactly: an array as it is (memory-mapped is fine), or rows added in blocks.
+
+    Args:
+        dim: the width of the rows.
+        capacity: room for rows that will be added.
+        vectors: float32 [n, dim] to search where it lies, instead of adding.
+        device: ``"cpu"`` or ``"gpu"`` (faiss-gpu).
+    """
+
+    def __init__(self, dim: int, capacity: int = 0, vectors: np.ndarray | None = None, device: str = "cpu"):
+        self.dim = dim
+        self._rows = np.empty((capacity, dim), np.float32) if vectors is None else vectors
+        self._n = 0 if vectors is None else len(vectors)
+        self._norm = 0.0 if vectors is None else largest_norm(vectors)
+        self._gpu = _Gpu() if device == "gpu" else None
+
+    def __len__(self) -> int:
+        return self._n
+
+    @property
+    def vectors(self) -> np.ndarray:
+        """The rows, float32 [n, dim]."""
+        return self._rows[: self._n]
+
+    def add(self, vectors: np.ndarray) -> None:
+        """Append rows, float32 [m, dim]; the capacity must allow it."""
+        assert self._n + len(vectors) <= len(self._rows)
+        self._rows[self._n : self._n + len(vectors)] = vectors
+        self._n += len(vectors)
+        self._norm = max(self._norm, largest_norm(vectors))
+
+    def search(self, queries: np.ndarray, k: int, floor: float = -np.inf) -> Neighbors:
+        """The ``k`` best rows of each query whose canonical score is at least ``floor``.
+
+        Args:
+            queries: float32 [q, dim].
+        """
+        result = Neighbors(np.full((len(queries), k), -np.inf), np.full((len(queries), k), -1, np.int64))
+        if self._n == 0 or len(queries) == 0:
+            return result
+        slack = rounding_bound(self.dim, self._norm * largest_norm(queries))
+        if self._gpu is not None:
+            left = self._gpu.search(queries, self.vectors, k, floor, slack, result)
+            if len(left):
+                redone = self._search_blocks(queries[left], k, floor, slack)
+                result.scores[left], result.rows[left] = redone
+            return result
+        return self._search_blocks(queries, k, floor, slack)
+
+    def _search_blocks(self, queries: np.ndarray, k: int, floor: float, slack: float) -> Neighbors:
+        def work(start: int) -> Neighbors:
+            return _search_block(queries[start : start + size], self.vectors, k, floor, slack)
+
+        threads = runtime.cpu_threads()
+        size = min(_QUERY_BLOCK, -(-len(queries) // threads))
+        parts = list(_in_threads(work, range(0, len(queries), size)))
+        return Neighbors(np.concatenate([p.scores for p in parts]), np.concatenate([p.rows for p in parts]))
+
+
+def _in_threads(work: Callable[[int], Neighbors], starts: range) -> Iterator[Neighbors]:
+    """Blocks on as many threads as we have cores, each with single-threaded products.
+
+    NumPy's comparisons run on one core while they last; giving each core its own block keeps both busy.
+    """
+    from threadpoolctl import threadpool_limits
+
+    threads = min(runtime.cpu_threads(), len(starts))
+    with threadpool_limits(1, user_api="blas"):
+        if threads == 1:
+            yield from map(work, starts)
+        else:
+            with ThreadPoolExecutor(threads) as pool:
+                yield from pool.map(work, starts)
+
+
+def _search_block(queries: np.ndarray, corpus: np.ndarray, k: int, floor: float, slack: float) -> Neighbors:
+    """One block of queries against the whole corpus.
+
+    Keeps, per query, every row whose screened score is within twice the rounding bound of the k-th best
+    so far, and settles the few that remain by canonical scores.
+    """
+    n_queries = len(queries)
+    cut = np.full(n_queries, floor - slack, np.float32)
+    product = np.empty((n_queries, min(_CORPUS_BLOCK, len(corpus))), np.float32)
+    found = _Candidates(queries, corpus, k, floor, slack)
+    for start in range(0, len(corpus), _CORPUS_BLOCK):
+        block = corpus[start : start + _CORPUS_BLOCK]
+        screened = product[:, : len(block)]
+        if not screened.flags.c_contiguous:  # the last, shorter block
+            screened = np.empty((n_queries, len(block)), np.float32)
+        np.matmul(queries, block.T, out=screened)
+        if start == 0 and floor == -np.inf and k < len(block):
+            # Nothing is known yet: take the k-th best of this block as the first cut.
+            kth = np.partition(screened, len(block) - k, axis=1)[:, len(block) - k]
+            cut = kth - np.float32(2 * slack)
+        hits = np.flatnonzero(screened >= cut[:, None])
+        if len(hits):
+            query, column = np.divmod(hits, len(block))
+            found.add(query, column + start, screened.reshape(-1)[hits])
+            if found.should_prune:
+                found.prune(cut)
+    return found.settle()
+
+
+class _Candidates:
+    """Screened pairs of one block of queries, pruned as the cut rises."""
+
+    def __init__(self, queries: np.ndarray, corpus: np.ndarray, k: int, floor: float, slack: float):
+        self.queries, self.corpus, self.k, self.floor, self.slack = queries, corpus, k, floor, slack
+        self._parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        self._size = 0
+        self._prune_at = 2 * len(queries) * k
+
+    def add(self, query: np.ndarray, row: np.ndarray, score: np.ndarray) -> None:
+        self._parts.append((query.astype(np.int32), row.astype(np.int64), score))
+        self._size += len(query)
+
+    @property
+    def should_prune(self) -> bool:
+        return self._size > self._prune_at
+
+    def prune(self, cut: np.ndarray) -> None:
+        """Raise ``cut`` to what the k-th best screened score of each query allows, and drop what falls below."""
+        query, row, score = (np.concatenate(column) for column in zip(*self._parts, strict=True))
+        order = np.lexsort((-score, query))
+        query, row, score = query[order], row[order], score[order]
+        place = _place_within(query)
+        kth = place == self.k - 1
+        cut[query[kth]] = np.maximum(cut[query[kth]], score[kth] - np.float32(2 * self.slack))
+        stays = score >= cut[query]
+        query, row, score = query[stays], row[stays], score[stays]
+        if len(query) > self._prune_at:
+            # So many near-ties that the bound cannot part them: settle them now, canonically.
+            settled = self._ranked(query, row)
+            query, row, exact = settled
+            score = exact.astype(np.float32)
+        self._parts, self._size = [(query, row, score)], len(query)
+        self._prune_at = max(self._prune_at, 2 * self._size)
+
+    def settle(self) -> Neighbors:
+        """The k best of each query by canonical score, ties to the lower row."""
+        result = Neighbors(
+            np.full((len(self.queries), self.k), -np.inf), np.full((len(self.queries), self.k), -1, np.int64)
+        )
+        if self._parts:
+            self.prune(np.full(len(self.queries), self.floor - self.slack, np.float32))
+            query, row, score = self._ranked(*self._parts[0][:2])
+            place = _place_within(query)
+            result.scores[query, place], result.rows[query, place] = score, row
+        return result
+
+    def _ranked(self, query: np.ndarray, row: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        score = np.empty(len(query), np.float64)
+        step = max(1, _RESCORE_BYTES // (8 * self.queries.shape[1]))
+        for start in range(0, len(query), step):
+            part = slice(start, start + step)
+            score[part] = pair_scores(self.queries[query[part]], self.corpus[row[part]])
+        order = np.lexsort((row, -score, query))
+        query, row, score = query[order], row[order], score[order]
+        stays = (_place_within(query) < self.k) & (score >= self.floor)
+        return query[stays], row[stays], score[stays]
+
+
+def _place_within(groups: np.ndarray) -> np.ndarray:
+    """For sorted group numbers, each element's position within its group."""
+    if len(groups) == 0:
+        return np.zeros(0, np.int64)
+    starts = np.flatnonzero(np.diff(groups, prepend=groups[0] - 1))
+    lengths = np.diff(starts, append=len(groups))
+    return np.arange(len(groups)) - np.repeat(starts, lengths)
+
+
+def largest_norm(vectors: np.ndarray) -> float:
+    """The largest Euclidean norm of float32 rows [n, d]."""
+    largest = 0.0
+    for start in range(0, len(vectors), 1 << 14):
+        block = vectors[start : start + (1 << 14)]
+        largest = max(largest, float(np.einsum("ij,ij->i", block, block).max(initial=0.0)))
+    return largest**0.5 * (1 + 1e-3)
+
+
+def merge(parts: list[Neighbors], k: int) -> Neighbors:
+    """The k best of several results for the same queries, by score and then by row number."""
+    scores = np.concatenate([part.scores for part in parts], axis=1)
+    rows = np.concatenate([part.rows for part in parts], axis=1)
+    by_row = np.where(rows < 0, np.iinfo(np.int64).max, rows)
+    order = np.lexsort((by_row, -scores), axis=1)[:, :k]
+    return Neighbors(np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1))
+
+
+class ShardedIndex:
+    """A corpus spread over the ranks, each holding a part of its own; rank 0 owns queries and rows."""
+
+    def __init__(self, ranks: Ranks, dim: int, device: str = "cpu"):
+        self.ranks, self.dim, self.device = ranks, dim, device
+        self._index: ExactIndex | None = None
+        self._row_numbers = np.zeros(0, np.int64)
+
+    @classmethod
+    def of(cls, ranks: Ranks, vectors: np.ndarray | None, n: int, dim: int, device: str = "cpu") -> "ShardedIndex":
+        """Deal rank 0's ``vectors`` (float32 [n, dim], None elsewhere) out in contiguous parts."""
+        self = cls(ranks, dim, device)
+        bounds = np.linspace(0, n, ranks.size + 1).astype(np.int64)
+        mine = slice(bounds[ranks.rank], bounds[ranks.rank + 1])
+        self._row_numbers = np.arange(n)[mine]
+        if ranks.size == 1:
+            self._index = ExactIndex(dim, vectors=vectors, device=device)
+            return self
+        self._index = ExactIndex(dim, capacity=len(self._row_numbers), device=device)
+        step = max(1, BLOCK_BYTES // (4 * dim))
+        for start in range(0, n, step):
+            block = ranks.broadcast(vectors[start : start + step] if vectors is not None else None)
+            low, high = max(mine.start - start, 0), min(mine.stop - start, len(block))
+            if low < high:
+                self._index.add(block[low:high])
+        return self
+
+    def search(self, queries: np.ndarray, k: int, floor: float = -np.inf) -> Neighbors:
+        """As ExactIndex.search, over all parts; every rank passes the same queries and gets the result."""
+        assert self._index is not None
+        local = self._index.search(queries, k, floor)
+        rows = np.where(local.rows < 0, -1, self._row_numbers[local.rows] if len(self._row_numbers) else -1)
+        if self.ranks.size == 1:
+            return local
+        parts = zip(self.ranks.gather_rows(local.scores), self.ranks.gather_rows(rows), strict=True)
+        return merge([Neighbors(scores, rows) for scores, rows in parts], k)
+
+    def search_all(self, queries: np.ndarray | None, n: int, k: int, floor: float = -np.inf) -> Neighbors:
+        """As ``search`` for rank 0's queries (float32 [n, dim], None elsewhere), block by block."""
+        result = Neighbors(np.full((n, k), -np.inf), np.full((n, k), -1, np.int64))
+        for start in range(0, n, _EXCHANGE_QUERIES):
+            part = slice(start, start + _EXCHANGE_QUERIES)
+            block = self.ranks.broadcast(
+                np.ascontiguousarray(queries[part], np.float32) if queries is not None else None
+            )
+            result.scores[part], result.rows[part] = self.search(block, k, floor)
+        return result
+
+
+class _Gpu:
+    """faiss-gpu's brute force as the screen; the canonical scores are still taken on the CPU."""
+
+    _EXTRA = 32
+
+    def __init__(self) -> None:
+        import faiss
+
+        self.faiss = faiss
+        self.resources = faiss.StandardGpuResources()
+
+    def search(
+        self, queries: np.ndarray, corpus: np.ndarray, k: int, floor: float, slack: float, result: Neighbors
+    ) -> np.ndarray:
+        """Fill ``result`` and return the queries whose near-ties reach past what was fetched."""
+        width = min(k + self._EXTRA, len(corpus), 2048)
+        screened, rows = self.faiss.knn_gpu(
+            self.resources, queries, corpus, width, metric=self.faiss.METRIC_INNER_PRODUCT
+        )
+        last = screened[:, min(k, width) - 1]
+        cut = np.maximum(last, floor + slack) - 2 * slack
+        unsettled = (screened[:, -1] >= cut) & (width < len(corpus))
+        done = np.flatnonzero(~unsettled)
+        found = _Candidates(queries[done], corpus, k, floor, slack)
+        query, place = np.nonzero(screened[done] >= cut[done, None])
+        found.add(query, rows[done][query, place], screened[done][query, place])
+        result.scores[done], result.rows[done] = found.settle()
+        return np.flatnonzero(unsettled)
+
+
+def gpu_is_usable() -> bool:
+    """True if faiss was built for GPUs and sees one."""
+    import faiss
+
+    return hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus() > 0

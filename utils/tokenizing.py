@@ -1,0 +1,89 @@
+"""Texts to token ids: the Rust tokenizer where the checkpoint has one, else PaddleNLP's."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+# Tokenise this many texts at a time, so that memory stays bounded.
+_BLOCK_TEXTS = 4096
+# A text can be cut to this many characters a wanted token before tokenising: no vocabulary has many
+# longer pieces, and a text of megabytes would otherwise be tokenised whole to keep its first 512 tokens.
+_CHARACTERS_PER_TOKEN = 64
+
+
+class Tokenizer(Protocol):
+    """pad_id fills up a batch; left is true if padding goes in front."""
+
+    pad_id: int
+
+    def __call__(self, texts: Sequence[str]) -> list[Sequence[int]]:
+        """Token ids of each text, special tokens included, cut to the length limit."""
+
+
+def load(folder: Path, max_length: int) -> Tokenizer:
+    """The tokenizer in a checkpoint's folder, cutting texts to ``max_length`` tokens."""
+    if (folder / "tokenizer.json").is_file():
+        return _RustTokenizer(folder, max_length)
+    return _PaddleTokenizer(folder, max_length)
+
+
+def lengths(tokenizer: Tokenizer, texts: Sequence[str]) -> np.ndarray:
+    """Token counts, int32 [n]."""
+    counts = np.empty(len(texts), np.int32)
+    for start in range(0, len(texts), _BLOCK_TEXTS):
+        block = tokenizer(texts[start : start + _BLOCK_TEXTS])
+        counts[start : start + len(block)] = [len(ids) for ids in block]
+    return counts
+
+
+class _RustTokenizer:
+    def __init__(self, folder: Path, max_length: int):
+        import tokenizers
+
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        except Exception as error:  # noqa: BLE001 - the library raises bare Exception
+            raise ValueError(f"{folder / 'tokenizer.json'}: cannot be read ({error})") from None
+        self._tokenizer.no_padding()
+        self._tokenizer.enable_truncation(max_length)
+        self._max_characters = max_length * _CHARACTERS_PER_TOKEN
+        self.pad_id = _pad_id(self._tokenizer, folder)
+
+    def __call__(self, texts: Sequence[str]) -> list[Sequence[int]]:
+        cut = [text[: self._max_characters] for text in texts]
+        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(cut)]
+
+
+def _pad_id(tokenizer, folder: Path) -> int:
+    """Padding is masked, so any valid id will do where the checkpoint names none."""
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        path = folder / name
+        if path.is_file():
+            token = json.loads(path.read_text(encoding="utf-8")).get("pad_token")
+            token = token.get("content") if isinstance(token, dict) else token
+            number = tokenizer.token_to_id(token) if token else None
+            if number is not None:
+                return number
+    for token in ("<pad>", "[PAD]", "<|endoftext|>"):
+        number = tokenizer.token_to_id(token)
+        if number is not None:
+            return number
+    return 0
+
+
+class _PaddleTokenizer:
+    def __init__(self, folder: Path, max_length: int):
+        from paddlenlp.transformers import AutoTokenizer
+
+        self._tokenizer = AutoTokenizer.from_pretrained(str(folder))
+        self._max_length = max_length
+        self.pad_id = self._tokenizer.pad_token_id or 0
+
+    def __call__(self, texts: Sequence[str]) -> list[Sequence[int]]:
+        limit = self._max_length * _CHARACTERS_PER_TOKEN
+        return [
+            self._tokenizer(text[:limit], max_length=self._max_length, truncation=True)["input_ids"] for text in texts
+        ]
