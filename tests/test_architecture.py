@@ -11,7 +11,7 @@ FORBIDDEN = {
     "records": HEAVY,
     "arguments": HEAVY,
     "outputs": HEAVY,
-    "runtime": HEAVY | {"records", "outputs"},
+    "runtime": HEAVY - {"paddle"} | {"records", "outputs"},
     "distributed": {"faiss", "paddlenlp", "records", "search", "encoder"},
     "bundled_model": {"paddle", "paddlenlp", "faiss", "arguments"},
     "checkpoint": {"numpy", "paddle", "faiss", "records", "distributed"},

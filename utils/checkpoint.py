@@ -4,6 +4,7 @@ Knows the layouts of Hugging Face, sentence-transformers and PaddleNLP. Only sma
 here, so that a wrong option is refused before any weight is loaded.
 """
 
+import functools
 import hashlib
 import json
 import logging
@@ -24,7 +25,6 @@ TOKENIZER_FILES = (
 
 # Model types whose attention looks only backwards; their sentence is summed up in its last token.
 DECODERS = ("qwen2", "qwen3", "llama", "mistral", "gemma", "gpt")
-# These number positions from padding_idx + 1, so that many of their position embeddings are unused.
 _OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert")
 _POOLING_FLAGS = {
     "pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean", "pooling_mode_lasttoken": "last"
@@ -43,6 +43,7 @@ class Checkpoint:
 
     folder: Path
     tokenizer_folder: Path
+    config: dict
     model_type: str
     hidden_size: int
     max_length: int | None
@@ -55,6 +56,11 @@ class Checkpoint:
         """True for causal models."""
         return self.model_type in DECODERS
 
+    @property
+    def position_offset(self) -> int:
+        """How many position embeddings come before the first token's."""
+        return _position_offset(self.config, self.model_type)
+
     def weight_files(self) -> list[Path]:
         """The files that hold the weights, of the first kind that is there."""
         for pattern in WEIGHT_PATTERNS:
@@ -63,6 +69,7 @@ class Checkpoint:
                 return files
         return []
 
+    @functools.cached_property
     def digest(self) -> str:
         """SHA-256 over weights, configuration and tokenizer: equal digests give equal vectors."""
         hasher = hashlib.sha256()
@@ -97,6 +104,7 @@ def resolve(model_path: str, tokenizer_path: str | None = None) -> Checkpoint:
     return Checkpoint(
         folder=folder,
         tokenizer_folder=tokenizer_folder,
+        config=config,
         model_type=model_type,
         hidden_size=hidden_size,
         max_length=_max_length(config, model_type),
@@ -178,13 +186,14 @@ def _prompts(folder: Path) -> tuple[str, str]:
     return prompts.get("query", default) or "", passage or ""
 
 
+def _position_offset(config: dict, model_type: str) -> int:
+    """RoBERTa's kin number positions from the padding id plus one."""
+    return int(config.get("pad_token_id", 1)) + 1 if model_type in _OFFSET_POSITIONS else 0
+
+
 def _max_length(config: dict, model_type: str) -> int | None:
     positions = config.get("max_position_embeddings")
-    if not isinstance(positions, int):
-        return None
-    if model_type in _OFFSET_POSITIONS:
-        positions -= int(config.get("pad_token_id") or 0) + 1
-    return positions
+    return positions - _position_offset(config, model_type) if isinstance(positions, int) else None
 
 
 def _read_json(path: Path):

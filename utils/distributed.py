@@ -83,10 +83,9 @@ class Ranks:
 
     def _join(self) -> None:
         if not self._joined:
-            import paddle.distributed as dist
-
-            with _quiet_stdout():
-                dist.init_parallel_env()
+            paddle = runtime.import_paddle()
+            with _quiet_output():
+                paddle.distributed.init_parallel_env()
             self._joined = True
 
     def broadcast_object(self, value):
@@ -161,7 +160,7 @@ class Ranks:
         self.gather_object(None)
 
 
-class _quiet_stdout:
+class _quiet_output:
     """Keep the native libraries' own lines (gloo's rendezvous) off stdout and stderr."""
 
     def __enter__(self) -> None:

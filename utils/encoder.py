@@ -6,6 +6,7 @@ lengths alone, and are never split: whoever encodes a batch, on whichever rank, 
 """
 
 import logging
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -21,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 # Rows of a batch at most, whatever their length.
 _MAX_BATCH_ROWS = 1024
+# Batches tokenised before they are needed.
+_BATCHES_AHEAD = 4
 
 
 class TextEncoder(Protocol):
@@ -81,7 +84,7 @@ class Encoder:
     def description(self) -> dict:
         """Everything that a vector depends on, apart from the text, as JSON values."""
         return asdict(self.settings) | {
-            "digest": self.model.digest(),
+            "digest": self.model.digest,
             "template": self.template,
             "pooling": self.pooling,
             "max_src_len": self.max_length,
@@ -120,21 +123,20 @@ class Encoder:
         Batches are tokenised ahead of the forward pass, on a thread of their own.
         """
         engine = self._engine.loaded()
-        with ThreadPoolExecutor(1) as tokenizer_thread, ThreadPoolExecutor(engine.lanes) as lanes:
+        with ThreadPoolExecutor(1) as ahead:
 
-            def submit(rows: np.ndarray) -> Future:
-                tokens = tokenizer_thread.submit(self._tokenised, [texts[row] for row in rows])
-                return lanes.submit(lambda: self._forward(engine, *tokens.result()))
+            def tokenise(rows: np.ndarray) -> Future:
+                return ahead.submit(self._tokenised, [texts[row] for row in rows])
 
             waiting = iter(batches)
-            running = [submit(rows) for rows in islice(waiting, 2 * engine.lanes)]
+            ready = deque(tokenise(rows) for rows in islice(waiting, _BATCHES_AHEAD))
             try:
-                while running:
-                    vectors = running.pop(0).result()
-                    running += [submit(rows) for rows in islice(waiting, 1)]
-                    yield vectors
+                while ready:
+                    tokens = ready.popleft().result()
+                    ready += [tokenise(rows) for rows in islice(waiting, 1)]
+                    yield self._forward(engine, *tokens)
             finally:
-                for future in running:
+                for future in ready:
                     future.cancel()
 
     def _filled(self, text: str) -> str:

@@ -1,6 +1,7 @@
 """Forward engines: token ids to pooled vectors, behind one small interface.
 
-PaddleEngine runs any PaddleNLP model in dynamic graph mode, on a GPU or a CPU.
+PaddleEngine runs any PaddleNLP model in dynamic graph mode, on a GPU or a CPU; onednn.OneDNNEngine is
+several times as fast on CPUs, for encoders.
 """
 
 import importlib.metadata
@@ -10,15 +11,14 @@ from typing import Protocol
 
 import numpy as np
 
+from utils import onednn, runtime
 from utils.checkpoint import Checkpoint
 
 logger = logging.getLogger(__name__)
 
 
 class Engine(Protocol):
-    """lanes: how many threads may call ``forward`` at once."""
-
-    lanes: int
+    """A model in memory."""
 
     def forward(self, ids: np.ndarray, lengths: np.ndarray, weights: np.ndarray) -> np.ndarray:
         """Pooled vectors, float32 [b, hidden].
@@ -37,14 +37,17 @@ def device() -> str:
         importlib.metadata.version("paddlepaddle-gpu")
     except importlib.metadata.PackageNotFoundError:
         return "cpu"  # decided without the seconds that importing Paddle takes
-    import paddle
-
+    paddle = runtime.import_paddle()
     return "gpu" if paddle.device.cuda.device_count() else "cpu"
 
 
 def padded_length(length: int) -> int:
-    """The width of a batch whose longest text has ``length`` tokens: few widths, so few shapes to prepare."""
-    return -(-length // 8) * 8
+    """The width of a batch whose longest text has ``length`` tokens.
+
+    Few widths mean few shapes to prepare. Sixteen is what the matrix kernels work in, too: with it, a
+    text's vector was seen not to depend on the rest of its batch, to the last bit.
+    """
+    return -(-length // 16) * 16
 
 
 class LazyEngine:
@@ -53,12 +56,15 @@ class LazyEngine:
     def __init__(self, model: Checkpoint, dtype: str):
         self.model = model
         self.device = device()
+        self.name = "onednn" if self.device == "cpu" and onednn.supports(model) else "paddle"
         self.dtype = dtype
         self._engine: Engine | None = None
         if dtype == "auto":
             self.dtype = "bfloat16" if self.device == "gpu" else "float32"
-        if self.device == "cpu" and self.dtype == "float16":
-            logger.info("dtype float16 is for GPUs; computing in float32")
+            if self.name == "onednn":
+                self.dtype = onednn.best_dtype()
+        elif self.device == "cpu" and dtype != "float32" and (self.name, dtype) != ("onednn", onednn.best_dtype()):
+            logger.info("this processor has no %s arithmetic; computing in float32", dtype)
             self.dtype = "float32"
 
     @property
@@ -68,22 +74,23 @@ class LazyEngine:
 
     def description(self) -> dict:
         """What of the engine the vectors depend on."""
-        return {"engine": "paddle", "device": self.device, "dtype": self.dtype}
+        return {"engine": self.name, "device": self.device, "dtype": self.dtype}
 
     def loaded(self) -> Engine:
         """The engine, its weights in memory."""
         if self._engine is None:
-            self._engine = PaddleEngine(self.model, self.dtype, self.device)
+            if self.name == "onednn":
+                self._engine = onednn.OneDNNEngine(self.model, self.dtype)
+            else:
+                self._engine = PaddleEngine(self.model, self.dtype, self.device)
         return self._engine
 
 
 class PaddleEngine:
     """PaddleNLP's AutoModel in dynamic graph mode."""
 
-    lanes = 1
-
     def __init__(self, model: Checkpoint, dtype: str, device_name: str):
-        import paddle
+        paddle = runtime.import_paddle()
         from paddlenlp.transformers import AutoModel
         from paddlenlp.utils.log import logger as paddlenlp_logger
 

@@ -5,7 +5,9 @@ returns every large temporary to the kernel. Both are settled here, by environme
 libc call, so this module must run first and imports only the standard library.
 """
 
+import contextlib
 import ctypes
+import io
 import logging
 import os
 import signal
@@ -35,7 +37,18 @@ def prepare() -> None:
     _keep_large_blocks()
     if is_launched():
         _die_with_parent()
-    warnings.filterwarnings("ignore", message="No ccache found")
+
+
+def import_paddle():
+    """Import Paddle without the lines that it prints while it is being imported, and return it."""
+    if "paddle" not in sys.modules:
+        with contextlib.ExitStack() as quiet:
+            quiet.enter_context(contextlib.redirect_stdout(io.StringIO()))
+            quiet.enter_context(contextlib.redirect_stderr(io.StringIO()))
+            quiet.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore")
+            import paddle  # noqa: F401
+    return sys.modules["paddle"]
 
 
 def is_launched() -> bool:
