@@ -1,6 +1,6 @@
 """Remove near-duplicate queries from a JSONL file by a cosine threshold.
 
-    python clean_query.py                                        # toy_data, with the bundled model
+    python clean_query.py                                        # config/clean_query.json: toy_data
     python clean_query.py config/clean_query.json --similarity_threshold 0.8
     python -m paddle.distributed.launch --nproc_per_node 2 clean_query.py config/clean_query.json
     python -m paddle.distributed.launch --devices 0,1,2,3 clean_query.py config/clean_query.json
@@ -13,6 +13,9 @@ import sys
 
 from utils import arguments, runtime
 from utils.arguments import CleanArguments
+
+# What a run without arguments does; its threshold suits the bundled model.
+DEFAULT_CONFIG = "config/clean_query.json"
 
 
 class Clean_Query:
@@ -46,7 +49,7 @@ class Clean_Query:
 
 def main() -> None:
     runtime.prepare()
-    given = arguments.parse(CleanArguments, sys.argv[1:], "Remove near-duplicate queries.")
+    given = arguments.parse(CleanArguments, sys.argv[1:] or [DEFAULT_CONFIG], "Remove near-duplicate queries.")
     from utils import cleaning, report
 
     report.set_up_logging()

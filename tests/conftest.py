@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +55,7 @@ def make_rows(n: int, seed: int = 0) -> list[dict]:
     for i in range(n):
         words = [*rng.choice(FILLERS, rng.integers(1, 6)), *rng.choice(TOPICS, rng.integers(1, 3))]
         rng.shuffle(words)
-        query = " ".join(words)
+        query = " ".join(words) if i % 10 < 9 else rows[rng.integers(0, i)]["query"]
         rows.append({"query": query, "pos_passage": [f"{query} answer {i}"], "neg_passage": [], "id": i})
     return rows
 
@@ -135,7 +136,7 @@ def run_script(script: str, *arguments, nproc: int = 1, cwd=ROOT, timeout: float
 def script_command(script: str, *arguments, nproc: int = 1) -> list[str]:
     command = [sys.executable]
     if nproc > 1:
-        log = os.environ.get("PYTEST_LAUNCH_LOG", "/tmp/launch-log")
+        log = str(Path(tempfile.gettempdir()) / f"launch-log-{os.getpid()}")
         command += ["-m", "paddle.distributed.launch", "--nproc_per_node", str(nproc), "--log_dir", log]
     return [*command, str(ROOT / script), *map(str, arguments)]
 

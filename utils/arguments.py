@@ -49,7 +49,10 @@ class ModelArguments:
     dimension: int | None = option(
         None, "keep this many leading dimensions (Matryoshka); default: the model's width", at_least=1
     )
-    max_src_len: int = option(512, "longest text in tokens, special tokens included", at_least=4, at_most=1 << 20)
+    max_src_len: int | None = option(
+        None, "longest text in tokens, special tokens included; default: as the model says, but not over 512",
+        at_least=4,
+    )  # fmt: skip
     pooling: str | None = option(None, "how token vectors become one; default: as the model says", choices=POOLINGS)
     normalize: bool = option(True, "scale vectors to length 1, so that products are cosines")
     dtype: str = option("auto", "arithmetic of the forward pass; auto: the fastest sound one", choices=DTYPES)

@@ -4,8 +4,10 @@ Knows the layouts of Hugging Face, sentence-transformers and PaddleNLP. Only sma
 here, so that a wrong option is refused before any weight is loaded.
 """
 
+import contextlib
 import functools
 import hashlib
+import io
 import json
 import logging
 import os
@@ -38,7 +40,8 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 class Checkpoint:
     """A model's folder, and the defaults that come with it.
 
-    query_template and passage_template hold ``{text}``; max_length counts special tokens.
+    query_template and passage_template hold ``{text}``. Lengths count special tokens: max_length is what
+    the position embeddings allow (None: no limit), default_length what the model was made for.
     """
 
     folder: Path
@@ -47,6 +50,7 @@ class Checkpoint:
     model_type: str
     hidden_size: int
     max_length: int | None
+    default_length: int
     pooling: str
     query_template: str
     passage_template: str
@@ -69,6 +73,16 @@ class Checkpoint:
                 return files
         return []
 
+    @property
+    def is_torch(self) -> bool:
+        """True if the weights are PyTorch's, whose linear layers are stored transposed."""
+        first = self.weight_files()[0]
+        if first.suffix == ".safetensors":
+            with open(first, "rb") as stream:
+                header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+            return header.get("__metadata__", {}).get("format") == "pt"
+        return first.suffix == ".bin"
+
     @functools.cached_property
     def digest(self) -> str:
         """SHA-256 over weights, configuration and tokenizer: equal digests give equal vectors."""
@@ -88,8 +102,8 @@ def resolve(model_path: str, tokenizer_path: str | None = None) -> Checkpoint:
         ValueError: the folder is no model, or one that this toolkit cannot use.
     """
     folder = _folder(model_path)
-    config = _read_json(folder / "config.json")
-    if config is None:
+    config = _read_json_object(folder / "config.json")
+    if not config:
         raise ValueError(f"{folder}: no config.json there; expected a model's folder")
     if not any(any(folder.glob(pattern)) for pattern in WEIGHT_PATTERNS):
         raise ValueError(f"{folder}: no weights there; expected one of {', '.join(WEIGHT_PATTERNS)}")
@@ -101,13 +115,17 @@ def resolve(model_path: str, tokenizer_path: str | None = None) -> Checkpoint:
     if not any((tokenizer_folder / name).is_file() for name in TOKENIZER_FILES):
         raise ValueError(f"{tokenizer_folder}: no tokenizer there; expected one of {', '.join(TOKENIZER_FILES)}")
     query_prompt, passage_prompt = _prompts(folder)
+    max_length = _max_length(config, model_type)
     return Checkpoint(
         folder=folder,
         tokenizer_folder=tokenizer_folder,
         config=config,
         model_type=model_type,
         hidden_size=hidden_size,
-        max_length=_max_length(config, model_type),
+        max_length=max_length,
+        default_length=_read_json_object(folder / "sentence_bert_config.json").get("max_seq_length")
+        or max_length
+        or 512,
         pooling=_pooling(folder, model_type),
         query_template=query_prompt + "{text}",
         passage_template=passage_prompt + "{text}",
@@ -135,16 +153,15 @@ def _folder(name: str) -> Path:
 
 def _download(name: str) -> Path:
     """A hub name's folder, fetched by PaddleNLP into its own cache."""
-    import contextlib
-    import io
+    from utils.paddlenlp_models import import_paddlenlp
 
     try:
-        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
-            from paddlenlp.transformers import AutoModel, AutoTokenizer
-            from paddlenlp.utils.env import MODEL_HOME
+        transformers = import_paddlenlp()
+        from paddlenlp.utils.env import MODEL_HOME
 
-            AutoTokenizer.from_pretrained(name)
-            AutoModel.from_pretrained(name)
+        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+            transformers.AutoTokenizer.from_pretrained(name)
+            transformers.AutoModel.from_pretrained(name)
         folder = Path(MODEL_HOME) / name
         if (folder / "config.json").is_file():
             return folder
@@ -165,7 +182,7 @@ def _pooling(folder: Path, model_type: str) -> str:
             raise ValueError(f"{folder}: its sentence-transformers module {kind} is not supported")
         if kind == "Pooling":
             path = folder / module["path"] / "config.json"
-            config = _read_json(path) or {}
+            config = _read_json_object(path)
             modes = [mode for flag, mode in _POOLING_FLAGS.items() if config.get(flag)]
             unknown = [key for key, on in config.items() if key.startswith("pooling_mode_") and on is True]
             unknown = [key for key in unknown if key not in _POOLING_FLAGS]
@@ -179,7 +196,7 @@ def _pooling(folder: Path, model_type: str) -> str:
 
 def _prompts(folder: Path) -> tuple[str, str]:
     """A sentence-transformers folder's prompts for queries and passages, empty where it has none."""
-    config = _read_json(folder / "config_sentence_transformers.json") or {}
+    config = _read_json_object(folder / "config_sentence_transformers.json")
     prompts = config.get("prompts") or {}
     default = prompts.get(config.get("default_prompt_name") or "", "")
     passage = next((prompts[name] for name in _PASSAGE_PROMPTS if name in prompts), default)
@@ -194,6 +211,17 @@ def _position_offset(config: dict, model_type: str) -> int:
 def _max_length(config: dict, model_type: str) -> int | None:
     positions = config.get("max_position_embeddings")
     return positions - _position_offset(config, model_type) if isinstance(positions, int) else None
+
+
+def _default_length(folder: Path) -> int | None:
+    return _read_json_object(folder / "sentence_bert_config.json").get("max_seq_length")
+
+
+def _read_json_object(path: Path) -> dict:
+    value = _read_json(path)
+    if value is not None and not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a JSON object")
+    return value or {}
 
 
 def _read_json(path: Path):

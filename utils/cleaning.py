@@ -67,7 +67,7 @@ def clean(given: CleanArguments) -> CleaningResult:
             inputs = ranks.start(lambda: _Inputs.read(given, outputs))
         vectors, reference = _vectors(given, ranks, run, inputs, outputs.work)
         with run.stage("dedup"):
-            result, nearest = _decide(given, ranks, inputs, vectors, reference)
+            result, nearest = _decide(given, ranks, run, inputs, vectors, reference)
         del vectors, reference  # memory maps of files that are removed next
         with run.stage("write"):
             cleaned = ranks.on_first(lambda: _finish(given, outputs, inputs, result, nearest, run))
@@ -166,6 +166,7 @@ def _vectors(
 def _decide(
     given: CleanArguments,
     ranks: Ranks,
+    run: report.RunReport,
     inputs: _Inputs | None,
     vectors: np.ndarray | None,
     reference: np.ndarray | None,
@@ -174,6 +175,8 @@ def _decide(
     device = engines.device()
     n, dim = ranks.broadcast_object(vectors.shape if vectors is not None else None)
     logger.info("dedup: %s unique queries, at most %.0f MiB of vectors in memory", f"{n:,}", n * dim * 4 / 2**20)
+    if vectors is not None and n > 1:
+        _warn_of_a_low_threshold(given, vectors, run)
     nearest = None
     if given.reference_data_path:
         nearest = _nearest_reference(ranks, inputs, vectors, reference, n, device)
@@ -186,6 +189,19 @@ def _decide(
     if given.target_size is not None:
         return dedup.find_threshold(decide, given.target_size), nearest
     return decide(given.similarity_threshold), nearest
+
+
+def _warn_of_a_low_threshold(given: CleanArguments, vectors: np.ndarray, run: report.RunReport) -> None:
+    """Models differ in what unrelated texts score; a threshold in that range removes rows at random."""
+    scores = dedup.unrelated_scores(vectors)
+    mean, high = float(scores.mean()), float(scores[int(0.99 * (len(scores) - 1))])
+    run.results["unrelated_queries"] = {"mean": round(mean, 4), "99th_percentile": round(high, 4)}
+    if given.target_size is None and given.similarity_threshold <= high:
+        logger.warning(
+            "warning: the threshold %g lies within what unrelated queries score with this model (mean %.2f, "
+            "99th percentile %.2f): many removals will be wrong; try %.2f or more",
+            given.similarity_threshold, mean, high, (1 + high) / 2,
+        )  # fmt: skip
 
 
 def _nearest_reference(

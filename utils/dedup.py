@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 # More rows a block means fewer, larger products among the kept rows, and more work within the block.
 _BLOCK_ROWS = 1024
 
+# Pairs that unrelated_scores draws.
+_SAMPLE_PAIRS = 4000
 # target_size looks for the threshold in steps of this.
 THRESHOLD_STEP = 1e-4
 
@@ -127,6 +129,18 @@ def _resolve_block(block: np.ndarray, rows: np.ndarray, best: Neighbors, thresho
             kept[i] = False
             duplicates.append(Duplicate(int(rows[i]), int(row), float(score)))
     return duplicates
+
+
+def unrelated_scores(vectors: np.ndarray) -> np.ndarray:
+    """Canonical scores of random pairs of rows (float32 [n, dim]): what unrelated texts get from this model.
+
+    Ascending, seeded, of at most ``_SAMPLE_PAIRS`` pairs; the fewer the rows, the fewer the pairs.
+    """
+    rng = np.random.default_rng(0)
+    size = min(_SAMPLE_PAIRS, len(vectors) * (len(vectors) - 1) // 2)
+    left = rng.integers(0, len(vectors), size)
+    right = (left + rng.integers(1, max(2, len(vectors)), size)) % len(vectors)
+    return np.sort(pair_scores(vectors[left], vectors[right]))
 
 
 def find_threshold(clean: Callable[[float], DedupResult], target_size: int) -> DedupResult:

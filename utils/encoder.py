@@ -20,6 +20,8 @@ from utils import checkpoint, engines, tokenizing
 
 logger = logging.getLogger(__name__)
 
+# Tokens of a text at most, unless asked for: what a model says can be 32,768, which few texts need.
+DEFAULT_LENGTH = 512
 # Rows of a batch at most, whatever their length.
 _MAX_BATCH_ROWS = 1024
 # Batches tokenised before they are needed.
@@ -50,7 +52,7 @@ class EncoderSettings:
 
     template: str | None = None
     dimension: int | None = None
-    max_src_len: int = 512
+    max_src_len: int | None = None
     pooling: str | None = None
     normalize: bool = True
     dtype: str = "auto"
@@ -73,8 +75,9 @@ class Encoder:
             raise ValueError(f"dimension is {self.dim}; the model {model.folder} has only {model.hidden_size}")
         self.template = settings.template or model.query_template
         self.pooling = settings.pooling or model.pooling
-        self.max_length = min(settings.max_src_len, model.max_length or settings.max_src_len)
-        if self.max_length < settings.max_src_len:
+        wanted = settings.max_src_len or min(model.default_length, DEFAULT_LENGTH)
+        self.max_length = min(wanted, model.max_length or wanted)
+        if self.max_length < wanted:
             logger.info("texts are cut to %d tokens, the longest that the model takes", self.max_length)
 
     @cached_property

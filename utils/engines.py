@@ -91,15 +91,11 @@ class PaddleEngine:
 
     def __init__(self, model: Checkpoint, dtype: str, device_name: str):
         paddle = runtime.import_paddle()
-        from paddlenlp.transformers import AutoModel
-        from paddlenlp.utils.log import logger as paddlenlp_logger
+        from utils.paddlenlp_models import load_model
 
-        paddlenlp_logger.set_level("ERROR")
         paddle.set_device(device_name)
-        from_torch = not list(model.folder.glob("*.pdparams"))
-        self._model = AutoModel.from_pretrained(str(model.folder), convert_from_torch=from_torch, dtype=dtype)
+        self._model = load_model(model, dtype)
         self._model.eval()
-        self._is_decoder = model.is_decoder
 
     def forward(self, ids: np.ndarray, lengths: np.ndarray, weights: np.ndarray) -> np.ndarray:
         """See Engine."""

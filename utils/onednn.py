@@ -141,7 +141,7 @@ def _export(model: Checkpoint, folder: Path) -> None:
 
     paddle.set_device("cpu")
     epsilon = float(model.config.get("layer_norm_eps", model.config.get("layer_norm_epsilon", 1e-12)))
-    embeddings, layers = _sorted_out(_read_weights(model))
+    embeddings, layers = _sorted_out(_read_weights(model), model)
     stack = _stack(layers, model.config, epsilon)
     width = model.hidden_size
     static = paddle.jit.to_static(
@@ -214,11 +214,9 @@ def _read_weights(model: Checkpoint) -> Parameters:
     """All weights as float32, by name. Only safetensors are read here; PaddleNLP reads the rest."""
     files = model.weight_files()
     if files[0].suffix != ".safetensors":
-        from paddlenlp.transformers import AutoModel
+        from utils.paddlenlp_models import load_model
 
-        from_torch = files[0].suffix == ".bin"
-        loaded = AutoModel.from_pretrained(str(model.folder), convert_from_torch=from_torch, dtype="float32")
-        return {name: value.numpy() for name, value in loaded.state_dict().items()}
+        return {name: value.numpy() for name, value in load_model(model, "float32").state_dict().items()}
     import safetensors
 
     weights = {}
@@ -234,11 +232,12 @@ def _read_weights(model: Checkpoint) -> Parameters:
     return weights
 
 
-def _sorted_out(weights: Parameters) -> tuple[Parameters, list[dict[str, Parameters]]]:
+def _sorted_out(weights: Parameters, model: Checkpoint) -> tuple[Parameters, list[dict[str, Parameters]]]:
     """Embedding tables, and each layer's parts with linear weights [in, out], under our own names."""
     weights = {re.sub(r"^.*?(?=(embeddings|encoder)\.)", "", name, count=1): w for name, w in weights.items()}
-    from_torch = any(name.startswith("encoder.layer.") for name in weights)
-    root = "encoder.layer." if from_torch else "encoder.layers."
+    # PaddleNLP has names of its own for some models and Hugging Face's for others, and always [in, out].
+    torch_names = any(name.startswith("encoder.layer.") for name in weights)
+    root = "encoder.layer." if torch_names else "encoder.layers."
 
     def take(name: str) -> np.ndarray:
         if name not in weights:
@@ -246,11 +245,12 @@ def _sorted_out(weights: Parameters) -> tuple[Parameters, list[dict[str, Paramet
         return weights[name]
 
     def part(number: int, name: str) -> Parameters:
-        full = f"{root}{number}.{_LAYER_PARTS[name][0 if from_torch else 1]}"
+        full = f"{root}{number}.{_LAYER_PARTS[name][0 if torch_names else 1]}"
         weight = take(f"{full}.weight")
-        transposed = from_torch and name in _LINEAR
-        return {"weight": weight.T if transposed else weight, "bias": take(f"{full}.bias")}
+        return {"weight": weight.T if out_first and name in _LINEAR else weight, "bias": take(f"{full}.bias")}
 
+    up = take(f"{root}0.{_LAYER_PARTS['up'][0 if torch_names else 1]}.weight")
+    out_first = model.is_torch if up.shape[0] == up.shape[1] else up.shape[1] == model.hidden_size
     numbers = {int(name[len(root) :].split(".")[0]) for name in weights if name.startswith(root)}
     layers = [{name: part(number, name) for name in _LAYER_PARTS} for number in range(len(numbers))]
     norm = "LayerNorm" if "embeddings.LayerNorm.weight" in weights else "layer_norm"

@@ -26,11 +26,11 @@ class Outputs:
 
     def __init__(self, main: str, inputs: Iterable[str] = ()):
         self.main = Path(main)
+        if self.main.is_dir():
+            raise IsADirectoryError(f"{main}: is a directory; expected a path for the output file")
         self.work = self.main.with_name(self.main.name + ".work")
         self._staged: list[tuple[Path, Path]] = []
         self._lock: IO | None = None
-        if self.main.is_dir():
-            raise IsADirectoryError(f"{main}: is a directory; expected a path for the output file")
         for path in inputs:
             if os.path.exists(path) and self.main.exists() and os.path.samefile(path, self.main):
                 raise ValueError(f"{main}: the output would overwrite an input; give another output path")

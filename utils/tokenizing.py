@@ -76,9 +76,9 @@ def _pad_id(tokenizer, folder: Path) -> int:
 
 class _PaddleTokenizer:
     def __init__(self, folder: Path, max_length: int):
-        from paddlenlp.transformers import AutoTokenizer
+        from utils.paddlenlp_models import load_tokenizer
 
-        self._tokenizer = AutoTokenizer.from_pretrained(str(folder))
+        self._tokenizer = load_tokenizer(folder)
         self._max_length = max_length
         self.pad_id = self._tokenizer.pad_token_id or 0
 

@@ -1,0 +1,204 @@
+"""The cleaning job from end to end, with the tiny model, against one-by-one cleaning of its own vectors."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import make_rows, read_jsonl, run_script, write_jsonl
+from test_dedup import one_by_one
+
+from clean_query import Clean_Query
+from utils import arguments, cleaning
+from utils.embedding import build_encoders
+from utils.records import fold
+
+THRESHOLD = 0.97
+
+
+@pytest.fixture
+def job(tmp_path, rows, tiny_model):
+    """A function that cleans ``rows`` with options, and the paths it uses."""
+    source, output = write_jsonl(tmp_path / "in.json", rows), tmp_path / "out" / "clean.json"
+
+    def run(**options):
+        defaults = {"input_data_path": source, "output_data_path": str(output), "similarity_threshold": THRESHOLD}
+        return Clean_Query(tiny_model, tiny_model, **{**defaults, **options}).clean()
+
+    run.source, run.output = source, output
+    return run
+
+
+def vectors_of(texts, model):
+    encoder, _ = build_encoders(arguments.build(arguments.CleanArguments, model_path=model))
+    return encoder.encode(texts)
+
+
+def test_kept_rows_are_those_of_one_by_one_cleaning(job, rows, tiny_model):
+    result = job()
+    queries = [row["query"] for row in rows]
+    unique = list(dict.fromkeys(queries))
+    kept, _ = one_by_one(vectors_of(unique, tiny_model), THRESHOLD)
+    assert result.kept_rows.tolist() == [queries.index(unique[i]) for i in kept]
+
+    source = Path(job.source).read_bytes().splitlines()
+    assert job.output.read_bytes().splitlines() == [source[row] for row in result.kept_rows]
+
+
+def test_every_removed_row_names_a_kept_row_that_reaches_the_threshold(job, rows, tiny_model):
+    result = job()
+    kept_lines = {row + 1 for row in result.kept_rows}
+    removed = read_jsonl(f"{job.output}.removed.jsonl")
+    assert len(removed) + len(kept_lines) == len(rows)
+    assert {entry["reason"] for entry in removed} == {"exact", "similar"}
+    vectors = vectors_of([row["query"] for row in rows], tiny_model)
+    for entry in removed:
+        assert entry["row"] == rows[entry["line"] - 1]
+        assert entry["kept_line"] in kept_lines
+        assert entry["kept_query"] == rows[entry["kept_line"] - 1]["query"]
+        assert entry["cosine"] >= THRESHOLD
+        if entry["reason"] == "exact":
+            assert fold(entry["row"]["query"]) == fold(entry["kept_query"])
+        else:
+            cosine = vectors[entry["line"] - 1] @ vectors[entry["kept_line"] - 1]
+            assert entry["cosine"] == pytest.approx(cosine, abs=1e-4)
+
+
+def test_report_balances_and_says_what_was_done(job, rows):
+    job()
+    report = json.loads((job.output.parent / "clean.json.report.json").read_text())
+    counts = report["counts"]
+    assert counts["input"] == len(rows)
+    parts = ("kept", "removed_exact", "removed_similar", "removed_leakage", "rejected")
+    assert sum(counts[part] for part in parts) == len(rows)
+    assert report["arguments"]["similarity_threshold"] == THRESHOLD
+    assert {"seconds", "texts_per_second", "peak_memory_bytes", "world_size", "versions"} <= set(report)
+    assert sorted(path.name for path in job.output.parent.iterdir()) == [
+        "clean.json", "clean.json.removed.jsonl", "clean.json.report.json"
+    ]  # fmt: skip
+
+
+def test_a_second_threshold_encodes_nothing(job, tmp_path):
+    cache = str(tmp_path / "cache")
+    assert job(embedding_cache=cache).report["counts"]["encoded"] > 0
+    again = job(embedding_cache=cache, similarity_threshold=0.9)
+    assert again.report["counts"]["encoded"] == 0
+    plain = job(similarity_threshold=0.9)
+    assert again.kept_rows.tolist() == plain.kept_rows.tolist()
+
+
+def test_merge_positives(job, rows):
+    result = job(merge_positives=True)
+    given = {row + 1: set(rows[row]["pos_passage"]) for row in result.kept_rows}
+    for entry in read_jsonl(f"{job.output}.removed.jsonl"):
+        given[entry["kept_line"]] |= set(entry["row"]["pos_passage"])
+    merged = read_jsonl(job.output)
+    assert [set(row["pos_passage"]) for row in merged] == list(given.values())
+    assert sum(len(row["pos_passage"]) for row in merged) == len(rows)
+    assert [row["id"] for row in merged] == result.kept_rows.tolist()
+
+
+def test_leaks_are_removed_whatever_else_they_are(job, rows, tmp_path, tiny_model):
+    reference = [{"query": f" {rows[3]['query']}  "}, {"query": "a new shirt where is"}]
+    result = job(reference_data_path=write_jsonl(tmp_path / "dev.json", reference))
+    removed = read_jsonl(f"{job.output}.removed.jsonl")
+    leaks = {entry["line"] - 1 for entry in removed if entry["reason"] == "leakage"}
+    vectors = vectors_of([row["query"] for row in rows], tiny_model)
+    close = vectors @ vectors_of([reference[1]["query"]], tiny_model)[0] >= THRESHOLD
+    close |= vectors @ vectors_of([rows[3]["query"]], tiny_model)[0] >= THRESHOLD
+    assert leaks == set(np.flatnonzero(close))
+    assert 3 in leaks
+    rest = [i for i in range(len(rows)) if i not in leaks]
+    texts = list(dict.fromkeys(rows[i]["query"] for i in rest))
+    kept, _ = one_by_one(vectors_of(texts, tiny_model), THRESHOLD)
+    assert [rows[i]["query"] for i in result.kept_rows] == [texts[i] for i in kept]
+
+
+def test_target_size(job):
+    result = job(target_size=100)
+    assert len(result.kept_rows) <= 100
+    more = job(similarity_threshold=round(result.threshold + 1e-4, 4))
+    assert len(more.kept_rows) > 100
+
+
+def test_user_vectors_replace_the_model(job, rows, tmp_path):
+    vectors = np.random.default_rng(0).standard_normal((len(rows), 8)).astype(np.float32)
+    np.save(tmp_path / "v.npy", vectors)
+    result = job(embeddings_path=str(tmp_path / "v.npy"), similarity_threshold=0.6)
+    queries = [row["query"] for row in rows]
+    first = [queries.index(query) for query in dict.fromkeys(queries)]
+    unit = (vectors / np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)).astype(np.float32)
+    kept, _ = one_by_one(unit[first], 0.6)
+    assert result.kept_rows.tolist() == [first[i] for i in kept]
+
+
+def test_bad_rows_can_be_set_aside(tmp_path, rows, tiny_model):
+    lines = [json.dumps(row).encode() for row in rows[:20]]
+    lines[4], lines[9] = b"{broken", b'{"query": "", "pos_passage": []}'
+    (tmp_path / "in.json").write_bytes(b"\n".join(lines))
+    output = tmp_path / "clean.json"
+    options = {"input_data_path": str(tmp_path / "in.json"), "output_data_path": str(output)}
+    with pytest.raises(ValueError, match=r"in\.json:5: not JSON"):
+        Clean_Query(tiny_model, **options).clean()
+    assert not output.exists()
+    result = Clean_Query(tiny_model, **options, on_bad_row="skip", similarity_threshold=THRESHOLD).clean()
+    assert [entry["line"] for entry in read_jsonl(f"{output}.rejected.jsonl")] == [5, 10]
+    assert result.report["counts"]["rejected"] == 2
+    kept_ids = [row["id"] for row in read_jsonl(output)]
+    removed_ids = [entry["row"]["id"] for entry in read_jsonl(f"{output}.removed.jsonl")]
+    assert sorted(kept_ids + removed_ids) == [i for i in range(20) if i not in (4, 9)]
+
+
+def test_texts_equal_after_folding_are_exact_copies(tmp_path, tiny_model):
+    rows = [{"query": "where is my card"}, {"query": "ｗｈｅｒｅ  is my　card "}, {"query": "old soup"}]
+    source, output = write_jsonl(tmp_path / "in.json", rows), str(tmp_path / "clean.json")
+    Clean_Query(tiny_model, input_data_path=source, output_data_path=output, similarity_threshold=1.0).clean()
+    (entry,) = read_jsonl(f"{output}.removed.jsonl")
+    assert (entry["line"], entry["kept_line"], entry["reason"]) == (2, 1, "exact")
+
+
+def test_a_low_threshold_is_warned_of(job, caplog):
+    with caplog.at_level("WARNING"):
+        job(similarity_threshold=-0.5)
+    assert "what unrelated queries score with this model" in caplog.text
+
+
+BAD_RUNS = {
+    "missing input": (["--input_data_path", "none.json"], "none.json: no such file"),
+    "a directory as input": (["--input_data_path", "."], "is a directory; expected a JSONL file"),
+    "a bad row": (["--input_data_path", "bad.json"], 'bad.json:2: "pos_passage" is a string; expected a list'),
+    "an empty file": (["--input_data_path", "empty.json"], "empty.json: the file has no rows"),
+    "unknown argument": (["--similarity_treshold", "0.5"], "did you mean --similarity_threshold?"),
+    "threshold 2": (["--similarity_threshold", "2"], "similarity_threshold is 2.0; expected -1 to 1"),
+    "unwritable output": (["--output_data_path", "/proc/none/clean.json"], "cannot write there"),
+    "a directory as output": (["--output_data_path", "."], "is a directory; expected a path for the output"),
+    "the input as output": (["--output_data_path", "good.json"], "the output would overwrite an input"),
+    "NaN vectors": (["--embeddings_path", "nan.npy"], "nan.npy: row 2 holds NaN or infinity"),
+    "no such model": (["--model_path", "./none"], "./none: no such model folder"),
+    "dimension too large": (["--dimension", "4096"], "dimension is 4096"),
+}
+
+
+@pytest.fixture
+def bad_inputs(tmp_path):
+    write_jsonl(tmp_path / "good.json", make_rows(3))
+    write_jsonl(tmp_path / "bad.json", [{"query": "q"}, {"query": "q", "pos_passage": "p"}])
+    (tmp_path / "empty.json").write_bytes(b"")
+    np.save(tmp_path / "nan.npy", np.array([[1, 2], [np.nan, 1], [1, 1]], np.float32))
+    return tmp_path
+
+
+@pytest.mark.parametrize("what", BAD_RUNS)
+def test_a_mistake_gets_one_line_and_status_2(what, bad_inputs, tiny_model):
+    flags, message = BAD_RUNS[what]
+    base = ["--input_data_path", "good.json", "--output_data_path", "out.json", "--model_path", tiny_model]
+    before = sorted(bad_inputs.iterdir())
+    done = run_script("clean_query.py", *base, *flags, cwd=bad_inputs)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("clean_query.py: error: ") and message in line
+    assert sorted(bad_inputs.iterdir()) == before
+
+
+def test_class_and_job_share_their_result(job):
+    assert isinstance(job(), cleaning.CleaningResult)
