@@ -1,5 +1,6 @@
 """The cleaning job from end to end, with the tiny model, against one-by-one cleaning of its own vectors."""
 
+import gzip
 import json
 from pathlib import Path
 
@@ -198,6 +199,15 @@ def test_a_mistake_gets_one_line_and_status_2(what, bad_inputs, tiny_model):
     (line,) = done.stderr.splitlines()
     assert line.startswith("clean_query.py: error: ") and message in line
     assert sorted(bad_inputs.iterdir()) == before
+
+
+def test_gzip_in_and_out(tmp_path, job):
+    plain = job().kept_rows
+    source = tmp_path / "in.json.gz"
+    source.write_bytes(gzip.compress(Path(job.source).read_bytes()))
+    job(input_data_path=str(source), output_data_path=str(tmp_path / "clean.json.gz"))
+    assert gzip.decompress((tmp_path / "clean.json.gz").read_bytes()) == job.output.read_bytes()
+    assert len(plain) == len(job.output.read_bytes().splitlines())
 
 
 def test_class_and_job_share_their_result(job):

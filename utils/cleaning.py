@@ -174,7 +174,7 @@ def _decide(
     """The greedy rule over the unique queries that are no leaks, and each query's nearest reference query."""
     device = engines.device()
     n, dim = ranks.broadcast_object(vectors.shape if vectors is not None else None)
-    logger.info("dedup: %s unique queries, at most %.0f MiB of vectors in memory", f"{n:,}", n * dim * 4 / 2**20)
+    logger.info("dedup: %s unique queries, at most %.1f MiB of vectors in memory", f"{n:,}", n * dim * 4 / 2**20)
     if vectors is not None and n > 1:
         _warn_of_a_low_threshold(given, vectors, run)
     nearest = None

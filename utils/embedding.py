@@ -94,8 +94,8 @@ def _fill(
     n_todo = sum(len(plan[number]) for number in todo)
     megabytes = len(texts) * encoder.dim * 4 / 2**20
     logger.info(
-        "%s: encoding %s texts, %s tokens in %d batches; %.0f MiB of vectors on disk",
-        what, f"{n_todo:,}", f"{sum(int(lengths[plan[number]].sum()) for number in todo):,}", len(todo), megabytes,
+        "%s: encoding %s texts of %s tokens; their vectors will take %.1f MiB on disk",
+        what, f"{n_todo:,}", f"{sum(int(lengths[plan[number]].sum()) for number in todo):,}", megabytes,
     )  # fmt: skip
     mine = todo[ranks.rank :: ranks.size]
     vectors = encoder.encode_batches(texts, [plan[number] for number in mine])

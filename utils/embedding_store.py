@@ -9,6 +9,7 @@ its rows are on disk; when all are there the file is renamed to ``vectors``.
 
 import hashlib
 import json
+import logging
 import os
 import struct
 from collections.abc import Iterable
@@ -18,6 +19,8 @@ from typing import IO
 import numpy as np
 
 from utils.outputs import described, take_lock
+
+logger = logging.getLogger(__name__)
 
 _DTYPE = np.dtype("<f4")
 _JOURNAL_ENTRY = struct.Struct("<qq")  # a batch number and a check on it, against a torn last entry
@@ -58,7 +61,10 @@ class EmbeddingStore:
             OSError: the folder cannot be made or written, or too little space is left on its disk.
         """
         try:
-            self._lock = take_lock(self.folder, patience_s=float("inf"))
+            self._lock = take_lock(self.folder, patience_s=1)
+            if self._lock is None:
+                logger.info("another run is filling %s; waiting for it", self.folder)
+                self._lock = take_lock(self.folder, patience_s=float("inf"))
             if self.is_complete:
                 return set()
             finished = self._read_journal()
