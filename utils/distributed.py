@@ -4,7 +4,11 @@ Works on NumPy arrays and small objects. With one process every call is the iden
 imported.
 """
 
+import contextlib
+import fcntl
 import os
+import socket
+import struct
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -17,6 +21,8 @@ Result = TypeVar("Result")
 # Collectives move at most this many bytes at a time.
 BLOCK_BYTES = 64 << 20
 _TEXTS_A_BLOCK = 10_000
+# Linux: the ioctl that asks an interface for its IPv4 address.
+_SIOCGIFADDR = 0x8915
 
 
 class Ranks:
@@ -84,6 +90,8 @@ class Ranks:
     def _join(self) -> None:
         if not self._joined:
             paddle = runtime.import_paddle()
+            if runtime.local_world_size() < self.size:
+                _name_the_network_interface()
             with _quiet_output():
                 paddle.distributed.init_parallel_env()
             self._joined = True
@@ -158,6 +166,19 @@ class Ranks:
     def barrier(self) -> None:
         """Wait for every rank."""
         self.gather_object(None)
+
+
+def _name_the_network_interface() -> None:
+    """Tell gloo, which otherwise takes the host name's address (often a loopback), how the launcher reaches us."""
+    if "GLOO_SOCKET_IFNAME" in os.environ:
+        return
+    host = os.environ.get("PADDLE_CURRENT_ENDPOINT", "").rpartition(":")[0]
+    for _, name in socket.if_nameindex():
+        request = struct.pack("256s", name.encode()[:15])
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
+            answer = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, request)  # fails where there is no address
+            if socket.inet_ntoa(answer[20:24]) == host:
+                os.environ["GLOO_SOCKET_IFNAME"] = name
 
 
 class _quiet_output:

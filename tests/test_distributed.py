@@ -1,0 +1,76 @@
+"""The group's calls, in one process and, through a launched script, in three."""
+
+import os
+import textwrap
+
+import numpy as np
+import pytest
+from conftest import run_script
+
+from utils import distributed
+from utils.distributed import Ranks
+
+
+def test_one_process_is_the_identity():
+    ranks = Ranks()
+    array = np.arange(6.0).reshape(2, 3)
+    assert ranks.start(lambda: "checked") == "checked"
+    assert ranks.broadcast(array) is array
+    assert ranks.gather_rows(array)[0] is array
+    assert ranks.gather_object(5) == [5]
+    assert list(ranks.broadcast_texts(["a", "b"])) == ["a", "b"]
+    with pytest.raises(ValueError, match="bad"):
+        ranks.on_first(lambda: (_ for _ in ()).throw(ValueError("bad")))
+
+
+def test_the_interface_is_the_one_that_the_launcher_knows(monkeypatch):
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    monkeypatch.setenv("PADDLE_CURRENT_ENDPOINT", "127.0.0.1:6170")
+    distributed._name_the_network_interface()
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "lo"
+
+
+THREE_RANKS = """
+    import sys
+    import numpy as np
+    from utils import distributed, runtime
+
+    def main():
+        distributed._TEXTS_A_BLOCK = 2
+        ranks = distributed.Ranks()
+        assert ranks.start(lambda: 7) == (7 if ranks.is_first else None)
+        expected = np.arange(6, dtype=np.float32).reshape(2, 3)
+        np.testing.assert_array_equal(ranks.broadcast(expected if ranks.is_first else None), expected)
+        rows = ranks.gather_rows(np.full((ranks.rank, 2), ranks.rank, np.float64))
+        assert [part.shape for part in rows] == [(0, 2), (1, 2), (2, 2)]
+        assert (rows[2] == 2).all()
+        texts = ["a", "问", "", "d", "e"]
+        assert list(ranks.broadcast_texts(texts if ranks.is_first else None)) == texts
+        assert ranks.gather_object(ranks.rank) == [0, 1, 2]
+
+        def fails_on_rank_1():
+            if ranks.rank == 1:
+                raise ValueError("rank 1 failed")
+
+        for call in (ranks.all_agree, ranks.on_first):
+            work = fails_on_rank_1 if call == ranks.all_agree else lambda: open("/none/none")
+            try:
+                call(work)
+            except (ValueError, OSError):
+                pass
+            else:
+                raise AssertionError("the error did not reach every rank")
+        if ranks.is_first:
+            open(sys.argv[1], "w").write("done")
+
+    runtime.prepare()
+    runtime.run(main)
+"""
+
+
+def test_three_ranks(tmp_path):
+    script = tmp_path / "three.py"
+    script.write_text(textwrap.dedent(THREE_RANKS))
+    done = run_script(script, tmp_path / "done", nproc=3, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "done").read_text() == "done"
