@@ -359,7 +359,7 @@ def _finish(
     summaries = {}
     for dim, values in by_dimension.items():
         assert values is not None
-        low, high = statistics.bootstrap_interval(values, given.confidence, given.resamples, given.seed)
+        low, high = statistics.metric_interval(values, given.confidence, given.resamples, given.seed)
         means = metrics.aggregate(values, names).aggregated
         ends = zip(names, low.tolist(), high.tolist(), strict=True)
         summaries[dim] = {name: {"value": means[name], "low": lower, "high": upper} for name, lower, upper in ends}

@@ -56,6 +56,34 @@ def bootstrap_interval(
     return low, high
 
 
+def wilson_interval(shares: np.ndarray, n: int, confidence: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
+    """Lower and upper ends of a confidence interval for the share of ones among ``n`` values of 0 or 1.
+
+    Wilson's score interval (JASA 22, 1927): float64 [columns] twice.
+    """
+    z = NormalDist().inv_cdf(0.5 + confidence / 2)
+    centre = (shares + z * z / (2 * n)) / (1 + z * z / n)
+    reach = z / (1 + z * z / n) * np.sqrt(shares * (1 - shares) / n + z * z / (4 * n * n))
+    # At 0 and 1 the ends meet the share itself, but for rounding.
+    return np.minimum(centre - reach, shares).clip(0), np.maximum(centre + reach, shares).clip(None, 1)
+
+
+def metric_interval(
+    values: np.ndarray, confidence: float = 0.95, resamples: int = 2000, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """As ``bootstrap_interval``, for values from 0 to 1, with Wilson's interval where all of them are 0 or 1.
+
+    Such a column is a hit rate, or another metric that found everything or nothing. Resampling 30 hits
+    out of 30 can only give 30 again; Wilson's interval knows that the next query may miss, and for a
+    given mean no values between 0 and 1 are more uncertain than zeros and ones.
+    """
+    values = np.asarray(values, np.float64)
+    low, high = bootstrap_interval(values, confidence, resamples, seed)
+    binary = ((values == 0) | (values == 1)).all(axis=0)
+    low[binary], high[binary] = wilson_interval(values.mean(axis=0)[binary], len(values), confidence)
+    return low, high
+
+
 def resampled_means(values: np.ndarray, resamples: int, seed: int) -> np.ndarray:
     """Means of each column over ``n`` rows drawn with replacement: float64 [resamples, columns]."""
     n = len(values)
