@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 # Queries that are searched, judged and written at a time.
 _QUERY_BLOCK = 4096
+# Arguments that may name a file which the output must not overwrite.
+_INPUTS = ("dev_path", "neg_path", "corpus_path", "compare_with", "query_embeddings_path", "passage_embeddings_path")
 
 
 class EvaluationResult(dict[str, float]):
@@ -46,9 +48,7 @@ def evaluate(given: EvaluateArguments) -> EvaluationResult:
     """
     ranks = Ranks()
     run = report.RunReport("embedding_evaluate", asdict(given))
-    compared = given.compare_with or ""
-    paths = [given.dev_path or "", given.neg_path or "", given.corpus_path or "", compared]
-    outputs = Outputs(given.output_data_path, paths)
+    outputs = Outputs(given.output_data_path, [getattr(given, name) or "" for name in _INPUTS])
     try:
         with run.stage("read"):
             inputs = ranks.start(lambda: _Inputs.read(given, outputs))
@@ -323,7 +323,8 @@ class _Writer:
             shown = min(self.given.top_passages, n_found)
             top = zip(scores[:shown].tolist(), rows[:shown].tolist(), relevance.grades[place], strict=False)
             judged = dict(collection.judgments.of_query(query))
-            missed = [row for row, grade in judged.items() if grade >= 1 and row not in set(rows.tolist())]
+            seen = set(rows.tolist())
+            missed = [row for row, grade in judged.items() if grade >= 1 and row not in seen]
             entry = {
                 "id": query_id,
                 "query": collection.queries[query],
