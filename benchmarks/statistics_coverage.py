@@ -17,7 +17,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils import statistics
+from utils import runtime, statistics
 
 RESAMPLES = 1000
 SIZES = (30, 50, 200, 1000)
@@ -78,6 +78,7 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=500)
     parser.add_argument("--seed", type=int, default=1)
     given = parser.parse_args()
+    runtime.prepare()
     rng = np.random.default_rng(given.seed)
     started = time.monotonic()
     error = 1.96 * (0.95 * 0.05 / given.trials) ** 0.5

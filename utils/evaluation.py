@@ -1,6 +1,7 @@
 """The evaluation job: a test collection in, each query's metrics, their means and intervals out."""
 
 import logging
+import sys
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -25,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 # Queries that are searched, judged and written at a time.
 _QUERY_BLOCK = 4096
+# What a text costs beside itself: its places in lists and tables, its id and its judgments.
+_OVERHEAD = 300
 # Arguments that may name a file which the output must not overwrite.
 _INPUTS = ("dev_path", "neg_path", "corpus_path", "compare_with", "query_embeddings_path", "passage_embeddings_path")
 
@@ -128,10 +131,10 @@ class _Inputs:
 
 def _describe(collection: Collection, given: EvaluateArguments) -> None:
     """Say what was read, and which cut-offs the corpus is too small for."""
-    characters = sum(map(len, collection.passages))
+    texts = sum(sys.getsizeof(text) + _OVERHEAD for text in (*collection.queries, *collection.passages))
     logger.info(
-        "%s: %s queries, %s passages (%.1f million characters)",
-        given.dev_path, f"{len(collection.queries):,}", f"{collection.n_corpus:,}", characters / 1e6,
+        "%s: %s queries, %s passages; about %.0f MiB of texts in memory",
+        given.dev_path, f"{len(collection.queries):,}", f"{collection.n_corpus:,}", texts / 2**20,
     )  # fmt: skip
     large = sorted({k for _, k in map(metrics.split_name, given.metric_names()) if k > collection.n_corpus})
     if large:
