@@ -20,6 +20,12 @@ FORBIDDEN = {
     "embedding_store": {"paddle", "paddlenlp", "faiss", "encoder", "engines", "search"},
     "search": {"paddle", "paddlenlp", "records", "encoder", "engines"},
     "dedup": {"paddle", "paddlenlp", "records", "encoder", "engines", "outputs"},
+    "metrics": {"paddle", "paddlenlp", "faiss", "records", "search", "encoder", "outputs"},
+    "statistics": {"paddle", "paddlenlp", "faiss", "records", "search", "encoder", "outputs", "metrics"},
+    "beir": HEAVY | {"distributed", "search", "encoder", "outputs"},
+    "collection": {"paddle", "paddlenlp", "faiss", "encoder", "engines", "search", "outputs"},
+    "trec": {"paddle", "paddlenlp", "faiss", "encoder", "engines", "search", "outputs"},
+    "comparison": {"paddle", "paddlenlp", "faiss", "encoder", "engines", "search", "outputs"},
     "report": {"paddle", "paddlenlp", "faiss", "dedup", "search"},
 }
 # These cost seconds, so no module may import them before it needs them.

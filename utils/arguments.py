@@ -105,6 +105,83 @@ class CleanArguments(ModelArguments, InputArguments):
             raise ArgumentError("embeddings_path and reference_data_path are both given; a reference needs a model")
 
 
+# What a metric may be called; metrics.py holds the formulae.
+METRICS = ("hit_rate", "mrr", "ndcg", "recall", "precision", "map")
+_TOY_DEV, _TOY_NEG = "./toy_data/toy_dev.json", "./toy_data/toy_dev_neg.json"
+
+
+@dataclass
+class EvaluateArguments(ModelArguments, InputArguments):
+    """Arguments of embedding_evaluate.py."""
+
+    dimension: list[int] | None = option(  # type: ignore[assignment]
+        None, "leading dimensions to keep (Matryoshka); several give a curve from one encoding; default: the "
+        "model's width", at_least=1,
+    )  # fmt: skip
+    dev_path: str | None = option(
+        None, f"JSONL rows of query and pos_passage, or a BEIR folder; default: {_TOY_DEV} with {_TOY_NEG}"
+    )
+    neg_path: str | None = option(None, "JSONL rows of neg_passage: more passages for the corpus")
+    corpus_path: str | None = option(
+        None, "JSONL rows of neg_passage, or of text and perhaps title: the corpus, instead of dev_path's positives"
+    )
+    split: str = option("test", "which qrels/SPLIT.tsv of a BEIR folder")
+    merge_equal_texts: bool = option(
+        False, "count a BEIR folder's passages of equal text as one, with the highest grade; our own rows always are"
+    )
+    ignore_identical: bool = option(False, "a query does not find the passage that is its own text")
+    metrics: list[str] = option(["hit_rate", "mrr", "ndcg"], "what to compute", choices=METRICS)
+    k_values: list[int] | None = option(
+        None, "cut-offs, for every metric; default: 10,5,3, and for hit_rate 1 too", at_least=1, at_most=100_000
+    )
+    output_data_path: str = option(
+        "./output/toy_evaluation.jsonl", "where each query's values and top passages go; others are named after it"
+    )
+    top_passages: int = option(3, "passages to write for each query, best first", at_least=0)
+    write_trec: bool = option(False, "write a TREC run and qrels too, for trec_eval and its like")
+    compare_with: str | None = option(
+        None, "a second model, or the per-query file of an earlier evaluation: differences with p-values"
+    )
+    n_changes: int = option(10, "queries to list that won most, and that lost most, in a comparison", at_least=0)
+    confidence: float = option(0.95, "of the intervals", at_least=0.5, at_most=0.999)
+    resamples: int = option(2000, "draws of the bootstrap; the randomisation test takes five times as many",
+        at_least=100, at_most=1_000_000,
+    )  # fmt: skip
+    seed: int = option(0, "of the draws", at_least=0)
+    query_embeddings_path: str | None = option(
+        None, "a .npy file of your own vectors, float [rows of queries, dim], instead of a model"
+    )
+    passage_embeddings_path: str | None = option(
+        None, "the same for the passages, float [passages in reading order, dim]"
+    )
+
+    def check(self) -> None:
+        """Rules that tie fields together; and toy_data where no data is named."""
+        if self.dev_path is None:
+            for name in ("neg_path", "corpus_path", "query_embeddings_path", "passage_embeddings_path"):
+                if getattr(self, name) is not None:
+                    raise ArgumentError(f"{name} is given without dev_path; expected the queries too")
+            self.dev_path, self.neg_path = _TOY_DEV, _TOY_NEG
+        if (self.query_embeddings_path is None) != (self.passage_embeddings_path is None):
+            raise ArgumentError("query_embeddings_path and passage_embeddings_path: expected both or neither")
+        if self.query_embeddings_path is not None and self.on_bad_row == "skip":
+            raise ArgumentError("on_bad_row is 'skip' with your own vectors, which would no longer match the rows")
+        for name in ("metrics", "k_values", "dimension"):
+            values = getattr(self, name)
+            if values is not None and not values:
+                raise ArgumentError(f"{name} is an empty list; expected at least one")
+            if values is not None:
+                setattr(self, name, list(dict.fromkeys(values)))
+
+    def metric_names(self) -> list[str]:
+        """What is computed, such as ``ndcg@10``, in the order of the results."""
+        names = []
+        for metric in self.metrics:
+            cutoffs = self.k_values or ([10, 5, 3, 1] if metric == "hit_rate" else [10, 5, 3])
+            names += [f"{metric}@{k}" for k in cutoffs]
+        return names
+
+
 Arguments = TypeVar("Arguments")
 
 

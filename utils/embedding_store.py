@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 _DTYPE = np.dtype("<f4")
 _JOURNAL_ENTRY = struct.Struct("<qq")  # a batch number and a check on it, against a torn last entry
+# Rows that derive() holds in memory at a time.
+_DERIVE_ROWS = 1 << 14
 
 
 def fingerprint(description: dict, texts: Iterable[str]) -> str:
@@ -182,3 +184,62 @@ def unit_rows(vectors: np.ndarray, rows: np.ndarray, normalize: bool) -> np.ndar
             block /= np.linalg.norm(block, axis=1, keepdims=True)
         chosen[start : start + len(block)] = block
     return chosen
+
+
+def derive(
+    vectors: np.ndarray, path: Path, rows: np.ndarray | None = None, dim: int | None = None, normalize: bool = True
+) -> np.ndarray:
+    """Chosen rows, cut to their first ``dim`` values and scaled to length 1 if asked for.
+
+    Args:
+        vectors: float [n, width], memory-mapped or not.
+        path: where the result is kept if it differs from ``vectors``; written and mapped block by block.
+        rows: int64, ascending or not; default: all.
+
+    Returns:
+        float32 [len(rows), dim]: ``vectors`` itself if nothing would change (lengths within 1e-6 of 1,
+        which is what float32 can hold, are 1), else a memory map.
+
+    Raises:
+        ValueError: a row to be scaled has length 0.
+        OSError: the disk is full or cannot be written.
+    """
+    n = len(vectors) if rows is None else len(rows)
+    dim = vectors.shape[1] if dim is None else dim
+    same_rows = rows is None or (n == len(vectors) and bool((rows == np.arange(n)).all()))
+    if (
+        same_rows
+        and dim == vectors.shape[1]
+        and vectors.dtype == np.float32
+        and vectors.flags.c_contiguous
+        and not (normalize and _largest_error(vectors) > 1e-6)
+    ):
+        return vectors
+    if n == 0:
+        return np.zeros((0, dim), np.float32)
+    try:
+        with open(path, "wb") as stream:
+            for start in range(0, n, _DERIVE_ROWS):
+                part = slice(start, start + _DERIVE_ROWS)
+                block = np.asarray(vectors[part if rows is None else rows[part], :dim], np.float64)
+                if normalize:
+                    norms = np.linalg.norm(block, axis=1, keepdims=True)
+                    if not norms.all():
+                        row = start + int(np.flatnonzero(norms == 0)[0]) + 1
+                        raise ValueError(
+                            f"vector {row} is all zeros in its first {dim} dimensions; it has no direction"
+                        )
+                    block = block / norms
+                stream.write(np.ascontiguousarray(block, _DTYPE))
+    except OSError as error:
+        raise described(error, f"{path}: cannot keep vectors there") from None
+    return np.memmap(path, _DTYPE, "r", shape=(n, dim))
+
+
+def _largest_error(vectors: np.ndarray) -> float:
+    """How far a row's length is from 1, at most."""
+    worst = 0.0
+    for start in range(0, len(vectors), _DERIVE_ROWS):
+        block = np.asarray(vectors[start : start + _DERIVE_ROWS], np.float64)
+        worst = max(worst, float(np.abs(np.linalg.norm(block, axis=1) - 1).max(initial=0)))
+    return worst

@@ -1,0 +1,90 @@
+"""Reading a BEIR folder, and what is said of a broken one."""
+
+import json
+
+import pytest
+from conftest import write_jsonl
+
+from utils import beir
+from utils.records import RecordError
+
+CORPUS = [
+    {"_id": "a", "title": "Loans", "text": "how loans work"},
+    {"_id": "b", "title": "", "text": "rivers"},
+    {"_id": 3, "text": "trains", "metadata": {}},
+]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_jsonl(tmp_path / "corpus.jsonl", CORPUS)
+    write_jsonl(tmp_path / "queries.jsonl", [{"_id": "q1", "text": "loan?"}, {"_id": "q2", "text": "river?"}])
+    (tmp_path / "qrels").mkdir()
+    (tmp_path / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq1\ta\t2\nq2\tb\t-1\r\n")
+    return tmp_path
+
+
+def test_texts(folder):
+    assert dict(beir.read_corpus(str(folder))) == {"a": "Loans how loans work", "b": "rivers", "3": "trains"}
+    assert list(beir.read_queries(str(folder))) == [("q1", "loan?"), ("q2", "river?")]
+
+
+def test_judgments_with_and_without_a_header(folder):
+    expected = [("q1", "a", 2), ("q2", "b", -1)]
+    assert [row[:3] for row in beir.read_qrels(str(folder), "test")] == expected
+    (folder / "qrels" / "dev.tsv").write_text("q1\ta\t2\nq2\tb\t-1\n")
+    assert [row[:3] for row in beir.read_qrels(str(folder), "dev")] == expected
+
+
+def test_an_unknown_split_names_those_that_are_there(folder):
+    with pytest.raises(FileNotFoundError, match=r"train\.tsv: no such file; the splits there are test"):
+        list(beir.read_qrels(str(folder), "train"))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("q1\ta", ":2: 2 columns; expected 3"),
+        ("q1 a 1", ":2: 1 columns; expected 3"),
+        ("q1\ta\tmuch", ":2: the score is 'much'; expected a whole number"),
+        ("q1\t\t1", ":2: an id is empty"),
+        ("q1\ta\t2\nq1\ta\t1", ":3: grade 1 for a pair that has grade 2 above"),
+        ("", "the file has no judgments"),
+    ],
+)
+def test_bad_judgments(folder, line, message):
+    (folder / "qrels" / "test.tsv").write_text(f"query-id\tcorpus-id\tscore\n{line}\n")
+    with pytest.raises(ValueError) as caught:
+        list(beir.read_qrels(str(folder), "test"))
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"text": "x"}, '"_id" is missing'),
+        ({"_id": None, "text": "x"}, '"_id" is None'),
+        ({"_id": "c"}, '"text" is missing'),
+        ({"_id": "c", "text": " ", "title": ""}, '"text" is empty'),
+        ({"_id": "c", "text": 5}, '"text" is 5; expected a string'),
+        ({"_id": "a", "text": "again"}, "\"_id\" 'a' is also that of line 1"),
+        ([], "the row is a list"),
+    ],
+)
+def test_bad_rows(folder, row, message):
+    with open(folder / "corpus.jsonl", "a") as stream:
+        stream.write(json.dumps(row) + "\n")
+    with pytest.raises(RecordError) as caught:
+        list(beir.read_corpus(str(folder)))
+    assert message in str(caught.value) and f"{folder}/corpus.jsonl:4: " in str(caught.value)
+    rejected = []
+    assert len(list(beir.read_corpus(str(folder), rejected))) == 3
+    assert [error.line for error in rejected] == [4]
+
+
+def test_missing_and_empty_files(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"corpus\.jsonl: no such file"):
+        list(beir.read_corpus(str(tmp_path)))
+    (tmp_path / "corpus.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match="no rows"):
+        list(beir.read_corpus(str(tmp_path)))

@@ -1,0 +1,349 @@
+"""embedding_evaluate.py from end to end, with a tiny model, against search and judging by brute force."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from conftest import FILLERS, TOPICS, read_jsonl, run_script, write_jsonl
+
+from embedding_evaluate import Embedding_Evaluation
+from utils import arguments, trec
+from utils.arguments import EvaluateArguments
+from utils.embedding import build_encoders
+from utils.search import pair_scores
+
+KEYS = ["hit_rate@10", "hit_rate@5", "hit_rate@3", "hit_rate@1", "mrr@10", "mrr@5", "mrr@3", "ndcg@10", "ndcg@5"]
+KEYS += ["ndcg@3"]
+
+
+def sentences(n: int, seed: int, words: int = 9) -> list[str]:
+    rng = np.random.default_rng(seed)
+    return [" ".join([*rng.choice(TOPICS, 2), *rng.choice(FILLERS, words)]) + f" {i}" for i in range(n)]
+
+
+@pytest.fixture
+def dev(tmp_path) -> dict:
+    """60 rows, some with two positives, two with the same query; 80 more passages, one a positive again."""
+    passages = sentences(100, seed=1)
+    queries = [" ".join(passage.split()[:6]) for passage in passages[:60]]
+    rows = [{"query": query, "pos_passage": [passages[i]]} for i, query in enumerate(queries)]
+    for i in range(0, 60, 7):
+        rows[i]["pos_passage"].append(passages[60 + i // 7])
+        rows[i]["neg_passage"] = [passages[90], passages[(i + 1) % 60]]
+    rows[5]["query"] = rows[4]["query"]
+    negatives = [{"neg_passage": [text, passages[3]]} for text in sentences(80, seed=2)]
+    return {
+        "dev_path": write_jsonl(tmp_path / "dev.json", rows),
+        "neg_path": write_jsonl(tmp_path / "neg.json", negatives),
+        "rows": rows,
+        "corpus": list(
+            dict.fromkeys(
+                text for row in rows + negatives for text in (*row.get("pos_passage", []), *row.get("neg_passage", []))
+            )
+        ),
+    }
+
+
+def evaluation(tiny_model, tmp_path, **options) -> Embedding_Evaluation:
+    options = {"output_data_path": str(tmp_path / "out" / "eval.jsonl"), "dtype": "float32", **options}
+    return Embedding_Evaluation(tiny_model, tiny_model, **options)
+
+
+def expected_ranking(tiny_model, queries, corpus, **options):
+    given = arguments.build(EvaluateArguments, model_path=tiny_model, dtype="float32", **options)
+    given.dimension = given.dimension[0] if given.dimension else None
+    query_encoder, passage_encoder = build_encoders(given)
+    vectors, passages = query_encoder.encode(queries), passage_encoder.encode(corpus)
+    scores = np.array([pair_scores(np.repeat(v[None], len(corpus), 0), passages) for v in vectors])
+    return np.argsort(-scores, axis=1, kind="stable"), scores
+
+
+def paths(dev: dict) -> dict:
+    return {name: dev[name] for name in ("dev_path", "neg_path")}
+
+
+def test_values_against_brute_force(tiny_model, tmp_path, dev):
+    result = evaluation(tiny_model, tmp_path, **paths(dev)).evaluate()
+    assert list(result) == KEYS
+    positives: dict[str, set] = {}
+    for row in dev["rows"]:
+        positives.setdefault(row["query"], set()).update(row["pos_passage"])
+    assert len(positives) == 59
+    order, _ = expected_ranking(tiny_model, list(positives), dev["corpus"])
+    total = dict.fromkeys(KEYS, 0.0)
+    for ranking, wanted in zip(order, positives.values(), strict=True):
+        hits = [dev["corpus"][row] in wanted for row in ranking]
+        for key in KEYS:
+            metric, _, k = key.partition("@")
+            top = hits[: int(k)]
+            ideal = sum(1 / math.log2(i + 2) for i in range(min(len(wanted), int(k))))
+            total[key] += {
+                "hit_rate": any(top),
+                "mrr": 1 / (top.index(True) + 1) if any(top) else 0,
+                "ndcg": sum(hit / math.log2(i + 2) for i, hit in enumerate(top)) / ideal,
+            }[metric]
+    assert result == pytest.approx({key: value / 59 for key, value in total.items()}, abs=1e-12)
+    counts = result.report["counts"]
+    assert (counts["query_rows"], counts["queries"], counts["query_rows_merged"]) == (60, 59, 1)
+    assert counts["passages"] == len(dev["corpus"]) and counts["passages_merged"] > 80
+    for key in KEYS:
+        interval = result.report["metrics"][key]
+        assert interval["low"] <= interval["value"] == result[key] <= interval["high"]
+    lines = read_jsonl(tmp_path / "out" / "eval.jsonl")
+    assert [np.mean([line[key] for line in lines]) for key in KEYS] == pytest.approx(list(result.values()))
+    assert [p["text"] for p in lines[9]["passages"]] == [dev["corpus"][row] for row in order[9, :3]]
+    assert not list((tmp_path / "out").glob("*.work"))
+
+
+def test_processes_agree(tiny_model, tmp_path, dev):
+    """2 and 3 processes against 1: the same files, the same report but for times."""
+    options = {"dimension": [16, 8], "write_trec": True, "ignore_identical": True, **paths(dev)}
+    contents, reports = [], []
+    for nproc in (1, 2, 3):
+        output = tmp_path / str(nproc) / "eval.jsonl"
+        config = {"model_path": tiny_model, "dtype": "float32", "output_data_path": str(output), **options}
+        if nproc == 1:
+            result = evaluation(tiny_model, tmp_path, **options, output_data_path=str(output)).evaluate()
+            assert "dimension" in result.summary()
+        else:
+            (tmp_path / "config.json").write_text(json.dumps(config))
+            done = run_script("embedding_evaluate.py", tmp_path / "config.json", nproc=nproc)
+            assert done.returncode == 0, done.stderr + done.stdout
+        report = json.loads((output.parent / "eval.jsonl.report.json").read_text())
+        reports.append({key: report[key] for key in ("counts", "metrics", "dimensions")})
+        contents.append([(output.parent / f"eval.jsonl{suffix}").read_bytes() for suffix in ("", ".run.trec")])
+    assert contents[0] == contents[1] == contents[2]
+    assert reports[0] == reports[1] == reports[2]
+
+
+def test_dimensions_are_cut_from_one_encoding(tiny_model, tmp_path, dev):
+    result = evaluation(tiny_model, tmp_path, dimension=[4, 12], **paths(dev)).evaluate()
+    assert list(result.report["dimensions"]) == ["12", "4"]
+    assert result.report["counts"]["encoded"] == 59 + len(dev["corpus"])
+    alone = evaluation(tiny_model, tmp_path, dimension=4, **paths(dev)).evaluate()
+    curve = {key: value["value"] for key, value in result.report["dimensions"]["4"].items()}
+    assert curve == pytest.approx(dict(alone), abs=0.02)
+    assert result != pytest.approx(dict(alone), abs=1e-6)
+
+
+def test_own_vectors_need_no_model_and_the_cache_encodes_once(tiny_model, tmp_path, dev):
+    cache = {"embedding_cache": str(tmp_path / "cache"), **paths(dev)}
+    first = evaluation(tiny_model, tmp_path, **cache).evaluate()
+    again = evaluation(tiny_model, tmp_path, **cache).evaluate()
+    assert again == first and again.report["counts"]["encoded"] == 0
+    given = arguments.build(EvaluateArguments, model_path=tiny_model, dtype="float32")
+    query_encoder, passage_encoder = build_encoders(given)
+    rows = dev["rows"] + read_jsonl(dev["neg_path"])
+    passages = [text for row in rows for text in (*row.get("pos_passage", []), *row.get("neg_passage", []))]
+    np.save(tmp_path / "q.npy", 3 * query_encoder.encode([row["query"] for row in dev["rows"]]).astype(np.float64))
+    np.save(tmp_path / "p.npy", passage_encoder.encode(passages))
+    vectors = {"query_embeddings_path": str(tmp_path / "q.npy"), "passage_embeddings_path": str(tmp_path / "p.npy")}
+    own = evaluation("no such model", tmp_path, **vectors, **paths(dev)).evaluate()
+    assert own == pytest.approx(dict(first), abs=1e-9)
+    np.save(tmp_path / "p.npy", np.zeros((5, 32), np.float32))
+    with pytest.raises(ValueError, match=r"p\.npy: has shape \[5, 32\]; expected"):
+        evaluation("no such model", tmp_path, **vectors, **paths(dev)).evaluate()
+
+
+def beir_folder(tmp_path, passages, queries, qrels):
+    folder = tmp_path / "beir"
+    (folder / "qrels").mkdir(parents=True)
+    write_jsonl(folder / "corpus.jsonl", [{"_id": key, "title": "", "text": text} for key, text in passages])
+    write_jsonl(folder / "queries.jsonl", [{"_id": key, "text": text} for key, text in queries])
+    lines = ["query-id\tcorpus-id\tscore", *("\t".join(map(str, row)) for row in qrels)]
+    (folder / "qrels" / "test.tsv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.fixture
+def graded(tmp_path):
+    """40 passages, 12 queries, 10 of them judged with grades from -1 to 3; the last passage repeats the first."""
+    passages = [(f"p{i}", text) for i, text in enumerate(sentences(40, seed=3))]
+    passages.append(("p40", passages[0][1]))
+    queries = [(f"q{i}", " ".join(passages[i][1].split()[:7])) for i in range(12)]
+    rng = np.random.default_rng(0)
+    qrels = [(f"q{i}", f"p{j}", int(rng.integers(-1, 4))) for i in range(10) for j in {i, (i * 7) % 40, i + 20}]
+    return beir_folder(tmp_path, passages, queries, qrels), passages, queries, qrels
+
+
+def test_beir_folder_with_grades(tiny_model, tmp_path, graded):
+    folder, passages, queries, qrels = graded
+    options = {"dev_path": str(folder), "k_values": [3, 10, 60], "metrics": ["ndcg", "recall", "map"]}
+    result = evaluation(tiny_model, tmp_path, write_trec=True, **options).evaluate()
+    assert list(result) == [f"{m}@{k}" for m in ("ndcg", "recall", "map") for k in (3, 10, 60)]
+    assert result.report["counts"]["queries"] == 10 and result.report["counts"]["queries_not_judged"] == 2
+    order, _ = expected_ranking(tiny_model, [text for _, text in queries[:10]], [text for _, text in passages])
+    grade = {(q, p): g for q, p, g in qrels}
+    total = 0.0
+    for i, ranking in enumerate(order):
+        gains = [max(grade.get((f"q{i}", passages[row][0]), 0), 0) for row in ranking]
+        best = sorted(gains, reverse=True)[:3]
+        ideal = sum(g / math.log2(rank + 2) for rank, g in enumerate(best))
+        total += sum(g / math.log2(rank + 2) for rank, g in enumerate(gains[:3])) / ideal if ideal else 0
+    assert result["ndcg@3"] == pytest.approx(total / 10, abs=1e-12)
+    run = [line.split() for line in (tmp_path / "out" / "eval.jsonl.run.trec").read_text().splitlines()]
+    assert [line[2] for line in run[:41]] == [passages[row][0] for row in order[0]]
+    scores = np.array([float(line[4]) for line in run], np.float32).reshape(10, 41)
+    assert (np.diff(scores, axis=1) < 0).all()
+    written = [line.split() for line in (tmp_path / "out" / "eval.jsonl.qrels.trec").read_text().splitlines()]
+    assert {(q, p): int(g) for q, _, p, g in written} == grade
+    merged = evaluation(tiny_model, tmp_path, merge_equal_texts=True, **options).evaluate()
+    assert merged.report["counts"]["passages"] == 40 and merged.report["counts"]["passages_merged"] == 1
+
+
+def test_a_corpus_file_says_what_is_in_the_corpus(tiny_model, tmp_path, caplog):
+    texts = sentences(30, seed=4)
+    rows = [{"query": texts[i], "pos_passage": [texts[i], texts[i + 10]]} for i in range(10)]
+    corpus = [
+        {"neg_passage": texts[:5]},
+        *(dict(zip(("title", "text"), t.split(" ", 1), strict=True)) for t in texts[5:15]),
+    ]
+    options = {
+        "dev_path": write_jsonl(tmp_path / "dev.jsonl", rows),
+        "corpus_path": write_jsonl(tmp_path / "corpus.jsonl", corpus),
+        "metrics": ["hit_rate", "recall"],
+        "k_values": [1, 15, 99],
+    }
+    with caplog.at_level("INFO", "utils"):
+        result = evaluation(tiny_model, tmp_path, **options).evaluate()
+    assert "cut-offs larger than the corpus of 15 passages: 99" in caplog.text
+    counts = result.report["counts"]
+    assert (counts["passages"], counts["positives"], counts["positives_not_in_corpus"]) == (15, 20, 5)
+    assert result["recall@99"] == result["recall@15"] == 15 / 20
+    # Each query's own text is in the corpus and comes first, until it is ignored.
+    assert result["hit_rate@1"] >= 0.9
+    ignoring = evaluation(tiny_model, tmp_path, ignore_identical=True, **options).evaluate()
+    line = read_jsonl(tmp_path / "out" / "eval.jsonl")[0]
+    assert rows[0]["query"] not in [p["text"] for p in line["passages"]] and line["relevant"] == 1
+    assert ignoring.report["counts"]["passages_ignored"] == 10
+
+
+def test_compare_with_a_model_or_its_file(tiny_model, tmp_path, dev):
+    plain = evaluation(tiny_model, tmp_path, output_data_path=str(tmp_path / "a.jsonl"), **paths(dev)).evaluate()
+    options = {"dimension": 3, "resamples": 200, **paths(dev)}
+    by_file = evaluation(tiny_model, tmp_path, compare_with=str(tmp_path / "a.jsonl"), **options).evaluate()
+    compared = by_file.report["comparison"]
+    for key in KEYS:
+        test = compared["metrics"][key]
+        assert test["other"] == pytest.approx(plain[key])
+        assert test["difference"] == pytest.approx(by_file[key] - plain[key])
+        assert test["low"] <= test["difference"] <= test["high"] and 0 < test["p_value"] <= 1
+    assert compared["n_won"] + compared["n_lost"] + compared["n_equal"] == 59
+    worst = compared["lost_most"][0]
+    assert worst["other"] - worst["this"] == max(c["other"] - c["this"] for c in compared["lost_most"]) > 0
+    assert "p-value" in by_file.summary() and "lost most" in by_file.summary()
+    same = evaluation(tiny_model, tmp_path, compare_with=tiny_model, **paths(dev)).evaluate()
+    assert {test["difference"] for test in same.report["comparison"]["metrics"].values()} == {0.0}
+    assert {test["p_value"] for test in same.report["comparison"]["metrics"].values()} == {1.0}
+
+
+BAD_ROWS = [
+    ('{"query": "a"}', 'dev.json:2: "pos_passage" is missing; expected'),
+    ('{"query": "a", "pos_passage": []}', 'dev.json:2: "pos_passage" is an empty list'),
+    ('{"query": "a", "pos_passage": "p"}', 'dev.json:2: "pos_passage" is a string; expected a list'),
+    ('{"query": " ", "pos_passage": ["p"]}', 'dev.json:2: "query" is empty'),
+    ("{", "dev.json:2: not JSON"),
+]
+
+
+@pytest.mark.parametrize(("line", "message"), BAD_ROWS)
+def test_bad_rows(tmp_path, line, message):
+    path = tmp_path / "dev.json"
+    path.write_text('{"query": "q", "pos_passage": ["p"]}\n' + line + "\n")
+    with pytest.raises(ValueError) as caught:
+        evaluation("no such model", tmp_path, dev_path=str(path)).evaluate()
+    assert message in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_rows_can_be_set_aside(tiny_model, tmp_path, dev):
+    with open(dev["dev_path"], "a") as stream:
+        stream.writelines(line + "\n" for line, _ in BAD_ROWS)
+    result = evaluation(tiny_model, tmp_path, on_bad_row="skip", **paths(dev)).evaluate()
+    assert result.report["counts"]["query_rows"] == 65 and result.report["counts"]["rejected"] == 5
+    assert len(read_jsonl(tmp_path / "out" / "eval.jsonl.rejected.jsonl")) == 5
+
+
+@pytest.mark.parametrize(
+    ("qrels", "message"),
+    [
+        ([("q0", "p1", 1), ("q0", "p99", 1)], "test.tsv:3: passage 'p99' is not there; expected an id of corpus.jsonl"),
+        ([("q77", "p1", 1)], "test.tsv:2: query 'q77' is not there; expected an id of queries.jsonl"),
+        ([("q0", "p1", 0)], "none of the 1 queries that test judges has a positive"),
+        ([], "the file has no judgments"),
+    ],
+)
+def test_bad_judgments(tmp_path, qrels, message):
+    folder = beir_folder(tmp_path, [("p1", "one"), ("p2", "two")], [("q0", "zero")], qrels)
+    with pytest.raises(ValueError) as caught:
+        evaluation("no such model", tmp_path, dev_path=str(folder)).evaluate()
+    assert message in str(caught.value)
+
+
+def test_no_positive_in_the_corpus(tmp_path):
+    dev_path = write_jsonl(tmp_path / "dev.jsonl", [{"query": "a", "pos_passage": ["b"]}])
+    corpus_path = write_jsonl(tmp_path / "corpus.jsonl", [{"text": "c"}])
+    with pytest.raises(ValueError, match="none of the 1 queries has a positive in the corpus"):
+        evaluation("no such model", tmp_path, dev_path=dev_path, corpus_path=corpus_path).evaluate()
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"query": "other", "ndcg@3": 1}', "query 'other' is not among this run's"),
+        ('{"query": "a", "ndcg@5": 1}', '"ndcg@3" is missing; expected a number from 0 to 1'),
+        ('{"query": "a", "ndcg@3": 2}', '"ndcg@3" is 2; expected a number'),
+        ('{"query": "a", "ndcg@3": 1, "collection": "x"}', "made from another corpus"),
+        ('{"query": "a", "ndcg@3": 1}', "lacks 1 of the 2 queries, such as 'b'"),
+    ],
+)
+def test_an_earlier_file_that_does_not_go_with_this_run(tmp_path, line, message):
+    rows = [{"query": "a", "pos_passage": ["x"]}, {"query": "b", "pos_passage": ["y"]}]
+    earlier = tmp_path / "earlier.jsonl"
+    earlier.write_text(line + "\n")
+    options = {"dev_path": write_jsonl(tmp_path / "dev.jsonl", rows), "metrics": ["ndcg"], "k_values": [3]}
+    with pytest.raises(ValueError) as caught:
+        evaluation("no such model", tmp_path, compare_with=str(earlier), **options).evaluate()
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"neg_path": "x"}, "neg_path is given without dev_path"),
+        ({"metrics": ["ndgc"]}, "did you mean ndcg?"),
+        ({"k_values": []}, "k_values is an empty list"),
+        ({"k_values": [0]}, "k_values is 0; expected at least 1"),
+        ({"query_embeddings_path": "q", "dev_path": "d"}, "expected both or neither"),
+        ({"confidence": 1.0}, "confidence is 1.0"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(arguments.ArgumentError) as caught:
+        Embedding_Evaluation(**options)
+    assert message in str(caught.value)
+
+
+def test_toy_data_is_the_default_only_without_data_of_ones_own():
+    assert Embedding_Evaluation().arguments.neg_path is not None
+    assert Embedding_Evaluation(dev_path="own.jsonl").arguments.neg_path is None
+
+
+def test_the_shipped_config_is_the_default(tmp_path):
+    shipped = arguments.parse(EvaluateArguments, ["config/embedding_evaluate.json"], "")
+    assert shipped == arguments.build(EvaluateArguments)
+
+
+def test_a_mistake_is_one_line(tmp_path):
+    done = run_script("embedding_evaluate.py", "--dev_path", tmp_path / "none.jsonl")
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        f"embedding_evaluate.py: error: {tmp_path}/none.jsonl: no such file; expected a JSONL file"
+    ]
+
+
+def test_scores_that_float32_cannot_tell_apart_keep_their_order():
+    falling = trec.falling_scores(np.array([0.5, 0.5, 0.5 - 1e-12, 0.25]))
+    assert (np.diff(falling) < 0).all() and falling[0] == 0.5 and falling[3] == 0.25
+    assert np.abs(falling - [0.5, 0.5, 0.5, 0.25]).max() < 1e-6

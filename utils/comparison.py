@@ -1,0 +1,91 @@
+"""Two systems on the same queries: differences, how sure they are, and where they come from."""
+
+import os
+from dataclasses import dataclass
+
+import numpy as np
+
+from utils import statistics
+from utils.collection import Collection
+from utils.records import RecordError, parse_object, read_lines
+
+
+@dataclass
+class Comparison:
+    """This run against another one, ``name``. Values are float64 [queries, metrics]."""
+
+    name: str
+    values: np.ndarray
+    others: np.ndarray
+
+    def tests(self, names: list[str], confidence: float, resamples: int, seed: int) -> dict[str, dict]:
+        """For each metric: the other's mean, the mean difference (this run minus the other), interval, p-value."""
+        differences = self.values - self.others
+        low, high = statistics.bootstrap_interval(differences, confidence, resamples, seed)
+        p_values = statistics.randomization_test(differences, 5 * resamples, seed)
+        columns = zip(names, self.others.mean(axis=0), differences.mean(axis=0), low, high, p_values, strict=True)
+        return {
+            name: {
+                "other": float(other),
+                "difference": float(difference),
+                "low": float(lower),
+                "high": float(upper),
+                "p_value": float(p),
+            }
+            for name, other, difference, lower, upper, p in columns
+        }
+
+    def changes(self, column: int, most: int) -> tuple[np.ndarray, np.ndarray]:
+        """Rows of the queries that won most by one metric, and that lost most; at most ``most`` of each."""
+        difference = self.values[:, column] - self.others[:, column]
+        falling = np.argsort(-difference, kind="stable")
+        rising = np.argsort(difference, kind="stable")
+        return falling[difference[falling] > 0][:most], rising[difference[rising] < 0][:most]
+
+
+def is_file(compare_with: str) -> bool:
+    """True if the argument means an earlier per-query file rather than a model.
+
+    Raises:
+        FileNotFoundError: it looks like a file, and there is none.
+    """
+    if os.path.isfile(compare_with):
+        return True
+    if compare_with.endswith((".json", ".jsonl", ".gz")):
+        raise FileNotFoundError(f"{compare_with}: no such file; expected an earlier evaluation's per-query file")
+    return False
+
+
+def read_earlier(path: str, collection: Collection, names: list[str], digest: str) -> np.ndarray:
+    """An earlier run's values of this run's queries: float64 [queries, len(names)].
+
+    Queries are told apart by their text, or by their id where the collection comes with ids.
+
+    Raises:
+        ValueError: a row that cannot be used, other queries or judgments, or a metric that is not there.
+    """
+    by_id = collection.passage_ids is not None
+    numbers = {key: row for row, key in enumerate(collection.query_ids if by_id else collection.queries)}
+    values = np.full((len(numbers), len(names)), np.nan)
+    for raw in read_lines(path):
+        row = parse_object(raw, path)
+
+        def bad(reason: str, line: int = raw.number) -> RecordError:
+            return RecordError(path, line, reason)
+
+        key = row.get("id" if by_id else "query")
+        if not isinstance(key, str) or key not in numbers:
+            raise bad(f"query {key!r:.80} is not among this run's; expected a file made from the same queries")
+        if row.get("collection", digest) != digest:
+            raise bad("made from another corpus, queries or judgments; expected an evaluation on the same ones")
+        for column, name in enumerate(names):
+            value = row.get(name)
+            if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 1:
+                found = "missing" if name not in row else f"{value!r:.40}"
+                raise bad(f'"{name}" is {found}; expected a number from 0 to 1 (the same metrics and k_values)')
+            values[numbers[key], column] = value
+    missing = np.flatnonzero(np.isnan(values).any(axis=1))
+    if len(missing):
+        query = collection.queries[missing[0]]
+        raise ValueError(f"{path}: lacks {len(missing)} of the {len(numbers)} queries, such as {query!r:.80}")
+    return values

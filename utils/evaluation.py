@@ -1,0 +1,481 @@
+"""The evaluation job: a test collection in, each query's metrics, their means and intervals out."""
+
+import logging
+import sys
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from utils import collection as collections
+from utils import comparison, engines, metrics, report, runtime, statistics, trec
+from utils.arguments import EvaluateArguments, ModelArguments
+from utils.collection import Collection
+from utils.comparison import Comparison
+from utils.distributed import Ranks
+from utils.embedding import build_encoders, embed
+from utils.embedding_store import derive, read_user_vectors
+from utils.metrics import Relevance
+from utils.outputs import Outputs, write_rejected
+from utils.records import to_line
+from utils.search import Neighbors, ShardedIndex
+
+logger = logging.getLogger(__name__)
+
+# Queries that are searched, judged and written at a time.
+_QUERY_BLOCK = 4096
+# What a text costs beside itself: its places in lists and tables, its id and its judgments.
+_OVERHEAD = 300
+# Arguments that may name a file which the output must not overwrite.
+_INPUTS = ("dev_path", "neg_path", "corpus_path", "compare_with", "query_embeddings_path", "passage_embeddings_path")
+
+
+class EvaluationResult(dict[str, float]):
+    """Each metric's mean over the queries, at the largest dimension; ``report`` is what the report file holds."""
+
+    def __init__(self, values: dict[str, float], report: dict):
+        super().__init__(values)
+        self.report = report
+
+    def summary(self) -> str:
+        """Tables for a person: values with intervals, the comparison, and the curve over dimensions."""
+        return "\n\n".join([_main_table(self.report), *_comparison_tables(self.report), *_curve_table(self.report)])
+
+
+def evaluate(given: EvaluateArguments) -> EvaluationResult:
+    """Run the whole job; every rank calls it and gets the result.
+
+    Rank 0 alone reads, judges and writes; the others take part in encoding and in the search.
+    """
+    ranks = Ranks()
+    run = report.RunReport("embedding_evaluate", asdict(given))
+    outputs = Outputs(given.output_data_path, [getattr(given, name) or "" for name in _INPUTS])
+    try:
+        with run.stage("read"):
+            inputs = ranks.start(lambda: _Inputs.read(given, outputs))
+        by_dimension = _evaluate_model(given, _model(given), ranks, run, inputs, outputs)
+        other = None
+        if ranks.broadcast_object(inputs.other_model if inputs else None) is not None:
+            values = _evaluate_model(given, _other_model(given), ranks, run, inputs, outputs, is_other=True)
+            (other,) = values.values()
+        elif inputs is not None:
+            other = inputs.earlier
+        with run.stage("write"):
+            result = ranks.on_first(lambda: _finish(given, outputs, inputs, by_dimension, other, run))
+        return ranks.broadcast_object(result)
+    except BaseException:
+        outputs.abandon()
+        raise
+
+
+def _model(given: EvaluateArguments) -> ModelArguments:
+    """The model's part of the arguments, at the largest dimension asked for: the others are cut from it."""
+    values = {f.name: getattr(given, f.name) for f in fields(ModelArguments)}
+    return ModelArguments(**values | {"dimension": max(given.dimension) if given.dimension else None})
+
+
+def _other_model(given: EvaluateArguments) -> ModelArguments:
+    """The second model: the same settings, but its own tokenizer and pooling, and prompts unless they are given."""
+    assert given.compare_with is not None
+    return replace(_model(given), model_path=given.compare_with, tokenizer_path=None, pooling=None)
+
+
+@dataclass
+class _Inputs:
+    """What rank 0 reads and checks before any model is loaded."""
+
+    collection: Collection
+    query_vectors: np.ndarray | None = None
+    passage_vectors: np.ndarray | None = None
+    earlier: np.ndarray | None = None
+    other_model: ModelArguments | None = None
+
+    @classmethod
+    def read(cls, given: EvaluateArguments, outputs: Outputs) -> "_Inputs":
+        collection = collections.read(given)
+        _describe(collection, given)
+        inputs = cls(collection)
+        if given.write_trec:
+            trec.check_ids(collection)
+        if given.compare_with is not None:
+            if comparison.is_file(given.compare_with):
+                names = given.metric_names()
+                inputs.earlier = comparison.read_earlier(given.compare_with, collection, names, collection.digest())
+            else:
+                inputs.other_model = _other_model(given)
+        inputs._read_vectors(given)
+        outputs.open_work()
+        if inputs.query_vectors is None:
+            build_encoders(_model(given))
+        if inputs.other_model is not None:
+            build_encoders(inputs.other_model)
+        return inputs
+
+    def _read_vectors(self, given: EvaluateArguments) -> None:
+        if given.query_embeddings_path is None or given.passage_embeddings_path is None:
+            return
+        collection = self.collection
+        queries = read_user_vectors(given.query_embeddings_path, collection.n_query_rows, given.normalize)
+        passages = read_user_vectors(given.passage_embeddings_path, collection.n_passage_rows, given.normalize)
+        if queries.shape[1] != passages.shape[1]:
+            raise ValueError(
+                f"{given.passage_embeddings_path}: vectors of {passages.shape[1]} dimensions; "
+                f"expected {queries.shape[1]} as in {given.query_embeddings_path}"
+            )
+        if given.dimension and max(given.dimension) > queries.shape[1]:
+            raise ValueError(f"dimension is {max(given.dimension)}; the vectors have only {queries.shape[1]}")
+        self.query_vectors, self.passage_vectors = queries, passages
+
+
+def _describe(collection: Collection, given: EvaluateArguments) -> None:
+    """Say what was read, and which cut-offs the corpus is too small for."""
+    texts = sum(sys.getsizeof(text) + _OVERHEAD for text in (*collection.queries, *collection.passages))
+    logger.info(
+        "%s: %s queries, %s passages; about %.0f MiB of texts in memory",
+        given.dev_path, f"{len(collection.queries):,}", f"{collection.n_corpus:,}", texts / 2**20,
+    )  # fmt: skip
+    large = sorted({k for _, k in map(metrics.split_name, given.metric_names()) if k > collection.n_corpus})
+    if large:
+        logger.warning(
+            "cut-offs larger than the corpus of %d passages: %s; every passage is within them",
+            collection.n_corpus, ", ".join(map(str, large)),
+        )  # fmt: skip
+
+
+def _evaluate_model(
+    given: EvaluateArguments,
+    model: ModelArguments,
+    ranks: Ranks,
+    run: report.RunReport,
+    inputs: _Inputs | None,
+    outputs: Outputs,
+    is_other: bool = False,
+) -> dict[int, np.ndarray | None]:
+    """Each dimension's per-query values on rank 0 (None elsewhere), largest dimension first.
+
+    Writes the per-query file and the TREC files for the largest dimension, unless this is the second model.
+    """
+    names = given.metric_names()
+    queries, passages = _vectors(given, model, ranks, run, inputs, outputs.work, is_other)
+    width = ranks.broadcast_object(queries.shape[1] if queries is not None else None)
+    dimensions = sorted(given.dimension or [width], reverse=True)
+    values: dict[int, np.ndarray | None] = {}
+    for dim in dimensions[:1] if is_other else dimensions:
+        with run.stage("search"), ExitStack() as stack:
+            writer = None
+            if inputs is not None and dim == dimensions[0] and not is_other:
+                writer = _Writer(given, inputs.collection, outputs, stack)
+            cut = ranks.on_first(lambda dim=dim: _cut(given, queries, passages, dim, outputs.work))
+            values[dim] = _measure(given, names, ranks, inputs, *(cut or (None, None)), dim, writer)
+    return values
+
+
+def _cut(
+    given: EvaluateArguments, queries: np.ndarray | None, passages: np.ndarray | None, dim: int, work: Path
+) -> tuple[np.ndarray, np.ndarray]:
+    assert queries is not None and passages is not None
+    normalize = given.normalize and dim < queries.shape[1]
+    return (
+        derive(queries, work / "output.cut-queries", dim=dim, normalize=normalize),
+        derive(passages, work / "output.cut-passages", dim=dim, normalize=normalize),
+    )
+
+
+def _vectors(
+    given: EvaluateArguments,
+    model: ModelArguments,
+    ranks: Ranks,
+    run: report.RunReport,
+    inputs: _Inputs | None,
+    work: Path,
+    is_other: bool,
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Vectors of the queries and of the corpus on rank 0, None elsewhere."""
+    run.counts.setdefault("encoded", 0)
+    if given.query_embeddings_path is not None and not is_other:
+        return ranks.on_first(lambda: _user_vectors(given, inputs, work)) or (None, None)
+    query_encoder, passage_encoder = ranks.all_agree(lambda: build_encoders(model))
+    folder = Path(given.embedding_cache) if given.embedding_cache else work
+    collection = inputs.collection if inputs is not None else None
+    already = run.counts["encoded"], run.seconds.get("encode", 0.0)
+    with run.stage("encode"):
+        queries, n = embed(query_encoder, collection.queries if collection else None, ranks, folder, "queries")
+        passages, m = embed(passage_encoder, collection.corpus if collection else None, ranks, folder, "passages")
+    run.counts["encoded"] += n + m
+    speed = (n + m) / max(run.seconds["encode"] - already[1], 1e-9)
+    name = "other_encoder" if is_other else "encoder"
+    run.results[name] = {
+        "queries": query_encoder.description(),
+        "passages": passage_encoder.description(),
+        "texts_per_second": round(speed, 2),
+    }
+    return queries, passages
+
+
+def _user_vectors(given: EvaluateArguments, inputs: _Inputs | None, work: Path) -> tuple[np.ndarray, np.ndarray]:
+    """The user's vectors, one for each query and passage that is left after equal ones became one."""
+    assert inputs is not None and inputs.query_vectors is not None and inputs.passage_vectors is not None
+    collection = inputs.collection
+    return (
+        derive(inputs.query_vectors, work / "output.queries", collection.query_rows, None, given.normalize),
+        derive(inputs.passage_vectors, work / "output.passages", collection.passage_rows, None, given.normalize),
+    )
+
+
+def _measure(
+    given: EvaluateArguments,
+    names: list[str],
+    ranks: Ranks,
+    inputs: _Inputs | None,
+    queries: np.ndarray | None,
+    passages: np.ndarray | None,
+    dim: int,
+    writer: "_Writer | None",
+) -> np.ndarray | None:
+    """Search and judge, block by block: float64 [queries, metrics] on rank 0, None elsewhere."""
+    collection = inputs.collection if inputs is not None else None
+    deepest = max(k for _, k in map(metrics.split_name, names))
+    sizes = None
+    if collection is not None:
+        most_ignored = max(map(len, collection.ignored.values()), default=0)
+        sizes = len(collection.queries), collection.n_corpus, most_ignored
+    n, n_corpus, most_ignored = ranks.broadcast_object(sizes)
+    depth = min(deepest + most_ignored, n_corpus)
+    _log_memory(n, n_corpus, dim, depth, len(names), ranks)
+    index = ShardedIndex.of(ranks, passages, n_corpus, dim, engines.device())
+    values = np.empty((n, len(names)), np.float64) if collection is not None else None
+
+    def judge(start: int, found: Neighbors) -> None:
+        assert collection is not None and values is not None
+        found = _without_ignored(found, collection, start, deepest)
+        relevance = _relevance(collection, start, found.rows, deepest)
+        part = slice(start, start + len(found.rows))
+        values[part] = metrics.per_query(relevance, names)
+        if writer is not None:
+            writer.write(start, found, relevance, values[part], names)
+
+    with report.Progress("search", n, "queries") as progress:
+        for start in range(0, n, _QUERY_BLOCK):
+            size = min(_QUERY_BLOCK, n - start)
+            found = index.search_all(queries[start : start + size] if queries is not None else None, size, depth)
+            ranks.on_first(lambda start=start, found=found: judge(start, found))
+            progress.update(size)
+    return values
+
+
+def _log_memory(n: int, n_corpus: int, dim: int, depth: int, n_metrics: int, ranks: Ranks) -> None:
+    """What the search will need, before it starts."""
+    passages = n_corpus * dim * 4 / ranks.size
+    queries = n * dim * 4
+    # A screened block and its rescoring on each thread, a block's neighbours with their candidates, the values.
+    working = runtime.cpu_threads() * (160 << 20) + _QUERY_BLOCK * depth * 120 + n * n_metrics * 8
+    logger.info(
+        "search: %s queries x %s passages of %d dimensions, the best %d of each, in blocks: %.0f MiB of vectors "
+        "mapped from disk%s, at most %.0f MiB of working memory",
+        f"{n:,}", f"{n_corpus:,}", dim, depth, (n_corpus * dim * 4 + queries) / 2**20,
+        f" by rank 0, {passages / 2**20:.0f} MiB in memory on each of {ranks.size} ranks" if ranks.size > 1 else "",
+        working / 2**20,
+    )  # fmt: skip
+
+
+def _without_ignored(found: Neighbors, collection: Collection, start: int, k: int) -> Neighbors:
+    """The ``k`` best that are left without each query's ignored passages."""
+    scores, rows = found
+    for place in range(len(rows)):
+        ignored = collection.ignored.get(start + place)
+        if ignored is not None:
+            last = np.isin(rows[place], ignored)
+            order = np.argsort(last, kind="stable")
+            scores[place] = np.where(last[order], -np.inf, scores[place, order])
+            rows[place] = np.where(last[order], -1, rows[place, order])
+    return Neighbors(scores[:, :k], rows[:, :k])
+
+
+def _relevance(collection: Collection, start: int, rows: np.ndarray, deepest: int) -> Relevance:
+    """Judge a block of rankings; ``rows`` int64 [b, width], for the queries from ``start`` on."""
+    grades = collection.judgments.lookup(start, rows, len(collection.passages))
+    n_relevant = collection.judgments.n_relevant(start, len(rows))
+    return Relevance(grades.astype(np.float64), collection.judgments.ideal(start, len(rows), deepest), n_relevant)
+
+
+class _Writer:
+    """The per-query file, and the TREC files if asked for, written as the blocks come."""
+
+    def __init__(self, given: EvaluateArguments, collection: Collection, outputs: Outputs, stack: ExitStack):
+        self.given, self.collection = given, collection
+        self.digest = collection.digest()
+        self.per_query = stack.enter_context(outputs.stage())
+        self.run: IO[bytes] | None = None
+        if given.write_trec:
+            self.run = stack.enter_context(outputs.stage(".run.trec"))
+            qrels = stack.enter_context(outputs.stage(".qrels.trec"))
+            qrels.writelines(line.encode() for line in trec.qrels_lines(collection))
+
+    def write(self, start: int, found: Neighbors, relevance: Relevance, values: np.ndarray, names: list[str]) -> None:
+        """A block of queries, the first of them number ``start``."""
+        collection = self.collection
+        for place, (scores, rows) in enumerate(zip(*found, strict=True)):
+            query = start + place
+            n_found = int((rows >= 0).sum())
+            query_id = collection.query_ids[query]
+            if self.run is not None:
+                ids = [collection.passage_id(row) for row in rows[:n_found].tolist()]
+                self.run.write(trec.run_lines(query_id, ids, scores[:n_found]).encode())
+            shown = min(self.given.top_passages, n_found)
+            top = zip(scores[:shown].tolist(), rows[:shown].tolist(), relevance.grades[place], strict=False)
+            judged = dict(collection.judgments.of_query(query))
+            seen = set(rows.tolist())
+            missed = [row for row, grade in judged.items() if grade >= 1 and row not in seen]
+            entry = {
+                "id": query_id,
+                "query": collection.queries[query],
+                "relevant": int(relevance.n_relevant[place]),
+                **dict(zip(names, values[place].tolist(), strict=True)),
+                "passages": [self._passage(row, rank, score, grade) for rank, (score, row, grade) in enumerate(top, 1)],
+                "not_found": [
+                    {"id": collection.passage_id(row), "grade": judged[row], "text": collection.passages[row]}
+                    for row in missed
+                ],
+                "collection": self.digest,
+            }
+            self.per_query.write(to_line(entry))
+
+    def _passage(self, row: int, rank: int, score: float, grade: float) -> dict:
+        collection = self.collection
+        name, text = collection.passage_id(row), collection.passages[row]
+        return {"rank": rank, "id": name, "score": score, "grade": int(grade), "text": text}
+
+
+def _finish(
+    given: EvaluateArguments,
+    outputs: Outputs,
+    inputs: _Inputs | None,
+    by_dimension: dict[int, np.ndarray | None],
+    other: np.ndarray | None,
+    run: report.RunReport,
+) -> EvaluationResult:
+    """Means, intervals and the comparison; write the report, and let the outputs appear."""
+    assert inputs is not None
+    names = given.metric_names()
+    run.counts = {**_balanced(inputs.collection), **run.counts}
+    summaries = {}
+    for dim, values in by_dimension.items():
+        assert values is not None
+        low, high = statistics.metric_interval(values, given.confidence, given.resamples, given.seed)
+        means = metrics.aggregate(values, names).aggregated
+        ends = zip(names, low.tolist(), high.tolist(), strict=True)
+        summaries[dim] = {name: {"value": means[name], "low": lower, "high": upper} for name, lower, upper in ends}
+    largest = next(iter(by_dimension))
+    run.results["dimension"] = largest
+    run.results["metrics"] = summaries[largest]
+    if len(summaries) > 1:
+        run.results["dimensions"] = {str(dim): summary for dim, summary in summaries.items()}
+    if other is not None:
+        values = by_dimension[largest]
+        assert values is not None and given.compare_with is not None
+        run.results["comparison"] = _compare(given, inputs, Comparison(given.compare_with, values, other), names)
+    if given.on_bad_row == "skip":
+        write_rejected(outputs, inputs.collection.rejected)
+    with outputs.stage(".report.json") as stream:
+        stream.write(run.to_json())
+    outputs.commit()
+    return EvaluationResult({name: summaries[largest][name]["value"] for name in names}, run.as_dict())
+
+
+def _balanced(collection: Collection) -> dict[str, int]:
+    """The counts, once it is certain that every row is in one of them."""
+    counts = {**collection.counts, "rejected": len(collection.rejected)}
+    rest = ("query_rows_merged", "query_rows_rejected", "queries_not_judged")
+    if counts["query_rows"] != counts["queries"] + sum(counts.get(name, 0) for name in rest):
+        raise AssertionError(f"the queries do not add up: {counts}")
+    if counts["passages_read"] != counts["passages"] + counts["passages_merged"]:
+        raise AssertionError(f"the passages do not add up: {counts}")
+    return counts
+
+
+def _compare(given: EvaluateArguments, inputs: _Inputs, compared: Comparison, names: list[str]) -> dict:
+    """The comparison as the report holds it; changes are listed by the deepest NDCG, else the first metric."""
+    ndcg = [name for name in names if name.startswith("ndcg@")]
+    by = max(ndcg, key=lambda name: metrics.split_name(name)[1], default=names[0])
+    column = names.index(by)
+    collection = inputs.collection
+
+    def entry(row: int) -> dict:
+        own, other = float(compared.values[row, column]), float(compared.others[row, column])
+        return {"id": collection.query_ids[row], "query": collection.queries[row], "this": own, "other": other}
+
+    won, lost = compared.changes(column, given.n_changes)
+    difference = compared.values[:, column] - compared.others[:, column]
+    return {
+        "with": compared.name,
+        "metrics": compared.tests(names, given.confidence, given.resamples, given.seed),
+        "changes_by": by,
+        "n_won": int((difference > 0).sum()),
+        "n_lost": int((difference < 0).sum()),
+        "n_equal": int((difference == 0).sum()),
+        "won_most": [entry(row) for row in won.tolist()],
+        "lost_most": [entry(row) for row in lost.tolist()],
+    }
+
+
+def _main_table(done: dict) -> str:
+    given, counts = done["arguments"], done["counts"]
+    percent = f"{100 * given['confidence']:g}% interval"
+    rows = [["", "value", percent]]
+    rows += [[name, f"{m['value']:.4f}", f"{m['low']:.4f} to {m['high']:.4f}"] for name, m in done["metrics"].items()]
+    title = f"{given['dev_path']}: {counts['queries']:,} queries, {counts['passages']:,} passages"
+    return f"{title} -> {given['output_data_path']}\n{_columns(rows)}"
+
+
+def _comparison_tables(done: dict) -> list[str]:
+    if "comparison" not in done:
+        return []
+    compared = done["comparison"]
+    percent = f"{100 * done['arguments']['confidence']:g}% interval"
+    rows = [["", "this", "other", "difference", percent, "p-value"]]
+    for name, test in compared["metrics"].items():
+        own = done["metrics"][name]["value"]
+        interval = f"{test['low']:+.4f} to {test['high']:+.4f}"
+        rows.append(
+            [
+                name,
+                f"{own:.4f}",
+                f"{test['other']:.4f}",
+                f"{test['difference']:+.4f}",
+                interval,
+                f"{test['p_value']:.4f}",
+            ]
+        )
+    counts = f"{compared['n_won']} queries won, {compared['n_lost']} lost, {compared['n_equal']} equal"
+    lines = [f"compared with {compared['with']}; by {compared['changes_by']}, {counts}\n{_columns(rows)}"]
+    for title in ("won_most", "lost_most"):
+        changes = [f"  {c['other']:.3f} -> {c['this']:.3f}  {_shortened(c['query'])}" for c in compared[title]]
+        if changes:
+            lines.append("\n".join([title.replace("_", " "), *changes]))
+    return lines
+
+
+def _curve_table(done: dict) -> list[str]:
+    if "dimensions" not in done:
+        return []
+    curves = done["dimensions"]
+    rows = [["dimension", *curves]]
+    rows += [[name, *(f"{curve[name]['value']:.4f}" for curve in curves.values())] for name in done["metrics"]]
+    return [_columns(rows)]
+
+
+def _columns(rows: list[list[str]]) -> str:
+    """A table for a terminal: the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for first, *rest in rows:
+        cells = [f"{first:<{widths[0]}}", *(f"{cell:>{width}}" for cell, width in zip(rest, widths[1:], strict=True))]
+        lines.append("  " + "  ".join(cells))
+    return "\n".join(lines)
+
+
+def _shortened(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= 60 else text[:59] + "…"
