@@ -71,7 +71,7 @@ def tiny_model(tmp_path_factory) -> str:
     return make_tiny_bert(tmp_path_factory.mktemp("models") / "tiny-bert")
 
 
-def make_tiny_bert(folder: Path, hidden: int = 32, heads: int = 4, layers: int = 2, ffn: int = 64) -> str:
+def make_tiny_bert(folder: Path, hidden: int = 32, layers: int = 2, ffn: int = 64, positions: int = 64) -> str:
     from safetensors.numpy import save_file
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
@@ -88,8 +88,8 @@ def make_tiny_bert(folder: Path, hidden: int = 32, heads: int = 4, layers: int =
     (folder / "vocab.txt").write_text("\n".join(words) + "\n")
     config = {
         "architectures": ["BertModel"], "model_type": "bert", "hidden_size": hidden, "num_hidden_layers": layers,
-        "num_attention_heads": heads, "intermediate_size": ffn, "vocab_size": len(words),
-        "max_position_embeddings": 64, "type_vocab_size": 2, "layer_norm_eps": 1e-12, "hidden_act": "gelu",
+        "num_attention_heads": 4, "intermediate_size": ffn, "vocab_size": len(words),
+        "max_position_embeddings": positions, "type_vocab_size": 2, "layer_norm_eps": 1e-12, "hidden_act": "gelu",
         "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1, "pad_token_id": 0,
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
@@ -104,7 +104,7 @@ def make_tiny_bert(folder: Path, hidden: int = 32, heads: int = 4, layers: int =
     ones, zeros = np.ones(hidden, np.float32), np.zeros(hidden, np.float32)
     weights = {
         "embeddings.word_embeddings.weight": normal(len(words), hidden),
-        "embeddings.position_embeddings.weight": normal(64, hidden) / 4,
+        "embeddings.position_embeddings.weight": normal(positions, hidden) / 4,
         "embeddings.token_type_embeddings.weight": normal(2, hidden) / 4,
         "embeddings.LayerNorm.weight": ones,
         "embeddings.LayerNorm.bias": zeros,

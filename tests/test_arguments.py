@@ -3,6 +3,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 from conftest import ROOT
 
@@ -71,6 +72,8 @@ def test_bad_flags(argv, message):
         ('{"count": true}', "count is True; expected a whole number"),
         ("[1]", "expected one JSON object"),
         ('{"count": 3,}', ":1: not JSON"),
+        ('{"count": ' + "9" * 5000 + "}", "not usable JSON"),
+        ("[" * 100_000, "not usable JSON"),
     ],
 )
 def test_bad_json(tmp_path, content, message):
@@ -83,18 +86,26 @@ def test_bad_json(tmp_path, content, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"similarity_threshold": 2}, "similarity_threshold is 2.0; expected -1 to 1"),
+        ({"similarity_threshold": 2}, "similarity_threshold is 2.0; expected at least -1.0 and at most 1.0"),
+        ({"similarity_threshold": 10**400}, "similarity_threshold is out of range"),
+        ({"template": "\ud800{text}"}, "expected valid Unicode"),
         ({"similarity_treshold": 0.5}, "did you mean similarity_threshold?"),
         ({"template": "query: "}, 'expected exactly one "{text}"'),
         ({"template": "{text}", "query_template": "{text}"}, "both given"),
         ({"dtype": "fp32"}, "expected one of"),
-        ({"target_size": 5, "normalize": False}, "target_size needs normalize"),
+        ({"embeddings_path": "a", "reference_data_path": "b"}, "both given"),
     ],
 )
 def test_clean_arguments(options, message):
     with pytest.raises(ArgumentError) as caught:
         build(CleanArguments, **options)
     assert message in str(caught.value)
+
+
+def test_numpy_scalars_are_numbers():
+    given = build(Example, count=np.int64(4), rate=np.float32(0.5))
+    assert (given.count, given.rate) == (4, 0.5)
+    assert type(given.count) is int
 
 
 def test_the_default_model_is_the_bundled_one():

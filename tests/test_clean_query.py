@@ -2,15 +2,16 @@
 
 import gzip
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import make_rows, read_jsonl, run_script, write_jsonl
+from conftest import make_rows, make_tiny_bert, read_jsonl, run_script, write_jsonl
 from test_dedup import one_by_one
 
 from clean_query import Clean_Query
-from utils import arguments, cleaning
+from utils import arguments
 from utils.embedding import build_encoders
 from utils.records import fold
 
@@ -28,6 +29,14 @@ def job(tmp_path, rows, tiny_model):
 
     run.source, run.output = source, output
     return run
+
+
+def test_the_longest_width_is_the_models(tmp_path, rows):
+    """Positions that are no multiple of the padding step."""
+    model = make_tiny_bert(tmp_path / "model", positions=50)
+    source = write_jsonl(tmp_path / "in.json", [{"query": "card " * 100}, *rows[:5]])
+    options = {"input_data_path": source, "output_data_path": str(tmp_path / "out.json")}
+    assert len(Clean_Query(model, **options, similarity_threshold=1.0).clean().kept_rows) > 1
 
 
 def vectors_of(texts, model):
@@ -170,11 +179,11 @@ BAD_RUNS = {
     "a bad row": (["--input_data_path", "bad.json"], 'bad.json:2: "pos_passage" is a string; expected a list'),
     "an empty file": (["--input_data_path", "empty.json"], "empty.json: the file has no rows"),
     "unknown argument": (["--similarity_treshold", "0.5"], "did you mean --similarity_threshold?"),
-    "threshold 2": (["--similarity_threshold", "2"], "similarity_threshold is 2.0; expected -1 to 1"),
+    "threshold 2": (["--similarity_threshold", "2"], "similarity_threshold is 2.0; expected at least -1.0"),
     "unwritable output": (["--output_data_path", "/proc/none/clean.json"], "cannot write there"),
     "a directory as output": (["--output_data_path", "."], "is a directory; expected a path for the output"),
     "the input as output": (["--output_data_path", "good.json"], "the output would overwrite an input"),
-    "NaN vectors": (["--embeddings_path", "nan.npy"], "nan.npy: row 2 holds NaN or infinity"),
+    "NaN vectors": (["--embeddings_path", "nan.npy"], "nan.npy: row 2 holds NaN, infinity"),
     "no such model": (["--model_path", "./none"], "./none: no such model folder"),
     "dimension too large": (["--dimension", "4096"], "dimension is 4096"),
 }
@@ -210,5 +219,51 @@ def test_gzip_in_and_out(tmp_path, job):
     assert len(plain) == len(job.output.read_bytes().splitlines())
 
 
-def test_class_and_job_share_their_result(job):
-    assert isinstance(job(), cleaning.CleaningResult)
+def test_cosines_are_compared_whether_or_not_vectors_are_normalised(job):
+    assert job(normalize=False).kept_rows.tolist() == job().kept_rows.tolist()
+
+
+def test_merging_changes_only_rows_that_gain_something(tmp_path, tiny_model):
+    lines = [
+        b'{"query": "old soup",   "n": 1.50}',
+        b'{"query": "where is my card", "pos_passage": ["a"], "neg_passage": ["b", "c"]}',
+        b'{"query": "where is my card", "pos_passage": ["b", "a"]}',
+        b'{"query": "old  soup"}',
+    ]
+    (tmp_path / "in.json").write_bytes(b"\n".join(lines))
+    options = {"input_data_path": str(tmp_path / "in.json"), "output_data_path": str(tmp_path / "out.json")}
+    Clean_Query(tiny_model, **options, similarity_threshold=0.9999, merge_positives=True).clean()
+    first, second = (tmp_path / "out.json").read_bytes().splitlines()
+    assert first == lines[0]
+    assert json.loads(second) == {"query": "where is my card", "pos_passage": ["a", "b"], "neg_passage": ["c"]}
+
+
+def test_a_tokenizer_of_another_model_is_refused(job, tmp_path, tiny_model):
+    folder = tmp_path / "other"
+    shutil.copytree(tiny_model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"] |= {"card": config["vocab_size"] + 5}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(ValueError, match="expected the model's own tokenizer"):
+        Clean_Query(tiny_model, str(folder), input_data_path=job.source, output_data_path=str(job.output)).clean()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("model.safetensors", "version https://git-lfs", "is no safetensors file"),
+        ("config.json", '{"model_type": "bert", "hidden_size": 32}', "cannot be understood"),
+        ("config.json", "[1]", "expected a JSON object"),
+        ("modules.json", '["a"]', "cannot be understood"),
+        ("tokenizer.json", "{}", "tokenizer.json: cannot be read"),
+    ],
+)
+def test_damaged_models_are_named(name, content, message, job, tmp_path, tiny_model):
+    folder = tmp_path / "damaged"
+    shutil.copytree(tiny_model, folder)
+    (folder / name).write_text(content)
+    with pytest.raises(ValueError) as caught:
+        Clean_Query(str(folder), input_data_path=job.source, output_data_path=str(job.output)).clean()
+    assert message in str(caught.value)
+    assert not job.output.parent.exists() or not list(job.output.parent.iterdir())

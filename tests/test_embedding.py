@@ -111,7 +111,10 @@ def save(path, array) -> str:
         (np.ones((3, 4), np.float32), "shape [3, 4]; expected [5, dim]"),
         (np.ones(5, np.float32), "expected float32 [5, dim]"),
         (np.ones((5, 4), np.int64), "holds int64"),
-        (np.array([[1, 2], [3, 4], [np.nan, 1], [1, 1], [1, 1]], np.float32), "row 3 holds NaN or infinity"),
+        (
+            np.array([[1, 2], [3, 4], [np.nan, 1], [1, 1], [1, 1]], np.float32),
+            "row 3 holds NaN, infinity",
+        ),
         (np.array([[1, 2], [0, 0], [1, 1], [1, 1], [1, 1]], np.float32), "row 2 holds only zeros"),
         (np.array([{}] * 5, object), "not a plain .npy"),
     ],

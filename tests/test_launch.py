@@ -1,7 +1,7 @@
 """Scripts under the launcher: the number of processes, and kills, must not change the answer."""
 
+import json
 import os
-import random
 import signal
 import subprocess
 import time
@@ -41,6 +41,23 @@ def test_any_number_of_processes_writes_the_same_bytes(nproc, cleaning_flags, ex
     assert contents(tmp_path) == expected
 
 
+def test_options_that_send_more_between_ranks(cleaning_flags, tmp_path):
+    """Rejected rows, a reference and merged positives, on two ranks as on one."""
+    rows = [json.dumps(row).encode() for row in make_rows(200, seed=4)]
+    rows[7] = b"{broken"
+    (tmp_path / "in.json").write_bytes(b"\n".join(rows))
+    reference = write_jsonl(tmp_path / "dev.json", make_rows(5, seed=4))
+    flags = [*cleaning_flags, "--input_data_path", tmp_path / "in.json", "--reference_data_path", reference,
+             "--on_bad_row", "skip", "--merge_positives", "true", "--output_data_path"]  # fmt: skip
+    for nproc in (1, 2):
+        (tmp_path / str(nproc)).mkdir()
+        done = run_script("clean_query.py", *flags, tmp_path / str(nproc) / "clean.json", nproc=nproc, cwd=tmp_path)
+        assert done.returncode == 0, done.stdout + done.stderr
+    for name in (*OUTPUTS, "clean.json.rejected.jsonl"):
+        assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
+    assert b'"leakage"' in (tmp_path / "1" / OUTPUTS[1]).read_bytes()
+
+
 def test_a_bad_input_ends_every_process(cleaning_flags, tmp_path):
     flags = [*cleaning_flags, "--input_data_path", "none.json", "--output_data_path", tmp_path / "clean.json"]
     done = run_script("clean_query.py", *flags, nproc=2, cwd=tmp_path, timeout=60)
@@ -49,12 +66,13 @@ def test_a_bad_input_ends_every_process(cleaning_flags, tmp_path):
     assert "Traceback" not in done.stdout + done.stderr
 
 
-def test_a_killed_rank_then_a_rerun_gives_the_same_bytes(cleaning_flags, expected, tmp_path):
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_rank_then_a_rerun_gives_the_same_bytes(victim, cleaning_flags, expected, tmp_path):
     flags = [*cleaning_flags, "--output_data_path", tmp_path / "clean.json"]
     launcher = start(flags, nproc=2, cwd=tmp_path)
-    rank = wait_for_ranks(launcher, 2)[random.Random(0).randrange(2)]
+    ranks = wait_for_ranks(launcher, 2)
     wait_for_work(tmp_path)
-    kill(rank)
+    kill(ranks[victim])
     assert launcher.wait(60) != 0
     assert not (tmp_path / "clean.json").exists()
     done = run_script("clean_query.py", *flags)

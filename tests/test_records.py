@@ -1,10 +1,12 @@
 import gzip
 import json
+import os
+import pickle
 
 import pytest
 from conftest import write_jsonl
 
-from utils.records import RecordError, Source, fold
+from utils.records import RecordError, Source, fold, to_line
 
 GOOD = {"query": "问题", "pos_passage": ["a", "b"], "neg_passage": [], "id": 7}
 
@@ -48,6 +50,7 @@ BAD_LINES = [
     (b'{"query": "q", "pos_passage": ["a", ""]}', '"pos_passage"[1] is empty'),
     (b'{"query": "q", "neg_passage": null}', '"neg_passage" is null'),
     (b'{"query": "\\ud800"}', "surrogate"),
+    (b'{"query": "q", "x": NaN}', "NaN is no JSON value"),
     (b'{"query": "\xff"}', "byte 12 of the line is not UTF-8"),
     (b'{"query": "q", "x": ' + b"9" * 5000 + b"}", "not usable JSON"),
     (b'{"query": "q", "x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested too deeply"),
@@ -104,6 +107,18 @@ def test_missing_file_and_directory(tmp_path):
         list(Source(str(tmp_path / "none.json")))
     with pytest.raises(IsADirectoryError, match="is a directory"):
         list(Source(str(tmp_path)))
+
+
+def test_errors_and_lines_survive_the_way_between_ranks():
+    error = pickle.loads(pickle.dumps(RecordError("a.json", 3, "bad")))  # noqa: S301 - our own bytes
+    assert (str(error), error.line) == ("a.json:3: bad", 3)
+    assert json.loads(to_line({"note": "\ud83d", "query": "问"})) == {"note": "\ud83d", "query": "问"}
+
+
+def test_a_pipe_is_refused_instead_of_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="no regular file"):
+        list(Source(str(tmp_path / "pipe")))
 
 
 def test_fold():

@@ -9,8 +9,8 @@ import dataclasses
 import difflib
 import json
 import math
+import numbers
 import os
-import sys
 import types
 import typing
 from dataclasses import dataclass, field
@@ -81,7 +81,7 @@ class CleanArguments(ModelArguments, InputArguments):
     input_data_path: str = option("./toy_data/toy_source.json", "the JSONL file to clean")
     output_data_path: str = option("./output/toy_clean.json", "where the kept rows go")
     similarity_threshold: float = option(
-        0.75, "a row is removed when its cosine with a kept row reaches this (-1 to 1)"
+        0.75, "a row is removed when its cosine with a kept row reaches this", at_least=-1.0, at_most=1.0
     )
     target_size: int | None = option(
         None, "keep at most this many rows: finds the highest threshold that does, instead of the given one",
@@ -97,10 +97,6 @@ class CleanArguments(ModelArguments, InputArguments):
 
     def check(self) -> None:
         """Rules that tie fields together."""
-        if self.normalize and not -1 <= self.similarity_threshold <= 1:
-            raise ArgumentError(f"similarity_threshold is {self.similarity_threshold!r}; expected -1 to 1, a cosine")
-        if self.target_size is not None and not self.normalize:
-            raise ArgumentError("target_size needs normalize: the threshold it looks for is a cosine")
         if self.embeddings_path and self.reference_data_path:
             raise ArgumentError("embeddings_path and reference_data_path are both given; a reference needs a model")
 
@@ -283,16 +279,31 @@ def _checked_type(name: str, value, hint) -> Any:
         if isinstance(value, list | tuple):
             return [_checked_type(f"{name}[{i}]", v, item) for i, v in enumerate(value)]
         return [_checked_type(name, value, item)]
-    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+    kind = {int: numbers.Integral, float: numbers.Real}.get(wanted, ())
+    if isinstance(value, kind) and not isinstance(value, bool):
+        try:
+            value = wanted(value)  # NumPy's scalars, and whole numbers where any number is wanted
+        except OverflowError:
+            raise ArgumentError(f"{name} is out of range; expected {_type_name(wanted)}") from None
     if type(value) is not wanted:
         optional = " or null" if type(None) in options else ""
         raise ArgumentError(f"{name} is {value!r}; expected {_type_name(wanted)}{optional}")
     if wanted is float and not math.isfinite(value):
         raise ArgumentError(f"{name} is {value!r}; expected a finite number")
-    if wanted is str and not value:
-        raise ArgumentError(f"{name} is an empty string; expected some text")
+    if wanted is str:
+        _check_text(name, value)
     return value
+
+
+def _check_text(name: str, value: str) -> None:
+    if not value:
+        raise ArgumentError(f"{name} is an empty string; expected some text")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ArgumentError(f"{name} is {value!r}; expected valid Unicode") from None
+    if "\0" in value:
+        raise ArgumentError(f"{name} is {value!r}; expected text without NUL")
 
 
 def _from_text(name: str, text: str, hint) -> Any:
@@ -331,6 +342,8 @@ def _read_json(path: str, cls: type) -> dict:
         raise ArgumentError(f"{path}: not UTF-8; expected a JSON file of arguments") from None
     except json.JSONDecodeError as error:
         raise ArgumentError(f"{path}:{error.lineno}: not JSON: {error.msg} at column {error.colno}") from None
+    except (ValueError, RecursionError) as error:
+        raise ArgumentError(f"{path}: not usable JSON ({error}); expected one flat JSON object") from None
     if not isinstance(values, dict):
         raise ArgumentError(f"{path}: expected one JSON object of arguments")
     known = {f.name for f in dataclasses.fields(cls)}
@@ -386,8 +399,3 @@ class _Parser(argparse.ArgumentParser):
     def format_help(self) -> str:
         text = super().format_help()
         return self.format_usage() + text[text.index("\n\n") :]
-
-
-def program_name() -> str:
-    """The running script's file name, for error lines."""
-    return os.path.basename(sys.argv[0])

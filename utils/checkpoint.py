@@ -5,6 +5,7 @@ here, so that a wrong option is refused before any weight is loaded.
 """
 
 import contextlib
+import difflib
 import functools
 import hashlib
 import io
@@ -49,16 +50,12 @@ class Checkpoint:
     config: dict
     model_type: str
     hidden_size: int
+    vocabulary: int
     max_length: int | None
     default_length: int
     pooling: str
     query_template: str
     passage_template: str
-
-    @property
-    def is_decoder(self) -> bool:
-        """True for causal models."""
-        return self.model_type in DECODERS
 
     @property
     def position_offset(self) -> int:
@@ -78,8 +75,7 @@ class Checkpoint:
         """True if the weights are PyTorch's, whose linear layers are stored transposed."""
         first = self.weight_files()[0]
         if first.suffix == ".safetensors":
-            with open(first, "rb") as stream:
-                header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+            header = _safetensors_header(first)
             return header.get("__metadata__", {}).get("format") == "pt"
         return first.suffix == ".bin"
 
@@ -102,16 +98,25 @@ def resolve(model_path: str, tokenizer_path: str | None = None) -> Checkpoint:
         ValueError: the folder is no model, or one that this toolkit cannot use.
     """
     folder = _folder(model_path)
+    tokenizer_folder = folder if tokenizer_path in (None, model_path) else _folder(tokenizer_path)
+    try:
+        return _understand(folder, tokenizer_folder)
+    except (TypeError, AttributeError, KeyError, IndexError) as error:
+        raise ValueError(f"{folder}: its configuration files cannot be understood ({error!r})") from error
+
+
+def _understand(folder: Path, tokenizer_folder: Path) -> Checkpoint:
     config = _read_json_object(folder / "config.json")
     if not config:
         raise ValueError(f"{folder}: no config.json there; expected a model's folder")
+    for path in folder.glob("*.safetensors"):
+        _safetensors_header(path)
     if not any(any(folder.glob(pattern)) for pattern in WEIGHT_PATTERNS):
         raise ValueError(f"{folder}: no weights there; expected one of {', '.join(WEIGHT_PATTERNS)}")
     model_type = str(config.get("model_type", "")).replace("_", "-")
     hidden_size = config.get("hidden_size")
     if not model_type or not isinstance(hidden_size, int):
         raise ValueError(f"{folder / 'config.json'}: lacks model_type or hidden_size; expected a text encoder's")
-    tokenizer_folder = folder if tokenizer_path in (None, model_path) else _folder(tokenizer_path)
     if not any((tokenizer_folder / name).is_file() for name in TOKENIZER_FILES):
         raise ValueError(f"{tokenizer_folder}: no tokenizer there; expected one of {', '.join(TOKENIZER_FILES)}")
     query_prompt, passage_prompt = _prompts(folder)
@@ -122,14 +127,24 @@ def resolve(model_path: str, tokenizer_path: str | None = None) -> Checkpoint:
         config=config,
         model_type=model_type,
         hidden_size=hidden_size,
+        vocabulary=int(config["vocab_size"]),
         max_length=max_length,
-        default_length=_read_json_object(folder / "sentence_bert_config.json").get("max_seq_length")
-        or max_length
-        or 512,
+        default_length=_default_length(folder) or max_length or 512,
         pooling=_pooling(folder, model_type),
         query_template=query_prompt + "{text}",
         passage_template=passage_prompt + "{text}",
     )
+
+
+def _safetensors_header(path: Path) -> dict:
+    try:
+        with open(path, "rb") as stream:
+            size = int.from_bytes(stream.read(8), "little")
+            if 0 < size <= path.stat().st_size:
+                return json.loads(stream.read(size))
+    except ValueError:
+        pass
+    raise ValueError(f"{path}: is no safetensors file; expected the model's weights (an unfetched git-lfs file?)")
 
 
 def _sha256(path: Path) -> bytes:
@@ -145,6 +160,8 @@ def _folder(name: str) -> Path:
         return bundled_model.build()
     if os.path.isdir(name):
         return Path(name)
+    if difflib.get_close_matches(name, [bundled_model.NAME], cutoff=0.9):
+        raise FileNotFoundError(f"{name}: no such model; did you mean {bundled_model.NAME}?")
     looks_local = name.startswith((".", "/", "~")) or os.path.exists(name) or not _HUB_NAME.fullmatch(name)
     if looks_local:
         raise FileNotFoundError(f"{name}: no such model folder; expected a folder, a hub name or {bundled_model.NAME}")
@@ -159,10 +176,12 @@ def _download(name: str) -> Path:
         transformers = import_paddlenlp()
         from paddlenlp.utils.env import MODEL_HOME
 
+        folder = Path(MODEL_HOME) / name
+        if (folder / "config.json").is_file() and any(any(folder.glob(p)) for p in WEIGHT_PATTERNS):
+            return folder  # fetched by an earlier run
         with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
             transformers.AutoTokenizer.from_pretrained(name)
             transformers.AutoModel.from_pretrained(name)
-        folder = Path(MODEL_HOME) / name
         if (folder / "config.json").is_file():
             return folder
         reason = f"PaddleNLP left no model in {folder}"
@@ -205,7 +224,8 @@ def _prompts(folder: Path) -> tuple[str, str]:
 
 def _position_offset(config: dict, model_type: str) -> int:
     """RoBERTa's kin number positions from the padding id plus one."""
-    return int(config.get("pad_token_id", 1)) + 1 if model_type in _OFFSET_POSITIONS else 0
+    padding = config.get("pad_token_id")
+    return (1 if padding is None else int(padding)) + 1 if model_type in _OFFSET_POSITIONS else 0
 
 
 def _max_length(config: dict, model_type: str) -> int | None:
@@ -214,7 +234,8 @@ def _max_length(config: dict, model_type: str) -> int | None:
 
 
 def _default_length(folder: Path) -> int | None:
-    return _read_json_object(folder / "sentence_bert_config.json").get("max_seq_length")
+    length = _read_json_object(folder / "sentence_bert_config.json").get("max_seq_length")
+    return None if length is None else int(length)
 
 
 def _read_json_object(path: Path) -> dict:

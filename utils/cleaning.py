@@ -12,7 +12,7 @@ from utils.arguments import CleanArguments
 from utils.dedup import DedupResult
 from utils.distributed import Ranks
 from utils.embedding import build_encoders, embed
-from utils.embedding_store import read_user_vectors, unit_rows
+from utils.embedding_store import derive, read_user_vectors
 from utils.outputs import Outputs, write_rejected
 from utils.records import RawLine, RecordError, Source, fold, parse_object, passages_key, to_line
 from utils.search import Neighbors, ShardedIndex
@@ -52,6 +52,9 @@ class CleaningResult:
 
 
 _REASONS = ("exact", "similar", "leakage")
+_SUFFIXES = (".removed.jsonl", ".rejected.jsonl", ".report.json")
+# Fewer queries than this say nothing of what unrelated ones score.
+_ENOUGH_QUERIES = 50
 
 
 def clean(given: CleanArguments) -> CleaningResult:
@@ -61,7 +64,7 @@ def clean(given: CleanArguments) -> CleaningResult:
     """
     ranks = Ranks()
     run = report.RunReport("clean_query", asdict(given))
-    outputs = Outputs(given.output_data_path, [given.input_data_path, given.reference_data_path or ""])
+    outputs = Outputs(given.output_data_path, _SUFFIXES)
     try:
         with run.stage("read"):
             inputs = ranks.start(lambda: _Inputs.read(given, outputs))
@@ -126,10 +129,10 @@ class _Inputs:
         if given.reference_data_path:
             reference = _Queries.read(given.reference_data_path, given.on_bad_row)
         if given.embeddings_path:
-            vectors = read_user_vectors(given.embeddings_path, queries.source.n_rows, given.normalize)
-        outputs.open_work()
-        if vectors is None:
+            vectors = read_user_vectors(given.embeddings_path, queries.source.n_rows, normalize=True)
+        else:
             build_encoders(given)
+        outputs.open_work([given.input_data_path, given.reference_data_path, given.embeddings_path])
         return cls(queries, reference, vectors)
 
 
@@ -143,13 +146,15 @@ def _vectors(
             return None, None
         assert inputs.vectors is not None
         rows = inputs.queries.file_rows()[inputs.queries.unique]
-        return unit_rows(inputs.vectors, rows, given.normalize), None
+        return derive(inputs.vectors, work / "vectors", rows, given.dimension), None
     encoder, _ = ranks.all_agree(lambda: build_encoders(given))
     folder = Path(given.embedding_cache) if given.embedding_cache else work
 
     def encode(queries: _Queries | None, what: str) -> np.ndarray | None:
         vectors, encoded = embed(encoder, queries.unique_texts() if queries else None, ranks, folder, what)
         run.counts["encoded"] += encoded
+        if vectors is not None and not given.normalize:
+            return derive(vectors, work / f"{what}.unit")  # the rule compares cosines in any case
         return vectors
 
     with run.stage("encode"):
@@ -175,7 +180,7 @@ def _decide(
     device = engines.device()
     n, dim = ranks.broadcast_object(vectors.shape if vectors is not None else None)
     logger.info("dedup: %s unique queries, at most %.1f MiB of vectors in memory", f"{n:,}", n * dim * 4 / 2**20)
-    if vectors is not None and n > 1:
+    if vectors is not None and n >= _ENOUGH_QUERIES:
         _warn_of_a_low_threshold(given, vectors, run)
     nearest = None
     if given.reference_data_path:
@@ -235,7 +240,7 @@ def _account(inputs: _Inputs, result: DedupResult, nearest: Neighbors | None) ->
     if nearest is not None and inputs.reference is not None:
         reference_rows = inputs.reference.unique
         for i in np.flatnonzero(nearest.scores[:, 0] >= result.threshold):
-            row, score = int(unique[i]), min(float(nearest.scores[i, 0]), 1.0)
+            row, score = int(unique[i]), min(float(nearest.scores[i, 0]), 1.0)  # infinity: equal texts
             by_row[row] = Removed(row, int(reference_rows[nearest.rows[i, 0]]), score, "leakage")
     removed = []
     for row, first in enumerate(queries.first.tolist()):
@@ -293,7 +298,7 @@ def _write_rows(given: CleanArguments, outputs: Outputs, inputs: _Inputs, remove
             if reason is None:
                 content = raw.content + b"\n"
                 if row in gained:
-                    content = _with_positives(parse_object(raw, queries.source.path), gained[row])
+                    content = _with_positives(raw, queries.source.path, gained[row])
                 kept_stream.write(content)
                 continue
             where = inputs.reference if reason.reason == "leakage" else queries
@@ -316,7 +321,7 @@ def _good_lines(queries: _Queries) -> Iterator[tuple[int, RawLine]]:
 
 
 def _positives_to_merge(queries: _Queries, removed: dict[int, Removed]) -> dict[int, list[str]]:
-    """For each kept row, the positives of the rows that were removed for it."""
+    """For each kept row that gains any, the positives of the rows that were removed for it."""
     gained: dict[int, list[str]] = {}
     for row, raw in _good_lines(queries):
         reason = removed.get(row)
@@ -326,7 +331,14 @@ def _positives_to_merge(queries: _Queries, removed: dict[int, Removed]) -> dict[
     return gained
 
 
-def _with_positives(row: dict, more: list[str]) -> bytes:
-    key = passages_key(row, "pos_passage")
-    row[key] = list(dict.fromkeys([*row.get(key, []), *more]))
+def _with_positives(raw: RawLine, path: str, more: list[str]) -> bytes:
+    """The row with new positives, which are negatives no longer; the line as it was if none is new."""
+    row = parse_object(raw, path)
+    key, negatives = passages_key(row, "pos_passage"), passages_key(row, "neg_passage")
+    new = list(dict.fromkeys(passage for passage in more if passage not in row.get(key, [])))
+    if not new:
+        return raw.content + b"\n"
+    row[key] = [*row.get(key, []), *new]
+    if negatives in row:
+        row[negatives] = [passage for passage in row[negatives] if passage not in new]
     return to_line(row)

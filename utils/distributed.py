@@ -77,14 +77,16 @@ class Ranks:
             result = work()
         except (ValueError, OSError) as error:
             failure = error
-        for error in self.gather_object(failure):
+        for rank, error in enumerate(self.gather_object(failure)):
             if error is not None:
+                error.told_elsewhere = rank != self.rank
                 raise error
         return result  # type: ignore[return-value]
 
     def _raise_together(self, failure: Exception | None) -> None:
         failure = self.broadcast_object(failure)
         if failure is not None:
+            failure.told_elsewhere = not self.is_first
             raise failure
 
     def _join(self) -> None:
@@ -162,10 +164,6 @@ class Ranks:
         parts: list = []
         dist.all_gather(parts, paddle.to_tensor(padded))
         return [part.numpy()[:count] for part, count in zip(parts, counts, strict=True)]
-
-    def barrier(self) -> None:
-        """Wait for every rank."""
-        self.gather_object(None)
 
 
 def _name_the_network_interface() -> None:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import struct
 from collections.abc import Iterable
 from pathlib import Path
@@ -24,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 _DTYPE = np.dtype("<f4")
 _JOURNAL_ENTRY = struct.Struct("<qq")  # a batch number and a check on it, against a torn last entry
+# Longest vector whose products with its like fit into float32.
+_LARGEST_NORM = 1e18
 # Rows that derive() holds in memory at a time.
 _DERIVE_ROWS = 1 << 14
 
@@ -93,6 +96,7 @@ class EmbeddingStore:
                     self._data.seek(int(row) * vector.nbytes)
                     self._data.write(vector)
             self._data.flush()
+            os.fdatasync(self._data.fileno())  # the journal must not outlive the rows, not even a power cut
             self._journal.write(b"".join(_JOURNAL_ENTRY.pack(number, ~number) for number, _, _ in batches))
             self._journal.flush()
         except OSError as error:
@@ -120,7 +124,9 @@ class EmbeddingStore:
         return np.memmap(path, _DTYPE, "r", shape=(self.n, self.dim))
 
     def close(self) -> None:
-        """Let go of the files and the lock."""
+        """Let go of the files and the lock; a store in which nothing was finished is removed."""
+        if self._journal is not None and not self._journal.closed and self._journal.tell() == 0:
+            shutil.rmtree(self.folder, ignore_errors=True)
         for stream in (self._data, self._journal, self._lock):
             if stream is not None:
                 stream.close()
@@ -156,6 +162,8 @@ def read_user_vectors(path: str, n: int, normalize: bool) -> np.ndarray:
     """
     if not os.path.exists(path):
         raise FileNotFoundError(f"{path}: no such file; expected a .npy file of {n} rows")
+    if not os.path.isfile(path):
+        raise ValueError(f"{path}: is no regular file; expected a .npy file of {n} rows")
     try:
         vectors = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
@@ -165,25 +173,15 @@ def read_user_vectors(path: str, n: int, normalize: bool) -> np.ndarray:
         raise ValueError(f"{path}: holds {found}; expected float32 [{n}, dim]")
     if len(vectors) != n or vectors.shape[1] == 0:
         raise ValueError(f"{path}: has shape {list(vectors.shape)}; expected [{n}, dim], a row for each row of input")
-    for start in range(0, n, 1 << 16):
-        block = np.asarray(vectors[start : start + (1 << 16)], np.float32)
-        norms = np.linalg.norm(block.astype(np.float64), axis=1)
+    for start in range(0, n, 1 << 14):
+        norms = np.linalg.norm(np.asarray(vectors[start : start + (1 << 14)], np.float64), axis=1)
+        if not normalize:
+            norms[norms > _LARGEST_NORM] = np.inf  # its float32 products would overflow
         bad = np.flatnonzero(~np.isfinite(norms) | ((norms == 0) & normalize))
         if len(bad):
-            what = "NaN or infinity" if not np.isfinite(norms[bad[0]]) else "only zeros"
+            what = "NaN, infinity or huge values" if not np.isfinite(norms[bad[0]]) else "only zeros"
             raise ValueError(f"{path}: row {start + bad[0] + 1} holds {what}; expected finite vectors")
     return vectors
-
-
-def unit_rows(vectors: np.ndarray, rows: np.ndarray, normalize: bool) -> np.ndarray:
-    """The chosen rows in memory, float32 [len(rows), dim], scaled to length 1 if asked for."""
-    chosen = np.empty((len(rows), vectors.shape[1]), np.float32)
-    for start in range(0, len(rows), 1 << 14):
-        block = np.asarray(vectors[rows[start : start + (1 << 14)]], np.float64)
-        if normalize:
-            block /= np.linalg.norm(block, axis=1, keepdims=True)
-        chosen[start : start + len(block)] = block
-    return chosen
 
 
 def derive(

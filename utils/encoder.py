@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 DEFAULT_LENGTH = 512
 # Rows of a batch at most, whatever their length.
 _MAX_BATCH_ROWS = 1024
+# Part of every fingerprint: raise it when ``plan`` changes, or stores would hold batches of another plan.
+_PLAN = 1
 # Batches tokenised before they are needed.
 _BATCHES_AHEAD = 4
 
@@ -92,6 +94,8 @@ class Encoder:
             "pooling": self.pooling,
             "max_src_len": self.max_length,
             "dimension": self.dim,
+            "batch_tokens": self.settings.batch_tokens or self._engine.batch_tokens,
+            "batch_plan": _PLAN,
             **self._engine.description(),
         }
 
@@ -106,7 +110,7 @@ class Encoder:
         batches = []
         start = 0
         while start < len(order):
-            width = engines.padded_length(int(lengths[order[start]]))
+            width = self._width(int(lengths[order[start]]))
             size = max(1, min(budget // max(1, width), _MAX_BATCH_ROWS))
             batches.append(order[start : start + size].astype(np.int64))
             start += size
@@ -149,10 +153,20 @@ class Encoder:
         """Padded ids int64 [b, t] and lengths int64 [b], padding to the right."""
         tokens = self._tokenizer([self._filled(text) for text in texts])
         lengths = np.array([len(ids) for ids in tokens], np.int64)
-        padded = np.full((len(tokens), engines.padded_length(int(lengths.max()))), self._tokenizer.pad_id, np.int64)
+        padded = np.full((len(tokens), self._width(int(lengths.max()))), self._tokenizer.pad_id, np.int64)
         for row, ids in zip(padded, tokens, strict=True):
             row[: len(ids)] = ids
+        if padded.max() >= self.model.vocabulary:
+            raise ValueError(
+                f"{self.model.tokenizer_folder}: its tokenizer gives id {padded.max()}, but the model "
+                f"{self.model.folder} knows only {self.model.vocabulary}; expected the model's own tokenizer"
+            )
         return padded, lengths
+
+    def _width(self, length: int) -> int:
+        """The padded width of a batch whose longest text has ``length`` tokens; never past the last position."""
+        width = engines.padded_length(length)
+        return min(width, self.model.max_length or width)
 
     def _forward(self, engine: "engines.Engine", ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         vectors = engine.forward(ids, lengths, pooling_weights(lengths, ids.shape[1], self.pooling))

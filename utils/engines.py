@@ -79,10 +79,16 @@ class LazyEngine:
     def loaded(self) -> Engine:
         """The engine, its weights in memory."""
         if self._engine is None:
-            if self.name == "onednn":
-                self._engine = onednn.OneDNNEngine(self.model, self.dtype)
-            else:
-                self._engine = PaddleEngine(self.model, self.dtype, self.device)
+            try:
+                if self.name == "onednn":
+                    self._engine = onednn.OneDNNEngine(self.model, self.dtype)
+                else:
+                    self._engine = PaddleEngine(self.model, self.dtype, self.device)
+            except (ValueError, OSError, MemoryError):
+                raise
+            except Exception as error:  # whatever Paddle or safetensors raise for a damaged checkpoint
+                reason = (str(error).strip().splitlines() or [""])[-1][:200]
+                raise ValueError(f"{self.model.folder}: cannot be loaded ({type(error).__name__}: {reason})") from error
         return self._engine
 
 

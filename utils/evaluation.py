@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 _QUERY_BLOCK = 4096
 # What a text costs beside itself: its places in lists and tables, its id and its judgments.
 _OVERHEAD = 300
+_SUFFIXES = (".run.trec", ".qrels.trec", ".rejected.jsonl", ".report.json")
 # Arguments that may name a file which the output must not overwrite.
 _INPUTS = ("dev_path", "neg_path", "corpus_path", "compare_with", "query_embeddings_path", "passage_embeddings_path")
 
@@ -51,7 +52,7 @@ def evaluate(given: EvaluateArguments) -> EvaluationResult:
     """
     ranks = Ranks()
     run = report.RunReport("embedding_evaluate", asdict(given))
-    outputs = Outputs(given.output_data_path, [getattr(given, name) or "" for name in _INPUTS])
+    outputs = Outputs(given.output_data_path, _SUFFIXES)
     try:
         with run.stage("read"):
             inputs = ranks.start(lambda: _Inputs.read(given, outputs))
@@ -106,11 +107,11 @@ class _Inputs:
             else:
                 inputs.other_model = _other_model(given)
         inputs._read_vectors(given)
-        outputs.open_work()
         if inputs.query_vectors is None:
             build_encoders(_model(given))
         if inputs.other_model is not None:
             build_encoders(inputs.other_model)
+        outputs.open_work([getattr(given, name) for name in _INPUTS])
         return inputs
 
     def _read_vectors(self, given: EvaluateArguments) -> None:

@@ -7,6 +7,7 @@ PaddleNLP's own layers in the same predictor, this stack is 1.5 times as fast in
 query, key and value products let oneDNN fold the transposes into their strides.
 """
 
+import importlib.metadata
 import json
 import logging
 import os
@@ -113,10 +114,13 @@ class OneDNNEngine:
 
 def _exported(model: Checkpoint) -> Path:
     """The folder of the exported stack; built once per checkpoint, safe for several processes at once."""
-    target = bundled_model.cache_root() / "onednn" / f"{model.digest[:32]}-v{_LAYOUT}"
+    paddle_version = importlib.metadata.version("paddlepaddle")
+    name = f"{model.digest[:32]}-v{_LAYOUT}-paddle{paddle_version}"
+    target = bundled_model.cache_root() / "onednn" / name
     if target.is_dir():
         return target
-    lock = take_lock(target.parent / f".{target.name}.lock", patience_s=float("inf"))
+    lock_folder = target.parent / f".{target.name}.lock"
+    lock = take_lock(lock_folder, patience_s=float("inf"))
     try:
         if target.is_dir():
             return target
@@ -131,6 +135,8 @@ def _exported(model: Checkpoint) -> Path:
             raise
     finally:
         assert lock is not None
+        (lock_folder / "lock").unlink()
+        lock_folder.rmdir()
         lock.close()
     return target
 

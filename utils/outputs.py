@@ -5,56 +5,78 @@ import gzip
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
 from utils.records import RecordError, to_line
 
+# What file systems allow for a name, less what the work folder's and temporary names add.
+_LONGEST_NAME = 235
 # A killed run's last process may still be on its way out.
 LOCK_PATIENCE_S = 10
 
 
 class Outputs:
-    """Output files that appear together, whole, after success.
+    """The output files of a run, which appear together, whole, after success.
 
     They are written in the work folder ``<main>.work`` beside the main output and renamed into place
     by ``commit``, the main output last, so that its presence means that the run was completed. The
     work folder is locked for the lifetime of the process: a second run with the same output is
     refused, and what a killed run left there is taken over.
+
+    Args:
+        main: the path of the main output; a symbolic link is followed.
+        suffixes: of the files that a run may write beside it. ``commit`` removes those that this run did
+            not write, so that nothing beside the main output is left from an earlier run.
     """
 
-    def __init__(self, main: str, inputs: Iterable[str] = ()):
-        self.main = Path(main)
-        if self.main.is_dir():
-            raise IsADirectoryError(f"{main}: is a directory; expected a path for the output file")
+    def __init__(self, main: str, suffixes: Sequence[str]):
+        self.main = Path(os.path.realpath(main))
         self.work = self.main.with_name(self.main.name + ".work")
-        self._staged: list[tuple[Path, Path]] = []
+        self._given, self._suffixes = main, suffixes
+        self._staged: dict[str, Path] = {}
         self._lock: IO | None = None
-        for path in inputs:
-            if os.path.exists(path) and self.main.exists() and os.path.samefile(path, self.main):
-                raise ValueError(f"{main}: the output would overwrite an input; give another output path")
 
-    def open_work(self) -> Path:
-        """Make and lock the work folder.
+    def open_work(self, inputs: Iterable[str | None] = ()) -> Path:
+        """Check every output path, then make and lock the work folder.
+
+        Args:
+            inputs: files that no output may overwrite.
 
         Raises:
             OSError: it cannot be made or written.
-            ValueError: another run holds it.
+            ValueError: an output would overwrite an input, or another run holds the folder.
         """
+        if self._given.endswith("/") or self.main.is_dir():
+            raise IsADirectoryError(f"{self._given}: is a directory; expected a path for the output file")
+        existing = [path for path in inputs if path and os.path.exists(path)]
+        for suffix in ("", *self._suffixes):
+            final = self._final(suffix)
+            if len(os.fsencode(final.name)) > _LONGEST_NAME:
+                raise ValueError(f"{final}: the name is too long; expected at most {_LONGEST_NAME} bytes")
+            if final.is_dir():
+                raise IsADirectoryError(f"{final}: is a directory; expected to write a file there")
+            for path in existing:
+                if final.exists() and os.path.samefile(path, final):
+                    raise ValueError(f"{final}: the output would overwrite an input; give another output path")
         try:
-            self._lock = take_lock(self.work)
+            self._lock = take_lock(self.work, LOCK_PATIENCE_S)
         except OSError as error:
-            raise described(error, f"{self.main}: cannot write there") from None
+            raise described(error, f"{self._given}: cannot write there") from None
         if self._lock is None:
-            raise ValueError(f"{self.main}: another run is writing this output; wait for it or give another path")
+            raise ValueError(f"{self._given}: another run is writing this output; wait for it or give another path")
         return self.work
+
+    def _final(self, suffix: str) -> Path:
+        return self.main.with_name(self.main.name + suffix)
 
     @contextmanager
     def stage(self, suffix: str = "") -> Iterator[IO[bytes]]:
         """A writer for ``<main><suffix>``, gzipped if the name ends so; the file appears there at ``commit``."""
-        final = self.main.with_name(self.main.name + suffix)
+        assert not suffix or suffix in self._suffixes
+        final = self._final(suffix)
         draft = self.work / f"output{suffix or '.main'}"
         try:
             with open(draft, "wb") as stream:
@@ -69,16 +91,21 @@ class Outputs:
         except OSError as error:
             draft.unlink(missing_ok=True)
             raise described(error, f"{final}: cannot write") from None
-        self._staged.append((draft, final))
+        self._staged[suffix] = draft
 
     def commit(self) -> None:
         """Rename every staged file into place, then remove the work folder."""
-        for draft, final in sorted(self._staged, key=lambda pair: pair[1] == self.main):
+        for suffix in self._suffixes:
+            if suffix not in self._staged:
+                self._final(suffix).unlink(missing_ok=True)
+        for suffix in sorted(self._staged, key=lambda suffix: suffix == ""):
             try:
-                os.replace(draft, final)
+                os.replace(self._staged[suffix], self._final(suffix))
             except OSError as error:
-                raise described(error, f"{final}: cannot write") from None
-        shutil.rmtree(self.work, ignore_errors=True)
+                raise described(error, f"{self._final(suffix)}: cannot write") from None
+        done = self.work.with_name(f"{self.work.name}.done-{os.getpid()}")
+        os.rename(self.work, done)  # at once, so that a run that waits for the lock never sees half of it
+        shutil.rmtree(done, ignore_errors=True)
         self.close()
 
     def abandon(self) -> None:
@@ -105,7 +132,7 @@ def write_rejected(outputs: Outputs, rejected: Iterable[RecordError]) -> None:
             stream.write(to_line({"path": error.path, "line": error.line, "reason": error.reason}))
 
 
-def take_lock(folder: Path, patience_s: float = LOCK_PATIENCE_S) -> IO | None:
+def take_lock(folder: Path, patience_s: float) -> IO | None:
     """Make ``folder`` and lock it until the returned file is closed or the process ends.
 
     Returns None if another process still holds it after ``patience_s`` seconds.

@@ -26,6 +26,10 @@ class RecordError(ValueError):
         super().__init__(f"{path}:{line}: {reason}")
         self.path, self.line, self.reason = path, line, reason
 
+    def __reduce__(self) -> tuple:
+        """Errors travel between ranks, pickled."""
+        return RecordError, (self.path, self.line, self.reason)
+
 
 @dataclass(frozen=True, slots=True)
 class Record:
@@ -106,6 +110,8 @@ def read_lines(path: str, saw: Callable[[bytes], None] = lambda chunk: None) -> 
         raise FileNotFoundError(f"{path}: no such file; expected a JSONL file")
     if os.path.isdir(path):
         raise IsADirectoryError(f"{path}: is a directory; expected a JSONL file")
+    if not os.path.isfile(path):
+        raise ValueError(f"{path}: is no regular file; expected a JSONL file, which is read twice")
     with open(path, "rb") as plain:
         zipped = plain.read(2) == b"\x1f\x8b"
         plain.seek(0)
@@ -165,7 +171,7 @@ def parse_record(raw: RawLine, path: str, require: tuple[str, ...]) -> Record:
 def parse_object(raw: RawLine, path: str) -> dict:
     """One line as a JSON object, or a RecordError that says what stands there instead."""
     try:
-        row = json.loads(raw.content.decode())
+        row = json.loads(raw.content.decode(), parse_constant=_refuse_constant)
     except UnicodeDecodeError as error:
         reason = f"byte {error.start + 1} of the line is not UTF-8; expected UTF-8 text"
         raise RecordError(path, raw.number, reason) from None
@@ -181,6 +187,10 @@ def parse_object(raw: RawLine, path: str) -> dict:
     if not isinstance(row, dict):
         raise RecordError(path, raw.number, f"the row is {_kind(row)}; expected a JSON object")
     return row
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON value")
 
 
 def _kind(value) -> str:
@@ -202,4 +212,7 @@ def fold(text: str) -> str:
 
 def to_line(row: dict) -> bytes:
     """A JSON object as one UTF-8 line, with its line ending."""
-    return json.dumps(row, ensure_ascii=False).encode() + b"\n"
+    try:
+        return json.dumps(row, ensure_ascii=False).encode() + b"\n"
+    except UnicodeEncodeError:  # half of a surrogate pair in a key that is not ours: it stays escaped
+        return json.dumps(row).encode() + b"\n"

@@ -8,15 +8,12 @@ libc call, so this module must run first and imports only the standard library.
 import contextlib
 import ctypes
 import io
-import logging
 import os
 import signal
 import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-
-logger = logging.getLogger(__name__)
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _PR_SET_PDEATHSIG = 1
@@ -121,16 +118,17 @@ def peak_memory_bytes() -> int:
 def run(main: Callable[[], None]) -> None:
     """Run a script's ``main`` and end the process.
 
-    A user's mistake (ValueError, OSError) becomes one line on stderr and exit status 2, on rank 0
-    only; anything else is a defect of ours and keeps its traceback.
+    A user's mistake (ValueError, OSError) becomes one line on stderr and exit status 2, on the rank where
+    it was met only; anything else is a defect of ours and keeps its traceback.
     """
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # a terminal that knows no Chinese must not end a run
     try:
         main()
     except (ValueError, OSError) as error:
-        if rank() == 0:
+        if not getattr(error, "told_elsewhere", False):
             message = " ".join(str(error).split())
             print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr, flush=True)
-        logger.debug("the error in full", exc_info=True)
         _leave(2)
     except MemoryError as error:
         print(f"{os.path.basename(sys.argv[0])}: error: out of memory: {error}", file=sys.stderr, flush=True)

@@ -15,7 +15,7 @@ _CHARACTERS_PER_TOKEN = 64
 
 
 class Tokenizer(Protocol):
-    """pad_id fills up a batch; left is true if padding goes in front."""
+    """pad_id fills up a batch."""
 
     pad_id: int
 
@@ -62,7 +62,10 @@ def _pad_id(tokenizer, folder: Path) -> int:
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         path = folder / name
         if path.is_file():
-            token = json.loads(path.read_text(encoding="utf-8")).get("pad_token")
+            try:
+                token = json.loads(path.read_text(encoding="utf-8")).get("pad_token")
+            except (ValueError, AttributeError):
+                raise ValueError(f"{path}: cannot be read; expected a JSON object") from None
             token = token.get("content") if isinstance(token, dict) else token
             number = tokenizer.token_to_id(token) if token else None
             if number is not None:

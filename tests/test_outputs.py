@@ -1,0 +1,82 @@
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from utils import outputs as outputs_module
+from utils.outputs import Outputs
+
+SUFFIXES = (".removed.jsonl", ".report.json")
+
+
+def write(path, suffixes=("",), inputs=()):
+    outputs = Outputs(str(path), SUFFIXES)
+    outputs.open_work(inputs)
+    for suffix in suffixes:
+        with outputs.stage(suffix) as stream:
+            stream.write(b"new")
+    return outputs
+
+
+def test_files_appear_together_at_commit(tmp_path):
+    outputs = write(tmp_path / "new" / "out.json", ("", ".report.json"))
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["out.json.work"]
+    outputs.commit()
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["out.json", "out.json.report.json"]
+
+
+def test_commit_removes_what_an_earlier_run_left_beside_the_output(tmp_path):
+    write(tmp_path / "out.json", ("", ".removed.jsonl")).commit()
+    write(tmp_path / "out.json").commit()
+    assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
+
+
+@pytest.mark.parametrize("name", ["out.json", "out.json.removed.jsonl", "out.json.report.json"])
+def test_no_output_overwrites_an_input(tmp_path, name):
+    (tmp_path / name).write_text("precious")
+    os.symlink(tmp_path / name, tmp_path / "link")
+    with pytest.raises(ValueError, match="would overwrite an input"):
+        write(tmp_path / "out.json", inputs=[None, str(tmp_path / "link")])
+    assert (tmp_path / name).read_text() == "precious"
+
+
+def test_paths_that_cannot_be_written_are_refused_beforehand(tmp_path):
+    (tmp_path / "out.json.report.json").mkdir()
+    (tmp_path / "file").write_text("")
+    for path, error in (
+        (f"{tmp_path}/out.json", IsADirectoryError),
+        (f"{tmp_path}/folder/", IsADirectoryError),
+        (tmp_path / ("x" * 236), ValueError),
+        (tmp_path / "file" / "out.json", OSError),
+    ):
+        with pytest.raises(error):
+            Outputs(str(path), SUFFIXES).open_work()
+
+
+def test_a_link_as_output_stays_a_link(tmp_path):
+    (tmp_path / "real.json").write_text("old")
+    os.symlink("real.json", tmp_path / "link.json")
+    write(tmp_path / "link.json").commit()
+    assert (tmp_path / "link.json").is_symlink()
+    assert (tmp_path / "real.json").read_bytes() == b"new"
+
+
+def test_a_second_run_with_the_same_output_is_refused_until_the_first_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr(outputs_module, "LOCK_PATIENCE_S", 0.3)
+    code = (
+        "import sys, time; from utils.outputs import Outputs\n"
+        f"outputs = Outputs({str(tmp_path / 'out.json')!r}, ()); outputs.open_work()\n"
+        "print('locked', flush=True); time.sleep(60)"
+    )
+    other = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == "locked\n"
+        with pytest.raises(ValueError, match="another run is writing this output"):
+            write(tmp_path / "out.json")
+    finally:
+        other.kill()
+        other.wait()
+    write(tmp_path / "out.json").commit()
+    assert (tmp_path / "out.json").read_bytes() == b"new"
