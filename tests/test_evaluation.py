@@ -123,8 +123,9 @@ def test_dimensions_are_cut_from_one_encoding(tiny_model, tmp_path, dev):
     assert result.report["counts"]["encoded"] == 59 + len(dev["corpus"])
     alone = evaluation(tiny_model, tmp_path, dimension=4, **paths(dev)).evaluate()
     curve = {key: value["value"] for key, value in result.report["dimensions"]["4"].items()}
-    assert curve == pytest.approx(dict(alone), abs=0.02)
-    assert result != pytest.approx(dict(alone), abs=1e-6)
+    assert curve == alone != result
+    with pytest.raises(ValueError, match=r"dimension is 33; the model .* has only 32"):
+        evaluation(tiny_model, tmp_path, dimension=[8, 33], **paths(dev)).evaluate()
 
 
 def test_own_vectors_need_no_model_and_the_cache_encodes_once(tiny_model, tmp_path, dev):

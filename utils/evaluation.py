@@ -72,9 +72,9 @@ def evaluate(given: EvaluateArguments) -> EvaluationResult:
 
 
 def _model(given: EvaluateArguments) -> ModelArguments:
-    """The model's part of the arguments, at the largest dimension asked for: the others are cut from it."""
+    """The model's part of the arguments, at its full width: dimensions are cut later, so that one cache serves all."""
     values = {f.name: getattr(given, f.name) for f in fields(ModelArguments)}
-    return ModelArguments(**values | {"dimension": max(given.dimension) if given.dimension else None})
+    return ModelArguments(**values | {"dimension": None})
 
 
 def _other_model(given: EvaluateArguments) -> ModelArguments:
@@ -107,10 +107,10 @@ class _Inputs:
             else:
                 inputs.other_model = _other_model(given)
         inputs._read_vectors(given)
-        if inputs.query_vectors is None:
-            build_encoders(_model(given))
-        if inputs.other_model is not None:
-            build_encoders(inputs.other_model)
+        largest = max(given.dimension) if given.dimension else None
+        for model in ([_model(given)] if inputs.query_vectors is None else []) + [inputs.other_model]:
+            if model is not None:
+                build_encoders(replace(model, dimension=largest))
         outputs.open_work([getattr(given, name) for name in _INPUTS])
         return inputs
 
