@@ -20,6 +20,9 @@ FORBIDDEN = {
     "embedding_store": {"paddle", "paddlenlp", "faiss", "encoder", "engines", "search"},
     "search": {"paddle", "paddlenlp", "records", "encoder", "engines"},
     "dedup": {"paddle", "paddlenlp", "records", "encoder", "engines", "outputs"},
+    "negatives": {"paddle", "paddlenlp", "faiss", "records", "encoder", "engines", "outputs", "distributed"},
+    "mining_formats": HEAVY | {"outputs", "distributed", "arguments"},
+    "mining_inputs": {"paddle", "paddlenlp", "faiss", "encoder", "engines", "distributed", "search"},
     "report": {"paddle", "paddlenlp", "faiss", "dedup", "search"},
 }
 # These cost seconds, so no module may import them before it needs them.
