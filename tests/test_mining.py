@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import make_rows, read_jsonl, run_script, write_jsonl
+from conftest import make_rows, make_tiny_bert, read_jsonl, run_script, write_jsonl
 
 from mining_negative_samples import MiningNegativeSamples
-from utils import arguments, embedding, mining
+from utils import arguments, candidates, embedding, mining, reranker
 from utils.arguments import ArgumentError, MiningArguments
 from utils.records import fold
 from utils.search import ExactIndex, pair_scores
@@ -45,8 +45,8 @@ def cache(tmp_path_factory) -> str:
 def mine(tiny_model, mining_file, cache, tmp_path):
     def run(**options):
         out = str(tmp_path / "out.json")
-        given = {"input_data_path": mining_file, "output_data_path": out, "embedding_cache": cache} | options
-        return MiningNegativeSamples(tiny_model, tiny_model, **given).mining(), out
+        given = {"model_path": tiny_model, "input_data_path": mining_file, "output_data_path": out}
+        return MiningNegativeSamples(**given | {"embedding_cache": cache} | options).mining(), out
 
     return run
 
@@ -264,8 +264,8 @@ def test_bad_options(options, message):
         ([{"query": "a", "pos_passage": []}], None, {}, 'in.jsonl:1: "pos_passage" is an empty list'),
         ([{"query": " ", "pos_passage": ["b"]}], None, {}, 'in.jsonl:1: "query" is empty'),
         ([{"query": "a", "pos_passage": ["b"]}], [{"neg_passage": "c"}], {}, "pool.jsonl:1:"),
-        ([{"query": "a", "pos_passage": ["b"]}], [{"body": "c"}], {}, 'neither "neg_passage" nor "text"'),
-        ([{"query": "a", "pos_passage": ["b"]}], [{"text": 3}], {}, '"text" is no string'),
+        ([{"query": "a", "pos_passage": ["b"]}], [{"body": "c"}], {}, 'pool.jsonl:1: "text" is missing'),
+        ([{"query": "a", "pos_passage": ["b"]}], [{"text": 3}], {}, '"text" is 3; expected a string'),
         ([{"query": "a", "pos_passage": ["b"]}], [{"text": " ", "title": ""}], {}, '"text" is empty'),
         ([{"query": "a", "pos_passage": ["b"]}], None, {"output_format": "context_qa"}, 'in.jsonl:1: no "answer"'),
         ([{"query": "a", "pos_passage": ["b"]}], None, {"model_path": "./no-model"}, "no such model folder"),
@@ -288,6 +288,151 @@ def test_bad_rows_can_be_set_aside(mine, tmp_path):
     result, out = mine(input_data_path=source, candidate_pool=pool_path, on_bad_row="skip")
     assert result.report["counts"]["rejected"] == 1 and len(read_jsonl(out)) == 20
     assert [(row["path"], row["line"]) for row in read_jsonl(out + ".rejected.jsonl")] == [(source, 21), (pool_path, 2)]
+
+
+def ids_of(out: str) -> tuple[dict[str, str], dict[str, str]]:
+    """Text by id of the queries and of the passages that write_corpus wrote."""
+    files = (read_jsonl(out + suffix) for suffix in (".queries.jsonl", ".corpus.jsonl"))
+    queries, passages = ({row["_id"]: row["text"] for row in rows} for rows in files)
+    return queries, passages
+
+
+def test_candidates_of_a_run_file(mine, tmp_path):
+    _, out = mine(write_corpus=True)
+    queries, passages = ids_of(out)
+    rows = mining_rows()
+    assert queries["0"] == rows[0]["query"] and passages["0"] == rows[0]["pos_passage"][0]
+    wanted = list(passages)[::7]
+    lines = [f"{q} Q0 {p} {i} {i / 10} bm25" for q in queries for i, p in enumerate(wanted)]
+    run = tmp_path / "run.trec"
+    run.write_text("\n".join(lines))
+    loose = {"relative_margin": None, "positive_similarity": None, "negative_similarity": None}
+    _, out = mine(run_path=str(run), dense=False, **loose)
+    banned = forbidden_texts(rows)
+    for row in read_jsonl(out):
+        ranked = [passages[p] for p in reversed(wanted)]
+        assert row["neg_passage"] == [t for t in ranked if fold(t) not in banned[fold(row["query"])]][:15]
+    fused, out = mine(run_path=str(run), lexical=True)
+    for row in read_jsonl(out):
+        assert not {fold(text) for text in row["neg_passage"]} & banned[fold(row["query"])]
+    assert fused.report["counts"]["negatives"] > 0
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("nobody Q0 0 1 0.5 t", "run.trec:2: unknown query id 'nobody'"),
+        ("0 Q0 nothing 1 0.5 t", "run.trec:2: unknown passage id 'nothing'"),
+        ("0 Q0 0 1 high t", "run.trec:2: the score is 'high'; expected a number"),
+        ("0 0 0.5", "run.trec:2: 3 columns; expected 6"),
+    ],
+)
+def test_bad_run_files(mine, tmp_path, line, message):
+    run = tmp_path / "run.trec"
+    run.write_text(f"0 Q0 1 1 0.5 t\n{line}\n")
+    with pytest.raises(ValueError) as caught:
+        mine(run_path=str(run))
+    assert message in str(caught.value)
+    result, out = mine(run_path=str(run), on_bad_row="skip")
+    assert [row["line"] for row in read_jsonl(out + ".rejected.jsonl")] == [2]
+    assert result.report["counts"]["rejected"] == 0  # no row of the input was lost
+
+
+def test_bm25_finds_shared_words_in_both_languages():
+    passages = ["the river is old", "长江发源于青藏高原", "visa card for students", "黄河流经黄土高原", "..."]
+    rows = candidates.lexical(["RIVER　water", "长江从哪里发源", "unknown", "?"], passages, 3)
+    assert rows[:, 0].tolist() == [0, 1, -1, -1]
+    assert (candidates.lexical(["a"], ["?", "!"], 2) == -1).all()
+
+
+def test_reciprocal_rank_fusion():
+    fused = candidates.fuse([np.array([[5, 3, 1]]), np.array([[3, 9, -1]])], 5)
+    assert fused.tolist() == [[3, 5, 9, 1, -1]]
+    fused = candidates.fuse([np.array([[7, 2]]), np.array([[2, 7]])], 1)
+    assert fused.tolist() == [[2]]  # a tie goes to the lower row
+
+
+def write_beir(folder: Path) -> dict[str, set[str]]:
+    """The rows of mining_rows as a BEIR folder; returns each query id's forbidden texts."""
+    (folder / "qrels").mkdir(parents=True)
+    rows = mining_rows()
+    passages = list(dict.fromkeys(text for row in rows for text in row["pos_passage"]))
+    write_jsonl(folder / "corpus.jsonl", [{"_id": f"d{i}", "title": "", "text": t} for i, t in enumerate(passages)])
+    queries = [*rows, {"query": "unjudged query"}]
+    write_jsonl(folder / "queries.jsonl", [{"_id": f"q{i}", "text": row["query"]} for i, row in enumerate(queries)])
+    lines = ["query-id\tcorpus-id\tscore"]
+    lines += [f"q{i}\td{passages.index(t)}\t1" for i, row in enumerate(rows) for t in set(row["pos_passage"])]
+    (folder / "qrels" / "test.tsv").write_text("\n".join([*lines, f"q{len(rows)}\td0\t0"]))
+    banned = forbidden_texts(rows)
+    return {f"q{i}": banned[fold(row["query"])] for i, row in enumerate(rows)}
+
+
+def test_a_beir_folder(mine, tmp_path):
+    banned = write_beir(tmp_path / "beir")
+    result, out = mine(input_data_path=str(tmp_path / "beir"), num_negatives=4)
+    rows = read_jsonl(out)
+    assert [row["_id"] for row in rows] == list(banned) and result.report["counts"]["input"] == 90
+    assert sum(len(row["neg_passage"]) for row in rows) > 100
+    for row in rows:
+        assert not {fold(text) for text in row["neg_passage"]} & banned[row["_id"]]
+    with pytest.raises(FileNotFoundError, match="the splits there are test"):
+        mine(input_data_path=str(tmp_path / "beir"), split="dev")
+    with open(tmp_path / "beir" / "qrels" / "test.tsv", "a") as stream:
+        stream.write("\nq0\td9999\t1\n")
+    with pytest.raises(ValueError, match=r"passage 'd9999' is not in the corpus"):
+        mine(input_data_path=str(tmp_path / "beir"))
+
+
+def test_own_vectors(mine, tmp_path, tiny_model):
+    _, out = mine(write_corpus=True)
+    expected = [row["neg_passage"] for row in read_jsonl(out)]
+    _, passages = ids_of(out)
+    query_encoder, passage_encoder = embedding.build_encoders(arguments.build(MiningArguments, model_path=tiny_model))
+    np.save(tmp_path / "q.npy", query_encoder.encode([row["query"] for row in mining_rows()]) * np.float32(3))
+    np.save(tmp_path / "p.npy", passage_encoder.encode(list(passages.values())).astype(np.float64))
+    own = {"embeddings_path": str(tmp_path / "q.npy"), "passage_embeddings_path": str(tmp_path / "p.npy")}
+    result, out = mine(**own, model_path="./there-is-no-model")
+    assert [row["neg_passage"] for row in read_jsonl(out)] == expected
+    assert result.report["counts"]["encoded"] == 0
+    np.save(tmp_path / "p.npy", np.ones((3, 32), np.float32))
+    with pytest.raises(ValueError, match=r"p\.npy: has shape \[3, 32\]"):
+        mine(**own)
+    with pytest.raises(ArgumentError, match="go together"):
+        mine(embeddings_path=own["embeddings_path"])
+
+
+def test_an_approximate_index_reports_its_recall(mine):
+    exact, _ = mine()
+    found, _ = mine(index_factory="IVF4,Flat", index_parameters="nprobe=4")  # every list is searched
+    assert found.report["index"]["recall"] == 1.0
+    assert found.negatives == exact.negatives
+    found, _ = mine(index_factory="IVF8,Flat")
+    assert 0 < found.report["index"]["recall"] < 1
+    for options, message in (
+        ({"index_factory": "IFV4,Flat"}, "index_factory is 'IFV4,Flat'; expected a faiss factory string"),
+        ({"index_factory": "Flat", "index_parameters": "nprobs=2"}, "index_parameters is 'nprobs=2'"),
+        ({"index_factory": "IVF9999,Flat"}, "index_factory 'IVF9999,Flat'"),
+    ):
+        with pytest.raises(ValueError) as caught:
+            mine(**options)
+        assert message in str(caught.value)
+
+
+def test_a_reranker_has_the_last_word(mine, tiny_model, tmp_path, monkeypatch):
+    folder = tmp_path / "reranker"
+    make_tiny_bert(folder, labels=1)
+    wide, _ = mine(reranker_path=str(folder), reranker_margin=-1000.0)
+    assert wide.drops_by_reason["reranker_margin"] == 0 and wide.report["counts"]["reranked"] > 100
+    narrow, out = mine(reranker_path=str(folder), reranker_margin=0.0, output_scores=True)
+    assert narrow.drops_by_reason["reranker_margin"] > 0
+    scorer = reranker.Reranker(str(folder), 512)
+    for row in read_jsonl(out)[:20]:
+        texts = row["pos_passage"] + row["neg_passage"]
+        logits = scorer.score([(row["query"], text) for text in texts])
+        n = len(row["pos_passage"])
+        assert len(texts) == n or logits[n:].max() <= logits[:n].min() + 1e-4
+    with pytest.raises(ValueError, match="expected a reranker with one logit"):
+        mine(reranker_path=tiny_model)
 
 
 @pytest.mark.parametrize("nproc", [2, 3])

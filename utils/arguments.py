@@ -114,9 +114,12 @@ class MiningArguments(ModelArguments, InputArguments):
 
     input_data_path: str = option(
         "./toy_data/toy_source.json",
-        "a JSONL file of rows with query and pos_passage (or FlagEmbedding's query and pos)",
+        "a JSONL file of rows with query and pos_passage (or FlagEmbedding's query and pos), or a BEIR folder",
     )
     output_data_path: str = option("./output/toy_mined.json", "where the rows with their negatives go")
+    split: str | None = option(
+        None, "of a BEIR folder: which qrels/<split>.tsv; default: train if there, else the only one"
+    )
     candidate_pool: str | None = option(
         None, "a JSONL file of more passages to mine from: rows of neg_passage, or of text and title"
     )
@@ -159,6 +162,34 @@ class MiningArguments(ModelArguments, InputArguments):
         " or drop them into a side file", choices=("keep", "backfill", "drop"),
     )  # fmt: skip
 
+    reranker_path: str | None = option(
+        None, "a cross-encoder (sequence classification, one logit): a second opinion on the candidates that are left"
+    )
+    reranker_margin: float = option(
+        3.0,
+        "with reranker_path: drop candidates whose logit is within this much of the lowest positive's",
+    )
+    reranker_max_len: int = option(512, "with reranker_path: longest pair in tokens", at_least=8)
+    dense: bool = option(True, "candidates are the model's nearest passages; false: only those of run_path or lexical")
+    lexical: bool = option(False, "BM25 candidates too, Chinese split into words; fused by reciprocal rank")
+    run_path: str | None = option(
+        None, "a TREC run file of any search engine: its candidates too, fused by reciprocal rank"
+    )
+    write_corpus: bool = option(
+        False, "write the passages and the queries with their ids, for run_path, and in the order of embeddings_path:"
+        " <output>.corpus.jsonl, <output>.queries.jsonl",
+    )  # fmt: skip
+    index_factory: str | None = option(
+        None, 'an approximate faiss index instead of exact search, such as "IVF1024,Flat" or "HNSW32"'
+    )
+    index_parameters: str | None = option(None, 'of index_factory, such as "nprobe=32" or "efSearch=128"')
+    embeddings_path: str | None = option(
+        None, "a .npy file of your own vectors of the queries, float [rows of the input, dim], instead of a model"
+    )
+    passage_embeddings_path: str | None = option(
+        None, "with embeddings_path: a .npy file for the passages, float [different passages, dim], in the order of"
+        " write_corpus",
+    )  # fmt: skip
     output_format: str = option(
         "list", "list: rows with neg_passage; flagembedding: query, pos, neg; triplet, n-tuple, labeled-list: the"
         " columns of sentence-transformers; context_qa: rows of context, question, answer", choices=FORMATS,
@@ -207,6 +238,14 @@ class MiningArguments(ModelArguments, InputArguments):
             raise ArgumentError("mix and sampling_strategy are both given; mix already names the strategies")
         if self.num_negatives is not None and self.num_negatives != self.negatives_a_row:
             raise ArgumentError(f"mix adds up to {self.negatives_a_row}, but num_negatives is {self.num_negatives}")
+        if not (self.dense or self.lexical or self.run_path):
+            raise ArgumentError("dense is false, and neither lexical nor run_path is given; nothing finds candidates")
+        if (self.embeddings_path is None) != (self.passage_embeddings_path is None):
+            raise ArgumentError("embeddings_path and passage_embeddings_path go together; one is missing")
+        if self.index_parameters and not self.index_factory:
+            raise ArgumentError("index_parameters needs index_factory")
+        if self.index_factory and not self.dense:
+            raise ArgumentError("index_factory is given, but dense is false: there is nothing to search")
         if self.candidate_pool_only and self.candidate_pool is None:
             raise ArgumentError("candidate_pool_only needs candidate_pool")
         if None not in (self.min_score, self.max_score) and self.min_score > self.max_score:

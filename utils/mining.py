@@ -1,5 +1,6 @@
 """The mining job: rows of queries and positives in, rows with hard negatives out, every drop counted."""
 
+import hashlib
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -8,22 +9,25 @@ from pathlib import Path
 
 import numpy as np
 
-from utils import engines, mining_formats, negatives, report
+from utils import candidates, engines, mining_formats, negatives, report
 from utils.arguments import MiningArguments
 from utils.distributed import Ranks
 from utils.embedding import build_encoders, embed
-from utils.embedding_store import EmbeddingStore, fingerprint
+from utils.embedding_store import EmbeddingStore, fingerprint, unit_rows
 from utils.mining_formats import MinedRow
 from utils.mining_inputs import Inputs
 from utils.negatives import Background, MiningResult, Problem, Rules, Screened
 from utils.outputs import Outputs, write_rejected
 from utils.records import to_line
-from utils.search import Neighbors, ShardedIndex
+from utils.reranker import Reranker, rerank
+from utils.search import FactoryIndex, Neighbors, ShardedIndex, check_factory, pair_scores
 
 logger = logging.getLogger(__name__)
 
 # Queries between two notes in the store of neighbours: what a kill can cost of the search.
 _QUERY_BLOCK = 4096
+# Queries on which an approximate index is compared with exact search.
+_RECALL_QUERIES = 200
 _QUANTILES = (5, 25, 50, 75, 95)
 
 
@@ -34,15 +38,19 @@ def mine(given: MiningArguments) -> MiningResult:
     """
     ranks = Ranks()
     run = report.RunReport("mining_negative_samples", asdict(given))
-    outputs = Outputs(given.output_data_path, [given.input_data_path, given.candidate_pool or ""])
+    outputs = Outputs(given.output_data_path, [given.input_data_path, given.candidate_pool or "", given.run_path or ""])
     try:
         with run.stage("read"):
             inputs = ranks.start(lambda: _read(given, outputs))
         folder = Path(given.embedding_cache) if given.embedding_cache else outputs.work
         vectors = _encode(given, ranks, run, inputs, folder)
         with run.stage("search"):
-            neighbors = _neighbors(given, ranks, run, inputs, vectors, folder)
-        result = ranks.on_first(lambda: _decide_and_write(given, outputs, run, inputs, vectors, neighbors))
+            neighbors = _candidates(given, ranks, run, inputs, vectors, folder)
+        job = ranks.on_first(lambda: _screen(given, run, inputs, vectors, neighbors))
+        if given.reranker_path:
+            with run.stage("rerank"):
+                _rerank(given, ranks, run, inputs, job)
+        result = ranks.on_first(lambda: _choose_and_write(outputs, run, inputs, job))
         return ranks.broadcast_object(result)
     except BaseException:
         outputs.abandon()
@@ -79,8 +87,12 @@ class _Vectors:
 def _read(given: MiningArguments, outputs: Outputs) -> Inputs:
     """Everything that can be refused is refused here, before any model is loaded."""
     inputs = Inputs.read(given)
+    if given.reranker_path:
+        Reranker(given.reranker_path, given.reranker_max_len)
+    dim = inputs.query_vectors.shape[1] if inputs.query_vectors is not None else build_encoders(given)[0].dim
+    if given.index_factory:
+        check_factory(dim, given.index_factory, given.index_parameters)
     outputs.open_work()
-    build_encoders(given)
     wanted = given.negatives_a_row
     if given.window[1] - given.window[0] < wanted:
         logger.warning(
@@ -89,6 +101,8 @@ def _read(given: MiningArguments, outputs: Outputs) -> Inputs:
         )  # fmt: skip
     if inputs.n_candidates < wanted:
         logger.warning("%d passages to mine from, but %d negatives a row wanted", inputs.n_candidates, wanted)
+    if inputs.n_unjudged:
+        logger.info("%d queries of the folder have no relevant passage and are left out", inputs.n_unjudged)
     if inputs.n_with_negatives:
         logger.warning("%d rows already have negatives; the mined ones take their place", inputs.n_with_negatives)
     return inputs
@@ -97,6 +111,9 @@ def _read(given: MiningArguments, outputs: Outputs) -> Inputs:
 def _encode(
     given: MiningArguments, ranks: Ranks, run: report.RunReport, inputs: Inputs | None, folder: Path
 ) -> _Vectors:
+    run.counts["encoded"] = 0
+    if given.embeddings_path:
+        return _users_vectors(given, inputs)
     query_encoder, passage_encoder = ranks.all_agree(lambda: build_encoders(given))
     with run.stage("encode"):
         queries, n_queries = embed(query_encoder, inputs.queries if inputs else None, ranks, folder, "queries")
@@ -111,6 +128,57 @@ def _encode(
         fingerprint(passage_encoder.description(), inputs.passages),
     )
     return _Vectors(queries, passages, keys)
+
+
+def _users_vectors(given: MiningArguments, inputs: Inputs | None) -> _Vectors:
+    if inputs is None:
+        return _Vectors(None, None)
+    assert inputs.query_vectors is not None and inputs.passage_vectors is not None
+    arrays = [
+        unit_rows(vectors, np.arange(len(vectors)), given.normalize)
+        for vectors in (inputs.query_vectors, inputs.passage_vectors)
+    ]
+    keys = [hashlib.sha256(np.ascontiguousarray(array).data).hexdigest() for array in arrays]
+    return _Vectors(arrays[0], arrays[1], (keys[0], keys[1]))
+
+
+def _candidates(
+    given: MiningArguments,
+    ranks: Ranks,
+    run: report.RunReport,
+    inputs: Inputs | None,
+    vectors: _Vectors,
+    folder: Path,
+) -> Neighbors | None:
+    """Each query's candidates on rank 0, best first, from every retriever that was asked for."""
+    run.counts["searched"] = 0
+    dense = _neighbors(given, ranks, run, inputs, vectors, folder) if given.dense else None
+    if not (given.lexical or given.run_path):
+        return dense
+    return ranks.on_first(lambda: _fused(given, inputs, vectors, dense))
+
+
+def _fused(given: MiningArguments, inputs: Inputs | None, vectors: _Vectors, dense: Neighbors | None) -> Neighbors:
+    assert inputs is not None and vectors.queries is not None and vectors.passages is not None
+    depth = _depth(given, inputs)
+    lists = [dense.rows[:, :depth]] if dense is not None else []
+    if given.lexical:
+        with report.Progress("lexical search", len(inputs.queries), "queries") as progress:
+            passages = inputs.passages[: inputs.n_candidates]
+            lists.append(candidates.lexical(inputs.queries, passages, depth, progress.update))
+    if inputs.run_lists is not None:
+        lists.append(candidates.padded(inputs.run_lists, depth))
+    rows = candidates.fuse(lists, depth)
+    scores = np.full(rows.shape, -np.inf)
+    for number in range(len(rows)):
+        there = rows[number] >= 0
+        scores[number, there] = pair_scores(vectors.queries[number : number + 1], vectors.passages[rows[number, there]])
+    return Neighbors(scores, rows)
+
+
+def _depth(given: MiningArguments, inputs: Inputs) -> int:
+    """How many candidates reach to the window's end beyond the most forbidden ones that a query has."""
+    return min(given.window[1] + int(inputs.forbidden.sizes().max(initial=0)), inputs.n_candidates)
 
 
 def _neighbors(
@@ -130,10 +198,8 @@ def _neighbors(
     def open_store() -> tuple[int, int, int, int, set[int] | None]:
         nonlocal store
         assert inputs is not None and vectors.queries is not None and vectors.passages is not None
-        most_forbidden = int(inputs.forbidden.sizes().max(initial=0))
-        depth = min(given.window[1] + most_forbidden, inputs.n_candidates)
-        home = folder / f"neighbors-{_neighbors_key(vectors, inputs.n_candidates)}"
-        depth = _kept_depth(home, depth)
+        home = folder / f"neighbors-{_neighbors_key(given, vectors, inputs.n_candidates)}"
+        depth = _kept_depth(home, _depth(given, inputs))
         store = EmbeddingStore(home, f"{depth}", len(inputs.queries), 2 * depth, np.dtype("<f8"))
         finished = store.open()
         if store.is_complete:
@@ -144,10 +210,14 @@ def _neighbors(
     try:
         opened = ranks.on_first(open_store)
         n, n_candidates, dim, depth, finished = ranks.broadcast_object(opened)
-        run.counts["searched"] = 0
         if finished is not None:
             passages = vectors.passages[:n_candidates] if vectors.passages is not None else None
-            index = ShardedIndex.of(ranks, passages, n_candidates, dim, engines.device())
+            index: ShardedIndex | _OnFirst
+            if given.index_factory:
+                index = ranks.on_first(lambda: _factory_index(given, run, passages, vectors.queries, depth))
+                index = _OnFirst(ranks, index)
+            else:
+                index = ShardedIndex.of(ranks, passages, n_candidates, dim, engines.device())
             run.counts["searched"] = _fill(index, ranks, vectors.queries, n, depth, store, finished)
         if store is None:
             return None
@@ -158,8 +228,31 @@ def _neighbors(
             store.close()
 
 
+def _factory_index(
+    given: MiningArguments, run: report.RunReport, passages: np.ndarray, queries: np.ndarray, depth: int
+) -> FactoryIndex:
+    index = FactoryIndex(passages, given.index_factory, given.index_parameters)
+    sample = np.sort(np.random.default_rng(0).permutation(len(queries))[:_RECALL_QUERIES])
+    recall = index.recall(np.ascontiguousarray(queries[sample]), depth)
+    run.results["index"] = {"factory": given.index_factory, "recall": recall, "depth": depth, "queries": len(sample)}
+    logger.info("search: %s finds %.1f%% of the exact top %d", given.index_factory, 100 * recall, depth)
+    return index
+
+
+class _OnFirst:
+    """An index that rank 0 alone holds, searched like a sharded one."""
+
+    def __init__(self, ranks: Ranks, index: FactoryIndex | None):
+        self.ranks, self.index = ranks, index
+
+    def search(self, queries: np.ndarray, k: int) -> Neighbors:
+        if self.index is None:
+            return Neighbors(np.zeros((0, k)), np.zeros((0, k), np.int64))
+        return self.index.search(queries, k)
+
+
 def _fill(
-    index: ShardedIndex,
+    index: "ShardedIndex | _OnFirst",
     ranks: Ranks,
     queries: np.ndarray | None,
     n: int,
@@ -189,8 +282,9 @@ def _note(store: EmbeddingStore | None, number: int, rows: np.ndarray, packed: n
     store.write([(number, rows, packed)])
 
 
-def _neighbors_key(vectors: _Vectors, n_candidates: int) -> str:
-    return fingerprint({"of": "exact neighbours", "candidates": n_candidates}, vectors.keys)[:32]
+def _neighbors_key(given: MiningArguments, vectors: _Vectors, n_candidates: int) -> str:
+    what = {"index": given.index_factory, "parameters": given.index_parameters, "candidates": n_candidates}
+    return fingerprint(what, vectors.keys)[:32]
 
 
 def _kept_depth(home: Path, depth: int) -> int:
@@ -199,14 +293,25 @@ def _kept_depth(home: Path, depth: int) -> int:
     return min((kept for kept in depths if kept >= depth), default=depth)
 
 
-def _decide_and_write(
+@dataclass
+class _Job:
+    """On rank 0: what is being decided, between its steps."""
+
+    given: MiningArguments
+    problem: Problem
+    rules: Rules
+    background: Background
+    positives: np.ndarray
+    screened: Screened
+
+
+def _screen(
     given: MiningArguments,
-    outputs: Outputs,
     run: report.RunReport,
     inputs: Inputs | None,
     vectors: _Vectors,
     neighbors: Neighbors | None,
-) -> MiningResult:
+) -> _Job:
     assert inputs is not None and vectors.queries is not None and vectors.passages is not None
     assert neighbors is not None
     problem = Problem(
@@ -214,14 +319,47 @@ def _decide_and_write(
         inputs.n_candidates, given.normalize,
     )  # fmt: skip
     rules = _rules(given)
-    with run.stage("choose"):
+    with run.stage("choose"), report.Progress("screen", len(inputs.query_of_row), "rows") as progress:
         positives = negatives.positive_scores(problem)
         background = _background(given, run, problem, positives)
-        with report.Progress("choose", 2 * len(inputs.query_of_row), "rows") as progress:
-            screened = negatives.screen(problem, neighbors, positives, rules, background, progress.update)
-            result = negatives.choose(problem, screened, rules, background, progress.update)
+        screened = negatives.screen(problem, neighbors, positives, rules, background, progress.update)
+    return _Job(given, problem, rules, background, positives, screened)
+
+
+def _rerank(
+    given: MiningArguments, ranks: Ranks, run: report.RunReport, inputs: Inputs | None, job: _Job | None
+) -> None:
+    """Let the cross-encoder score what is left and the positives, and drop what it finds too near."""
+    reranker = ranks.all_agree(lambda: Reranker(given.reranker_path, given.reranker_max_len))
+    pairs = None
+    if job is not None:
+        assert inputs is not None
+        left, groups = job.screened.left, job.problem.positives
+        queries = job.problem.query_of_row[np.repeat(np.arange(len(left.lims) - 1), np.diff(left.lims))]
+        queries = np.concatenate([queries, np.repeat(np.arange(len(inputs.queries)), groups.sizes())])
+        passages = np.concatenate([left.rows, groups.rows])
+        # A query that stands in several rows needs each of its pairs once.
+        keys, which = np.unique(queries * len(inputs.passages) + passages, return_inverse=True)
+        pairs = [divmod(key, len(inputs.passages)) for key in keys.tolist()]
+        pairs = [(inputs.queries[query], inputs.passages[passage]) for query, passage in pairs]
+    logits = rerank(reranker, pairs, ranks)
+    if job is None:
+        return
+    run.counts["reranked"] = len(pairs)
+    run.results["reranker"] = {"digest": reranker.model.digest, "margin": given.reranker_margin}
+    logits = logits[which]
+    n_left = len(left.rows)
+    job.screened = negatives.apply_reranker(
+        job.problem, job.screened, logits[:n_left], logits[n_left:], given.reranker_margin
+    )
+
+
+def _choose_and_write(outputs: Outputs, run: report.RunReport, inputs: Inputs | None, job: _Job | None) -> MiningResult:
+    assert inputs is not None and job is not None
+    with run.stage("choose"), report.Progress("choose", len(inputs.query_of_row), "rows") as progress:
+        result = negatives.choose(job.problem, job.screened, job.rules, job.background, progress.update)
     with run.stage("write"):
-        _write(given, outputs, run, inputs, problem, positives, screened, result)
+        _write(job.given, outputs, run, inputs, job.positives, job.screened, result)
     return result
 
 
@@ -254,7 +392,6 @@ def _write(
     outputs: Outputs,
     run: report.RunReport,
     inputs: Inputs,
-    problem: Problem,
     positives: np.ndarray,
     screened: Screened,
     result: MiningResult,
@@ -276,6 +413,9 @@ def _write(
                 stream.write(to_line(mined.row | {"neg_passage": mined.negatives}))
     if given.on_bad_row == "skip":
         write_rejected(outputs, inputs.rejected)
+    if given.write_corpus:
+        _write_ids(outputs, ".corpus.jsonl", inputs.passage_ids, inputs.passages)
+        _write_ids(outputs, ".queries.jsonl", inputs.query_ids, inputs.queries)
     run.counts = _counts(inputs, screened, result, dropped, n_lines) | run.counts
     run.results["drops_by_reason"] = result.drops_by_reason
     mined_scores = [n.score for i, row in enumerate(result.negatives) if not dropped[i] for n in row if n.rank >= 0]
@@ -284,6 +424,16 @@ def _write(
         stream.write(run.to_json())
     outputs.commit()
     result.report = run.as_dict()
+
+
+def _write_ids(outputs: Outputs, suffix: str, ids: dict[str, int], texts: list[str]) -> None:
+    """Texts in order, each under the first of its ids."""
+    name_of: dict[int, str] = {}
+    for name, number in ids.items():
+        name_of.setdefault(number, name)
+    with outputs.stage(suffix) as stream:
+        for number, text in enumerate(texts):
+            stream.write(to_line({"_id": name_of[number], "text": text}))
 
 
 def _mined_rows(inputs: Inputs, positives: np.ndarray, result: MiningResult, wanted: np.ndarray) -> Iterator[MinedRow]:

@@ -332,6 +332,28 @@ def _lims(of_row: np.ndarray, n_rows: int) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(np.bincount(of_row, minlength=n_rows))]).astype(np.int64)
 
 
+def apply_reranker(
+    problem: Problem, screened: Screened, logits: np.ndarray, positive_logits: np.ndarray, margin: float
+) -> Screened:
+    """Drop the candidates whose logit is within ``margin`` of their query's lowest positive's.
+
+    Args:
+        logits: float [candidates], in the order of ``screened.left``.
+        positive_logits: float, in the order of ``problem.positives.rows``.
+    """
+    left = screened.left
+    of_row = np.repeat(np.arange(len(left.lims) - 1), np.diff(left.lims))
+    lowest = lowest_of_each(problem.positives, positive_logits)[problem.query_of_row[of_row]]
+    near = logits > lowest - margin
+    presumed_of = np.repeat(np.arange(len(left.lims) - 1), screened.presumed.sizes())
+    of = np.concatenate([presumed_of, of_row[near]])
+    order = np.argsort(of, kind="stable")
+    rows = np.concatenate([screened.presumed.rows, left.rows[near]])[order]
+    presumed = Groups(_lims(of, len(left.lims) - 1), rows)
+    drops = screened.drops | {"reranker_margin": int(near.sum())}
+    return Screened(left.keep(~near), presumed, drops, screened.n_window)
+
+
 def choose(
     problem: Problem,
     screened: Screened,

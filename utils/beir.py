@@ -1,0 +1,175 @@
+"""A BEIR folder: ``corpus.jsonl``, ``queries.jsonl`` and ``qrels/<split>.tsv``, read row by row.
+
+Every reader raises at the first bad row, or collects bad rows in the list given as ``rejected``.
+"""
+
+import os
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from utils.records import RawLine, RecordError, parse_object, read_lines
+
+
+class Judgment(NamedTuple):
+    """A line of a qrels file."""
+
+    query_id: str
+    passage_id: str
+    grade: int
+    line: int
+
+
+def is_folder(path: str) -> bool:
+    """True if ``path`` is a folder, which can only be meant as BEIR's."""
+    return os.path.isdir(path)
+
+
+def read_corpus(folder: str, rejected: list[RecordError] | None = None) -> Iterator[tuple[str, str]]:
+    """(id, text) of each passage, the title in front of the text.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, an empty one, or a row that cannot be used.
+    """
+    return _read_texts(_file(folder, "corpus.jsonl"), rejected)
+
+
+def read_queries(folder: str, rejected: list[RecordError] | None = None) -> Iterator[tuple[str, str]]:
+    """(id, text) of each query, judged or not. Raises as ``read_corpus``."""
+    return _read_texts(_file(folder, "queries.jsonl"), rejected)
+
+
+def read_qrels(folder: str, split: str, rejected: list[RecordError] | None = None) -> Iterator[Judgment]:
+    """The judgments of a split, in file order. The header line may be missing.
+
+    Raises:
+        FileNotFoundError: no such split; names those that are there.
+        ValueError: an empty file, or a line that is not query id, passage id and grade, tab between them.
+    """
+    path = qrels_path(folder, split)
+    seen: dict[tuple[str, str], int] = {}
+    n_rows = 0
+    for raw in read_lines(path):
+        try:
+            row = _judgment(raw, path)
+            if row is None:
+                continue
+            n_rows += 1
+            earlier = seen.setdefault(row[:2], row.grade)
+            if earlier != row.grade:
+                raise RecordError(
+                    path, raw.number, f"grade {row.grade} for a pair that has grade {earlier} above; expected one grade"
+                )
+        except RecordError as error:
+            if rejected is None:
+                raise
+            rejected.append(error)
+            continue
+        yield row
+    if n_rows == 0:
+        raise ValueError(f"{path}: the file has no judgments; expected query-id, corpus-id and score, tabs between")
+
+
+def qrels_path(folder: str, split: str) -> str:
+    """Where a split's judgments are.
+
+    Raises:
+        FileNotFoundError: no such split.
+    """
+    path = os.path.join(folder, "qrels", f"{split}.tsv")
+    if not os.path.isfile(path):
+        try:
+            names = sorted(os.listdir(os.path.join(folder, "qrels")))
+        except OSError:
+            names = []
+        splits = [name.removesuffix(".tsv") for name in names if name.endswith(".tsv")]
+        found = f"the splits there are {', '.join(splits)}" if splits else "expected a BEIR folder with qrels/*.tsv"
+        raise FileNotFoundError(f"{path}: no such file; {found}")
+    return path
+
+
+def passage_text(row: dict, path: str, line: int) -> str:
+    """``title`` and ``text`` of a row as one text, a space between, as BEIR joins them.
+
+    Raises:
+        RecordError: neither holds any text, or one is no string.
+    """
+    parts = []
+    for key in ("title", "text"):
+        value = row.get(key)
+        if value is not None and not isinstance(value, str):
+            raise RecordError(path, line, f'"{key}" is {value!r:.40}; expected a string')
+        parts.append(value or "")
+    text = " ".join(parts).strip()
+    if not text:
+        found = "empty" if "text" in row else "missing"
+        raise RecordError(path, line, f'"text" is {found}; expected a non-empty string')
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        reason = "a text holds half of a surrogate pair (\\ud800 to \\udfff); expected valid Unicode"
+        raise RecordError(path, line, reason) from None
+    return text
+
+
+def _file(folder: str, name: str) -> str:
+    """A file of the folder, or its gzipped form where only that is there."""
+    path = os.path.join(folder, name)
+    return path + ".gz" if not os.path.exists(path) and os.path.exists(path + ".gz") else path
+
+
+def _read_texts(path: str, rejected: list[RecordError] | None) -> Iterator[tuple[str, str]]:
+    lines: dict[str, int] = {}
+    n_rows = 0
+    for raw in read_lines(path):
+        n_rows += 1
+        try:
+            row = parse_object(raw, path)
+            key = _id(row, path, raw.number)
+            text = passage_text(row, path, raw.number)
+            if lines.setdefault(key, raw.number) != raw.number:
+                raise RecordError(
+                    path, raw.number, f'"_id" {key!r} is also that of line {lines[key]}; expected its own'
+                )
+        except RecordError as error:
+            if rejected is None:
+                raise
+            rejected.append(error)
+            continue
+        yield key, text
+    if n_rows == 0:
+        raise ValueError(f"{path}: the file has no rows; expected one JSON object a line")
+    if not lines:
+        raise ValueError(f"{path}: all {n_rows} rows are bad, the last: {rejected[-1] if rejected else ''}")
+
+
+def _id(row: dict, path: str, line: int) -> str:
+    value = row.get("_id")
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = str(value)
+    if not isinstance(value, str) or not value.strip():
+        found = "missing" if "_id" not in row else f"{value!r:.40}"
+        raise RecordError(path, line, f'"_id" is {found}; expected a non-empty string')
+    return value
+
+
+def _judgment(raw: RawLine, path: str) -> Judgment | None:
+    """A qrels line, or None for the header."""
+    try:
+        columns = raw.content.decode().split("\t")
+    except UnicodeDecodeError:
+        raise RecordError(path, raw.number, "the line is not UTF-8; expected UTF-8 text") from None
+    if len(columns) != 3:
+        reason = f"{len(columns)} columns; expected 3, query-id, corpus-id and score, with tabs between"
+        raise RecordError(path, raw.number, reason)
+    query_id, passage_id, grade = (column.strip() for column in columns)
+    if raw.number == 1 and not _is_whole(grade):
+        return None
+    if not _is_whole(grade):
+        raise RecordError(path, raw.number, f"the score is {grade!r:.40}; expected a whole number")
+    if not query_id or not passage_id:
+        raise RecordError(path, raw.number, "an id is empty; expected query-id, corpus-id and score")
+    return Judgment(query_id, passage_id, int(grade), raw.number)
+
+
+def _is_whole(text: str) -> bool:
+    return text.removeprefix("-").isdecimal() and text.isascii() and len(text) < 10
