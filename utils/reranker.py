@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -58,11 +59,33 @@ class Reranker:
         paddlenlp_logger.set_level("ERROR")
         paddle.set_device(engines.device())
         folder = self.model.folder
+        from_torch = not list(folder.glob("*.pdparams"))
+        head = _torch_head(folder) if from_torch else {}
         model = AutoModelForSequenceClassification.from_pretrained(
-            str(folder), num_labels=1, convert_from_torch=not list(folder.glob("*.pdparams")), dtype="float32"
-        )
+            str(folder), num_labels=1, convert_from_torch=from_torch, dtype="float32",
+            ignore_mismatched_sizes=bool(head),
+        )  # fmt: skip
+        for name, parameter in model.state_dict().items():
+            if name in head:
+                parameter.set_value(head[name].T if head[name].ndim == 2 else head[name])
         model.eval()
         return AutoTokenizer.from_pretrained(str(self.model.tokenizer_folder)), model
+
+
+def _torch_head(folder: Path) -> dict[str, np.ndarray]:
+    """The classification head's weights in a folder with safetensors.
+
+    PaddleNLP leaves BERT's untransposed and without its bias, so they are set by hand.
+    """
+    from safetensors import safe_open
+
+    head = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "np") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - no mapping
+                if name.startswith("classifier."):
+                    head[name] = tensors.get_tensor(name).astype(np.float32)
+    return head
 
 
 def rerank(reranker: Reranker, pairs: Sequence[tuple[str, str]] | None, ranks: Ranks) -> np.ndarray | None:
