@@ -431,6 +431,7 @@ def test_a_reranker_has_the_last_word(mine, tiny_model, tmp_path, monkeypatch):
         logits = scorer.score([(row["query"], text) for text in texts])
         n = len(row["pos_passage"])
         assert len(texts) == n or logits[n:].max() <= logits[:n].min() + 1e-4
+    assert not list(folder.glob("*.pdparams"))  # nothing is left in the user's folder
     with pytest.raises(ValueError, match="expected a reranker with one logit"):
         mine(reranker_path=tiny_model)
 

@@ -137,7 +137,7 @@ class MiningArguments(ModelArguments, InputArguments):
     )
     seed: int = option(0, "of random, easy and backfill", at_least=0)
     relative_margin: float | None = option(
-        0.2, "drop candidates that score within this share of the way from the query's lowest positive down to the"
+        0.25, "drop candidates that score within this share of the way from the query's lowest positive down to the"
         " background; null: no such test", at_least=0.0, at_most=1.0,
     )  # fmt: skip
     score_baseline: float | None = option(
@@ -150,7 +150,7 @@ class MiningArguments(ModelArguments, InputArguments):
     max_score: float | None = option(None, "drop candidates that score more")
     min_score: float | None = option(None, "drop candidates that score less")
     positive_similarity: float | None = option(
-        0.7, "drop near-copies of a positive: passages this similar to it, 0 as random passages are, 1 identical;"
+        0.6, "drop near-copies of a positive: passages this similar to it, 0 as random passages are, 1 identical;"
         " null: no such test", above=0.0, at_most=1.0,
     )  # fmt: skip
     negative_similarity: float | None = option(

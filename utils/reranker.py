@@ -31,6 +31,12 @@ class Reranker:
         if labels != 1:
             found = f"{labels} logits" if labels else "no num_labels or id2label"
             raise ValueError(f"{self.model.folder}: config.json has {found}; expected a reranker with one logit")
+        architecture = (config.get("architectures") or [""])[0]
+        if not architecture.endswith("ForSequenceClassification"):
+            raise ValueError(
+                f"{self.model.folder}: config.json has the architecture {architecture!r}; expected one for sequence"
+                " classification"
+            )
         self.max_length = min(max_length, self.model.max_length or max_length)
         self._loaded = None
 
@@ -59,33 +65,42 @@ class Reranker:
         paddlenlp_logger.set_level("ERROR")
         paddle.set_device(engines.device())
         folder = self.model.folder
-        from_torch = not list(folder.glob("*.pdparams"))
-        head = _torch_head(folder) if from_torch else {}
-        model = AutoModelForSequenceClassification.from_pretrained(
-            str(folder), num_labels=1, convert_from_torch=from_torch, dtype="float32",
-            ignore_mismatched_sizes=bool(head),
-        )  # fmt: skip
-        for name, parameter in model.state_dict().items():
-            if name in head:
-                parameter.set_value(head[name].T if head[name].ndim == 2 else head[name])
+        if list(folder.glob("*.safetensors")) and not list(folder.glob("*.pdparams")):
+            model = _from_safetensors(folder, self.model.config["architectures"][0])
+        else:
+            model = AutoModelForSequenceClassification.from_pretrained(
+                str(folder), num_labels=1, convert_from_torch=not list(folder.glob("*.pdparams")), dtype="float32"
+            )
         model.eval()
         return AutoTokenizer.from_pretrained(str(self.model.tokenizer_folder)), model
 
 
-def _torch_head(folder: Path) -> dict[str, np.ndarray]:
-    """The classification head's weights in a folder with safetensors.
+def _from_safetensors(folder: Path, architecture: str):
+    """PaddleNLP's model with weights in PyTorch's naming.
 
-    PaddleNLP leaves BERT's untransposed and without its bias, so they are set by hand.
+    Its own loader writes a converted copy into the folder and leaves the head of BERT untransposed and
+    without its bias; only its table of names is used here.
     """
+    import paddlenlp.transformers
     from safetensors import safe_open
 
-    head = {}
+    model_class = getattr(paddlenlp.transformers, architecture)
+    config = model_class.config_class.from_pretrained(str(folder), num_labels=1)
+    model = model_class(config)
+    names = {m.source_name: (m.target_name, m.action) for m in model_class._get_name_mappings(config)}
+    state = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "np") as tensors:
             for name in tensors.keys():  # noqa: SIM118 - no mapping
-                if name.startswith("classifier."):
-                    head[name] = tensors.get_tensor(name).astype(np.float32)
-    return head
+                tensor = tensors.get_tensor(name).astype(np.float32)
+                target, action = names.get(name, (name, None))
+                transposed = action == "transpose" or (name.startswith("classifier.") and tensor.ndim == 2)
+                state[target] = tensor.T if transposed else tensor
+    missing = [name for name in model.state_dict() if name not in state and "position_ids" not in name]
+    if missing:
+        raise ValueError(f"{folder}: the weights lack {missing[0]}; expected those of {architecture}")
+    model.set_state_dict(state)
+    return model
 
 
 def rerank(reranker: Reranker, pairs: Sequence[tuple[str, str]] | None, ranks: Ranks) -> np.ndarray | None:
