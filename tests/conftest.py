@@ -71,7 +71,10 @@ def tiny_model(tmp_path_factory) -> str:
     return make_tiny_bert(tmp_path_factory.mktemp("models") / "tiny-bert")
 
 
-def make_tiny_bert(folder: Path, hidden: int = 32, layers: int = 2, ffn: int = 64, positions: int = 64) -> str:
+def make_tiny_bert(
+    folder: Path, hidden: int = 32, layers: int = 2, ffn: int = 64, positions: int = 64, labels: int = 0
+) -> str:
+    """``labels`` above 0 adds a classification head with that many logits, over pairs of texts."""
     from safetensors.numpy import save_file
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
@@ -81,7 +84,7 @@ def make_tiny_bert(folder: Path, hidden: int = 32, layers: int = 2, ffn: int = 6
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
     tokenizer.add_special_tokens(["[PAD]", "[UNK]", "[CLS]", "[SEP]"])
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -92,6 +95,8 @@ def make_tiny_bert(folder: Path, hidden: int = 32, layers: int = 2, ffn: int = 6
         "max_position_embeddings": positions, "type_vocab_size": 2, "layer_norm_eps": 1e-12, "hidden_act": "gelu",
         "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1, "pad_token_id": 0,
     }  # fmt: skip
+    if labels:
+        config |= {"architectures": ["BertForSequenceClassification"], "num_labels": labels}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "tokenizer_config.json").write_text(
         json.dumps({"tokenizer_class": "BertTokenizer", "pad_token": "[PAD]", "do_lower_case": True})
@@ -121,6 +126,10 @@ def make_tiny_bert(folder: Path, hidden: int = 32, layers: int = 2, ffn: int = 6
         for name in ("attention.output.LayerNorm", "output.LayerNorm"):
             weights[f"encoder.layer.{i}.{name}.weight"] = ones + normal(hidden)
             weights[f"encoder.layer.{i}.{name}.bias"] = normal(hidden)
+    if labels:
+        weights = {f"bert.{name}": value for name, value in weights.items()}
+        weights |= {"bert.pooler.dense.weight": normal(hidden, hidden), "bert.pooler.dense.bias": zeros}
+        weights |= {"classifier.weight": normal(labels, hidden) * 10, "classifier.bias": normal(labels)}
     save_file({k: np.ascontiguousarray(v) for k, v in weights.items()}, folder / "model.safetensors")
     return str(folder)
 

@@ -30,10 +30,15 @@ FORBIDDEN = {
     "collection": {"paddle", "paddlenlp", "faiss", "encoder", "engines", "search", "outputs"},
     "trec": {"paddle", "paddlenlp", "faiss", "encoder", "engines", "search", "outputs"},
     "comparison": {"paddle", "paddlenlp", "faiss", "encoder", "engines", "search", "outputs"},
+    "negatives": {"paddle", "paddlenlp", "faiss", "records", "encoder", "engines", "outputs", "distributed"},
+    "mining_formats": HEAVY | {"outputs", "distributed", "arguments"},
+    "candidates": {"paddle", "paddlenlp", "faiss", "encoder", "engines", "distributed", "outputs"},
+    "reranker": {"faiss", "records", "search", "outputs", "negatives"},
+    "mining_inputs": {"paddle", "paddlenlp", "faiss", "encoder", "engines", "distributed", "search"},
     "report": {"paddle", "paddlenlp", "faiss", "dedup", "search"},
 }
 # These cost seconds, so no module may import them before it needs them.
-LAZY = {"paddle", "paddlenlp", "faiss", "tqdm", "safetensors", "tokenizers", "sentencepiece"}
+LAZY = {"paddle", "paddlenlp", "faiss", "tqdm", "safetensors", "tokenizers", "sentencepiece", "bm25s", "jieba"}
 
 
 def imported(tree: ast.AST) -> set[str]:

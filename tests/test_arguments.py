@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 
 from utils import bundled_model
-from utils.arguments import DEFAULT_MODEL, ArgumentError, CleanArguments, build, option, parse
+from utils.arguments import DEFAULT_MODEL, ArgumentError, CleanArguments, MiningArguments, build, option, parse
 
 
 @dataclass
@@ -112,9 +112,10 @@ def test_the_default_model_is_the_bundled_one():
     assert bundled_model.NAME == DEFAULT_MODEL
 
 
-def test_every_shipped_config_is_accepted():
-    for path in (ROOT / "config").glob("clean*.json"):
-        parse(CleanArguments, [str(path)], "")
+@pytest.mark.parametrize(("names", "cls"), [("clean*.json", CleanArguments), ("mining*.json", MiningArguments)])
+def test_every_shipped_config_is_accepted(names, cls):
+    for path in (ROOT / "config").glob(names):
+        parse(cls, [str(path)], "")
 
 
 def test_help_and_refusals_import_neither_numpy_nor_paddle():

@@ -23,7 +23,9 @@ def unit(rng, n, dim) -> np.ndarray:
 
 
 @pytest.mark.parametrize("floor", [-np.inf, 0.3])
-@pytest.mark.parametrize(("n", "dim", "n_queries", "k"), [(9000, 8, 600, 20), (1000, 64, 100, 5), (3, 4, 5, 10)])
+@pytest.mark.parametrize(
+    ("n", "dim", "n_queries", "k"), [(9000, 8, 600, 20), (1000, 64, 100, 5), (3, 4, 5, 10), (9000, 32, 40, 300)]
+)
 def test_equals_brute_force_with_ties(n, dim, n_queries, k, floor):
     rng = np.random.default_rng(n)
     corpus = unit(rng, n, dim)

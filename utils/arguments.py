@@ -178,6 +178,158 @@ class EvaluateArguments(ModelArguments, InputArguments):
         return names
 
 
+STRATEGIES = ("top", "random", "easy")
+FORMATS = ("list", "flagembedding", "triplet", "n-tuple", "labeled-list", "context_qa")
+# What users call the strategies in a mix.
+_MIX_NAMES = {"hard": "top", **{name: name for name in STRATEGIES}}
+
+
+@dataclass
+class MiningArguments(ModelArguments, InputArguments):
+    """Arguments of mining_negative_samples.py."""
+
+    input_data_path: str = option(
+        "./toy_data/toy_source.json",
+        "a JSONL file of rows with query and pos_passage (or FlagEmbedding's query and pos), or a BEIR folder",
+    )
+    output_data_path: str = option("./output/toy_mined.json", "where the rows with their negatives go")
+    split: str | None = option(
+        None, "of a BEIR folder: which qrels/<split>.tsv; default: train if there, else the only one"
+    )
+    candidate_pool: str | None = option(
+        None, "a JSONL file of more passages to mine from: rows of neg_passage, or of text and title"
+    )
+    candidate_pool_only: bool = option(False, "mine from candidate_pool alone, not from the rows' positives")
+    range_for_sampling: str = option(
+        "0-50", "which of a query's nearest passages are candidates, counted without its own positives: START-STOP"
+    )
+    num_negatives: int | None = option(None, "negatives a row; default: 15, or what mix adds up to", at_least=1)
+    sampling_strategy: str = option(
+        "top", "top: the nearest; random: any of the range; easy: the less similar, the likelier", choices=STRATEGIES
+    )
+    mix: str | None = option(None, 'several strategies at once, such as "hard:10,easy:5" (hard is top)')
+    temperature: float = option(
+        0.1, "of easy, in units of the positives' mean distance from the background: lower is easier", above=0.0
+    )
+    seed: int = option(0, "of random, easy and backfill", at_least=0)
+    relative_margin: float | None = option(
+        0.25, "drop candidates that score within this share of the way from the query's lowest positive down to the"
+        " background; null: no such test", at_least=0.0, at_most=1.0,
+    )  # fmt: skip
+    score_baseline: float | None = option(
+        None, "the zero of relative_margin and of the similarities; default: the model's own background, measured on"
+        " random pairs; 0: raw cosines"
+    )  # fmt: skip
+    absolute_margin: float | None = option(
+        None, "drop candidates that score within this much of the query's lowest positive", at_least=0.0
+    )
+    max_score: float | None = option(None, "drop candidates that score more")
+    min_score: float | None = option(None, "drop candidates that score less")
+    positive_similarity: float | None = option(
+        0.6, "drop near-copies of a positive: passages this similar to it, 0 as random passages are, 1 identical;"
+        " null: no such test", above=0.0, at_most=1.0,
+    )  # fmt: skip
+    negative_similarity: float | None = option(
+        0.9, "drop near-copies of a negative already chosen, on the same scale; null: no such test",
+        above=0.0, at_most=1.0,
+    )  # fmt: skip
+    short_rows: str = option(
+        "keep", "rows with too few candidates: keep them with fewer negatives, backfill with random passages (marked),"
+        " or drop them into a side file", choices=("keep", "backfill", "drop"),
+    )  # fmt: skip
+
+    reranker_path: str | None = option(
+        None, "a cross-encoder (sequence classification, one logit): a second opinion on the candidates that are left"
+    )
+    reranker_margin: float = option(
+        3.0,
+        "with reranker_path: drop candidates whose logit is within this much of the lowest positive's",
+    )
+    reranker_max_len: int = option(512, "with reranker_path: longest pair in tokens", at_least=8)
+    dense: bool = option(True, "candidates are the model's nearest passages; false: only those of run_path or lexical")
+    lexical: bool = option(False, "BM25 candidates too, Chinese split into words; fused by reciprocal rank")
+    run_path: str | None = option(
+        None, "a TREC run file of any search engine: its candidates too, fused by reciprocal rank"
+    )
+    write_corpus: bool = option(
+        False, "write the passages and the queries with their ids, for run_path, and in the order of embeddings_path:"
+        " <output>.corpus.jsonl, <output>.queries.jsonl",
+    )  # fmt: skip
+    index_factory: str | None = option(
+        None, 'an approximate faiss index instead of exact search, such as "IVF1024,Flat" or "HNSW32"'
+    )
+    index_parameters: str | None = option(None, 'of index_factory, such as "nprobe=32" or "efSearch=128"')
+    embeddings_path: str | None = option(
+        None, "a .npy file of your own vectors of the queries, float [rows of the input, dim], instead of a model"
+    )
+    passage_embeddings_path: str | None = option(
+        None, "with embeddings_path: a .npy file for the passages, float [different passages, dim], in the order of"
+        " write_corpus",
+    )  # fmt: skip
+    output_format: str = option(
+        "list", "list: rows with neg_passage; flagembedding: query, pos, neg; triplet, n-tuple, labeled-list: the"
+        " columns of sentence-transformers; context_qa: rows of context, question, answer", choices=FORMATS,
+    )  # fmt: skip
+    output_scores: bool = option(False, "write pos_scores and neg_scores (scores, in sentence-transformers' formats)")
+    answer_key: str = option("answer", "of context_qa: the key of a row's answer, a string or a list of them")
+    no_answer_text: str = option(
+        "The context does not answer the question.", "of context_qa: the answer to a question on a negative passage"
+    )
+
+    @property
+    def window(self) -> tuple[int, int]:
+        """range_for_sampling as (start, stop)."""
+        start, dash, stop = self.range_for_sampling.partition("-")
+        if not (dash and start.strip().isdecimal() and stop.strip().isdecimal() and int(start) < int(stop)):
+            raise ArgumentError(
+                f"range_for_sampling is {self.range_for_sampling!r}; expected START-STOP with START below STOP,"
+                ' such as "0-50"'
+            )
+        return int(start), int(stop)
+
+    @property
+    def parts(self) -> list[tuple[str, int]]:
+        """How many negatives each strategy gives: mix, or all from sampling_strategy."""
+        if self.mix is None:
+            return [(self.sampling_strategy, self.num_negatives or 15)]
+        parts = []
+        for part in self.mix.split(","):
+            name, _, count = (word.strip() for word in part.partition(":"))
+            if name not in _MIX_NAMES:
+                raise ArgumentError(f"mix holds {name!r}; expected {', '.join(_MIX_NAMES)}{_nearest(name, _MIX_NAMES)}")
+            if not count.isdecimal() or int(count) == 0:
+                raise ArgumentError(f'mix holds {part!r}; expected a strategy and a count, such as "hard:10,easy:5"')
+            parts.append((_MIX_NAMES[name], int(count)))
+        return parts
+
+    @property
+    def negatives_a_row(self) -> int:
+        """How many negatives a full row has."""
+        return sum(count for _, count in self.parts)
+
+    def check(self) -> None:
+        """Rules that tie fields together."""
+        self.window, self.parts  # noqa: B018 - they raise
+        if self.mix is not None and self.sampling_strategy != "top":
+            raise ArgumentError("mix and sampling_strategy are both given; mix already names the strategies")
+        if self.num_negatives is not None and self.num_negatives != self.negatives_a_row:
+            raise ArgumentError(f"mix adds up to {self.negatives_a_row}, but num_negatives is {self.num_negatives}")
+        if not (self.dense or self.lexical or self.run_path):
+            raise ArgumentError("dense is false, and neither lexical nor run_path is given; nothing finds candidates")
+        if (self.embeddings_path is None) != (self.passage_embeddings_path is None):
+            raise ArgumentError("embeddings_path and passage_embeddings_path go together; one is missing")
+        if self.index_parameters and not self.index_factory:
+            raise ArgumentError("index_parameters needs index_factory")
+        if self.index_factory and not self.dense:
+            raise ArgumentError("index_factory is given, but dense is false: there is nothing to search")
+        if self.candidate_pool_only and self.candidate_pool is None:
+            raise ArgumentError("candidate_pool_only needs candidate_pool")
+        if None not in (self.min_score, self.max_score) and self.min_score > self.max_score:
+            raise ArgumentError(f"min_score is {self.min_score}, above max_score, which is {self.max_score}")
+        if self.score_baseline is not None and self.score_baseline >= 1 and self.normalize:
+            raise ArgumentError(f"score_baseline is {self.score_baseline}; expected less than 1, a cosine")
+
+
 Arguments = TypeVar("Arguments")
 
 

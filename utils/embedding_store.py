@@ -44,12 +44,13 @@ def fingerprint(description: dict, texts: Iterable[str]) -> str:
 class EmbeddingStore:
     """``n`` vectors of ``dim`` dimensions in ``folder / fingerprint``, used by rank 0 alone.
 
-    ``open`` takes the store's lock, waiting for another run that fills the same store.
+    ``open`` takes the store's lock, waiting for another run that fills the same store. Rows of another
+    ``dtype`` are kept just as well: mining keeps neighbours here.
     """
 
-    def __init__(self, folder: Path, key: str, n: int, dim: int):
+    def __init__(self, folder: Path, key: str, n: int, dim: int, dtype: np.dtype = _DTYPE):
         self.folder = folder / key[:32]
-        self.n, self.dim = n, dim
+        self.n, self.dim, self.dtype = n, dim, dtype
         self._lock: IO | None = None
         self._data: IO | None = None
         self._journal: IO | None = None
@@ -73,7 +74,7 @@ class EmbeddingStore:
             if self.is_complete:
                 return set()
             finished = self._read_journal()
-            size = self.n * self.dim * _DTYPE.itemsize
+            size = self.n * self.dim * self.dtype.itemsize
             if not finished:
                 self._require_space(size)
             self._data = open(self.folder / "vectors.partial", "r+b" if finished else "w+b")  # noqa: SIM115
@@ -92,7 +93,7 @@ class EmbeddingStore:
         assert self._data is not None and self._journal is not None
         try:
             for _, rows, vectors in batches:
-                for row, vector in zip(rows, np.ascontiguousarray(vectors, _DTYPE), strict=True):
+                for row, vector in zip(rows, np.ascontiguousarray(vectors, self.dtype), strict=True):
                     self._data.seek(int(row) * vector.nbytes)
                     self._data.write(vector)
             self._data.flush()
@@ -115,13 +116,13 @@ class EmbeddingStore:
             raise described(error, f"{self.folder}: cannot write embeddings") from None
 
     def read(self) -> np.ndarray:
-        """The vectors, float32 [n, dim], memory-mapped and read-only; requires ``is_complete``."""
+        """The vectors, [n, dim], memory-mapped and read-only; requires ``is_complete``."""
         path = self.folder / "vectors"
-        if path.stat().st_size != self.n * self.dim * _DTYPE.itemsize:
-            raise ValueError(f"{path}: is not {self.n} x {self.dim} float32; remove {self.folder} and run again")
+        if path.stat().st_size != self.n * self.dim * self.dtype.itemsize:
+            raise ValueError(f"{path}: is not {self.n} x {self.dim} {self.dtype}; remove {self.folder} and run again")
         if self.n == 0:
-            return np.zeros((0, self.dim), _DTYPE)
-        return np.memmap(path, _DTYPE, "r", shape=(self.n, self.dim))
+            return np.zeros((0, self.dim), self.dtype)
+        return np.memmap(path, self.dtype, "r", shape=(self.n, self.dim))
 
     def close(self) -> None:
         """Let go of the files and the lock; a store in which nothing was finished is removed."""
@@ -199,11 +200,13 @@ def derive(
         which is what float32 can hold, are 1), else a memory map.
 
     Raises:
-        ValueError: a row to be scaled has length 0.
+        ValueError: a row to be scaled has length 0, or there are fewer than ``dim`` dimensions.
         OSError: the disk is full or cannot be written.
     """
     n = len(vectors) if rows is None else len(rows)
     dim = vectors.shape[1] if dim is None else dim
+    if dim > vectors.shape[1]:
+        raise ValueError(f"dimension is {dim}; the vectors have only {vectors.shape[1]}")
     same_rows = rows is None or (n == len(vectors) and bool((rows == np.arange(n)).all()))
     if (
         same_rows

@@ -23,8 +23,12 @@ logger = logging.getLogger(__name__)
 _QUERY_BLOCK, _CORPUS_BLOCK = 512, 4096
 # Queries that rank 0 sends round at a time.
 _EXCHANGE_QUERIES = 4096
-# Memory for the float64 copies that pair_scores makes.
-_RESCORE_BYTES = 32 << 20
+# Rows that faiss is asked for beyond k.
+_EXTRA = 32
+# Rows that a faiss index is trained on, about.
+_TRAINING_ROWS = 200_000
+# Memory for the float64 copies that pair_scores makes: little enough to stay in a core's own cache.
+_RESCORE_BYTES = 512 << 10
 
 
 class Neighbors(NamedTuple):
@@ -40,14 +44,22 @@ class Neighbors(NamedTuple):
 def pair_scores(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     """The canonical score of each pair of rows: float32 [n, d] twice to float64 [n].
 
+    ``left`` may also be one row, for every row of ``right``.
+
     Products of float32 are exact in float64, and NumPy sums a contiguous axis in an order that depends
     on its length alone, so the same two rows give the same bits wherever they are scored.
     """
-    scores = np.empty(len(left), np.float64)
-    step = max(1, _RESCORE_BYTES // (8 * max(1, left.shape[1])))
-    for start in range(0, len(left), step):
+    scores = np.empty(len(right), np.float64)
+    step = max(1, _RESCORE_BYTES // (8 * max(1, right.shape[1])))
+    one = left.astype(np.float64) if len(left) == 1 else None
+    for start in range(0, len(right), step):
         block = slice(start, start + step)
-        scores[block] = np.multiply(left[block], right[block], dtype=np.float64).sum(axis=1)
+        if one is not None:
+            products = right[block].astype(np.float64)
+            products *= one
+        else:
+            products = np.multiply(left[block], right[block], dtype=np.float64)
+        scores[block] = products.sum(axis=1)
     return scores
 
 
@@ -143,7 +155,6 @@ def _search_block(queries: np.ndarray, corpus: np.ndarray, k: int, floor: float,
     so far, and settles the few that remain by canonical scores.
     """
     n_queries = len(queries)
-    cut = np.full(n_queries, floor - slack, np.float32)
     product = np.empty((n_queries, min(_CORPUS_BLOCK, len(corpus))), np.float32)
     found = _Candidates(queries, corpus, k, floor, slack)
     for start in range(0, len(corpus), _CORPUS_BLOCK):
@@ -153,75 +164,126 @@ def _search_block(queries: np.ndarray, corpus: np.ndarray, k: int, floor: float,
             screened = np.empty((n_queries, len(block)), np.float32)
         np.matmul(queries, block.T, out=screened)
         if start == 0 and floor == -np.inf and k < len(block):
-            # Nothing is known yet: take the k-th best of this block as the first cut.
-            kth = np.partition(screened, len(block) - k, axis=1)[:, len(block) - k]
-            cut = kth - np.float32(2 * slack)
-        hits = np.flatnonzero(screened >= cut[:, None])
+            found.raise_cut(_kth_best_at_least(screened, k))
+        hits = np.flatnonzero(screened >= found.cut[:, None])
         if len(hits):
             query, column = np.divmod(hits, len(block))
             found.add(query, column + start, screened.reshape(-1)[hits])
-            if found.should_prune:
-                found.prune(cut)
     return found.settle()
 
 
+def _kth_best_at_least(scores: np.ndarray, k: int) -> np.ndarray:
+    """A lower bound of each row's k-th best score, float32 [q]; ``k`` is less than the width.
+
+    The k-th best of the maxima of disjoint groups is one, a close one when there are many more groups
+    than k, and takes a fraction of the time that partitioning the scores themselves does.
+    """
+    size = max(1, min(8, scores.shape[1] // (4 * k)))
+    n_groups = scores.shape[1] // size
+    maxima = scores[:, : n_groups * size].reshape(len(scores), size, n_groups).max(axis=1)
+    return np.partition(maxima, n_groups - k, axis=1)[:, n_groups - k]
+
+
 class _Candidates:
-    """Screened pairs of one block of queries, pruned as the cut rises."""
+    """Screened pairs of one block of queries: a row of places for each query, cleared as its cut rises.
+
+    ``cut`` is the screened score, float32 [q], below which nothing can be among the k best.
+    """
 
     def __init__(self, queries: np.ndarray, corpus: np.ndarray, k: int, floor: float, slack: float):
-        self.queries, self.corpus, self.k, self.floor, self.slack = queries, corpus, k, floor, slack
-        self._parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-        self._size = 0
-        self._prune_at = 2 * len(queries) * k
+        self.queries, self.corpus, self.k, self.floor = queries, corpus, k, floor
+        self.cut = np.full(len(queries), floor - slack, np.float32)
+        self._margin = np.float32(2 * slack)
+        self._count = np.zeros(len(queries), np.int64)
+        # At twice k the cut is renewed whenever the corpus seen so far has doubled.
+        self._make_room(max(2 * k, 32))
+
+    def _make_room(self, width: int) -> None:
+        scores = np.full((len(self.queries), width), -np.inf, np.float32)
+        rows = np.empty((len(self.queries), width), np.int64)
+        if self._count.any():
+            old = self._scores.shape[1]
+            scores[:, :old], rows[:, :old] = self._scores, self._rows
+        self._scores, self._rows = scores, rows
+
+    def raise_cut(self, kth_best: np.ndarray) -> None:
+        """Take a lower bound of each query's k-th best screened score into account."""
+        self.cut = np.maximum(self.cut, kth_best - self._margin)
 
     def add(self, query: np.ndarray, row: np.ndarray, score: np.ndarray) -> None:
-        self._parts.append((query.astype(np.int32), row.astype(np.int64), score))
-        self._size += len(query)
+        """Pairs at or above the cut, by ascending query."""
+        more = np.bincount(query, minlength=len(self.queries))
+        if (self._count + more).max() > self._scores.shape[1]:
+            self._clear()
+            stays = score >= self.cut[query]
+            query, row, score = query[stays], row[stays], score[stays]
+            more = np.bincount(query, minlength=len(self.queries))
+            needed = int((self._count + more).max())
+            if needed > self._scores.shape[1]:
+                self._make_room(needed)
+        free = self._count - (np.cumsum(more) - more)  # each query's next place, less its first pair's number
+        place = np.arange(len(query)) + free[query]
+        self._scores[query, place], self._rows[query, place] = score, row
+        self._count += more
 
-    @property
-    def should_prune(self) -> bool:
-        return self._size > self._prune_at
-
-    def prune(self, cut: np.ndarray) -> None:
-        """Raise ``cut`` to what the k-th best screened score of each query allows, and drop what falls below."""
-        query, row, score = (np.concatenate(column) for column in zip(*self._parts, strict=True))
-        order = np.lexsort((-score, query))
-        query, row, score = query[order], row[order], score[order]
-        place = _place_within(query)
-        kth = place == self.k - 1
-        cut[query[kth]] = np.maximum(cut[query[kth]], score[kth] - np.float32(2 * self.slack))
-        stays = score >= cut[query]
-        query, row, score = query[stays], row[stays], score[stays]
-        if len(query) > self._prune_at:
+    def _clear(self) -> None:
+        """Raise the cut to what the k-th best of each query allows, and drop what falls below."""
+        width = self._scores.shape[1]
+        self.raise_cut(np.partition(self._scores, width - self.k, axis=1)[:, width - self.k])
+        query, place = np.nonzero((self._scores >= self.cut[:, None]) & (self._scores > -np.inf))
+        row, score = self._rows[query, place], self._scores[query, place]
+        crowded = np.bincount(query, minlength=len(self.queries)) > max(self.k, 3 * width // 4)
+        if crowded.any():
             # So many near-ties that the bound cannot part them: settle them now, canonically.
-            settled = self._ranked(query, row)
-            query, row, exact = settled
-            score = exact.astype(np.float32)
-        self._parts, self._size = [(query, row, score)], len(query)
-        self._prune_at = max(self._prune_at, 2 * self._size)
+            tied = crowded[query]
+            settled_query, settled_row, exact = self._ranked(query[tied], row[tied])
+            query = np.concatenate([query[~tied], settled_query])
+            row = np.concatenate([row[~tied], settled_row])
+            score = np.concatenate([score[~tied], exact.astype(np.float32)])
+            order = np.argsort(query, kind="stable")
+            query, row, score = query[order], row[order], score[order]
+        self._scores.fill(-np.inf)
+        place = _place_within(query)
+        self._scores[query, place], self._rows[query, place] = score, row
+        self._count = np.bincount(query, minlength=len(self.queries))
 
     def settle(self) -> Neighbors:
         """The k best of each query by canonical score, ties to the lower row."""
         result = Neighbors(
             np.full((len(self.queries), self.k), -np.inf), np.full((len(self.queries), self.k), -1, np.int64)
         )
-        if self._parts:
-            self.prune(np.full(len(self.queries), self.floor - self.slack, np.float32))
-            query, row, score = self._ranked(*self._parts[0][:2])
+        if self._count.any():
+            if self._count.max() > self.k:
+                self._clear()
+            query, place = np.nonzero(self._scores > -np.inf)
+            query, row, score = self._ranked(query, self._rows[query, place])
             place = _place_within(query)
             result.scores[query, place], result.rows[query, place] = score, row
         return result
 
     def _ranked(self, query: np.ndarray, row: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        score = np.empty(len(query), np.float64)
-        step = max(1, _RESCORE_BYTES // (8 * self.queries.shape[1]))
-        for start in range(0, len(query), step):
-            part = slice(start, start + step)
-            score[part] = pair_scores(self.queries[query[part]], self.corpus[row[part]])
+        """The k best of pairs (by ascending query) by canonical score, best first within each query."""
+        score = self._canonical(query, row)
         order = np.lexsort((row, -score, query))
         query, row, score = query[order], row[order], score[order]
         stays = (_place_within(query) < self.k) & (score >= self.floor)
         return query[stays], row[stays], score[stays]
+
+    def _canonical(self, query: np.ndarray, row: np.ndarray) -> np.ndarray:
+        score = np.empty(len(query), np.float64)
+        counts = np.bincount(query, minlength=len(self.queries))
+        if len(query) >= 8 * np.count_nonzero(counts):
+            # Query by query, which spares copying each query's vector beside every passage's.
+            stops = np.cumsum(counts)
+            for number in np.flatnonzero(counts):
+                part = slice(stops[number] - counts[number], stops[number])
+                score[part] = pair_scores(self.queries[number : number + 1], self.corpus[row[part]])
+            return score
+        step = max(1, _RESCORE_BYTES // (8 * self.queries.shape[1]))
+        for start in range(0, len(query), step):
+            part = slice(start, start + step)
+            score[part] = pair_scores(self.queries[query[part]], self.corpus[row[part]])
+        return score
 
 
 def _place_within(groups: np.ndarray) -> np.ndarray:
@@ -300,10 +362,95 @@ class ShardedIndex:
         return result
 
 
+class FactoryIndex:
+    """An approximate faiss index from a factory string; what it finds is scored canonically.
+
+    Built by one process over the whole corpus: split over ranks, it would find other rows for other
+    numbers of ranks. Holds its own copy of the corpus, as the string says (Flat: in full).
+
+    Args:
+        factory: such as ``"IVF1024,Flat"`` or ``"HNSW32"``.
+        parameters: for the search, such as ``"nprobe=32"``.
+
+    Raises:
+        ValueError: faiss does not understand the string or the parameters, or cannot train on so few rows.
+    """
+
+    def __init__(self, vectors: np.ndarray, factory: str, parameters: str | None = None):
+        import faiss
+
+        faiss.omp_set_num_threads(runtime.cpu_threads())
+        self.vectors = vectors
+        self._index = _build_factory(vectors.shape[1], factory, parameters)
+        try:
+            # faiss draws a sample of its own; more rows than this would only be copied.
+            step = max(1, len(vectors) // _TRAINING_ROWS)
+            self._index.train(np.ascontiguousarray(vectors[::step], np.float32))
+            for start in range(0, len(vectors), 1 << 16):
+                self._index.add(np.ascontiguousarray(vectors[start : start + (1 << 16)], np.float32))
+        except RuntimeError as error:
+            raise ValueError(f"index_factory {factory!r}: {_reason(error)}") from None
+
+    def search(self, queries: np.ndarray, k: int) -> Neighbors:
+        """The best of what the index finds, by canonical score; fewer than ``k`` where it finds fewer."""
+        # faiss ranks by float32: a few more, so that canonical scores decide who is among the k.
+        width = min(k + _EXTRA, len(self.vectors))
+        rows = self._index.search(np.ascontiguousarray(queries, np.float32), width)[1].astype(np.int64)
+        query, place = np.nonzero(rows >= 0)
+        scores = np.full(rows.shape, -np.inf)
+        for start in range(0, len(query), 1 << 16):
+            part = slice(start, start + (1 << 16))
+            where = query[part], place[part]
+            scores[where] = pair_scores(queries[where[0]], self.vectors[rows[where]])
+        found = merge([Neighbors(scores, rows)], k)
+        if found.rows.shape[1] == k:
+            return found
+        missing = ((0, 0), (0, k - found.rows.shape[1]))
+        return Neighbors(
+            np.pad(found.scores, missing, constant_values=-np.inf), np.pad(found.rows, missing, constant_values=-1)
+        )
+
+    def recall(self, queries: np.ndarray, k: int) -> float:
+        """The share of the exact ``k`` nearest rows that the index finds for these queries."""
+        exact = ExactIndex(self.vectors.shape[1], vectors=self.vectors).search(queries, k).rows
+        found = self.search(queries, k).rows
+        hits = sum(len(np.intersect1d(a[a >= 0], b[b >= 0])) for a, b in zip(exact, found, strict=True))
+        return hits / max(1, int((exact >= 0).sum()))
+
+
+def check_factory(dim: int, factory: str, parameters: str | None) -> None:
+    """Raise ValueError if faiss cannot make such an index."""
+    _build_factory(dim, factory, parameters)
+
+
+def _build_factory(dim: int, factory: str, parameters: str | None):
+    import faiss
+
+    try:
+        index = faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
+    except RuntimeError as error:
+        raise ValueError(
+            f'index_factory is {factory!r}; expected a faiss factory string such as "IVF1024,Flat": {_reason(error)}'
+        ) from None
+    if parameters:
+        try:
+            faiss.ParameterSpace().set_index_parameters(index, parameters)
+        except RuntimeError as error:
+            raise ValueError(
+                f'index_parameters is {parameters!r}; expected such as "nprobe=32", and to fit {factory!r}:'
+                f" {_reason(error)}"
+            ) from None
+    return index
+
+
+def _reason(error: RuntimeError) -> str:
+    """What faiss complains about, without its source location."""
+    lines = str(error).strip().splitlines()
+    return lines[-1].removeprefix("Error: ")[:200] if lines else "unknown error"
+
+
 class _Gpu:
     """faiss-gpu's brute force as the screen; the canonical scores are still taken on the CPU."""
-
-    _EXTRA = 32
 
     def __init__(self) -> None:
         import faiss
@@ -315,7 +462,7 @@ class _Gpu:
         self, queries: np.ndarray, corpus: np.ndarray, k: int, floor: float, slack: float, result: Neighbors
     ) -> np.ndarray:
         """Fill ``result`` and return the queries whose near-ties reach past what was fetched."""
-        width = min(k + self._EXTRA, len(corpus), 2048)
+        width = min(k + _EXTRA, len(corpus), 2048)
         screened, rows = self.faiss.knn_gpu(
             self.resources, queries, corpus, width, metric=self.faiss.METRIC_INNER_PRODUCT
         )

@@ -1,0 +1,449 @@
+"""The whole job with a tiny model: what is never mined, refilters, outputs, refusals, ranks."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import make_rows, make_tiny_bert, read_jsonl, run_script, write_jsonl
+
+from mining_negative_samples import MiningNegativeSamples
+from utils import arguments, candidates, embedding, mining, reranker
+from utils.arguments import ArgumentError, MiningArguments
+from utils.records import fold
+from utils.search import ExactIndex, pair_scores
+
+
+def mining_rows() -> list[dict]:
+    """Repeated queries, several positives, copies of positives and of queries among the passages."""
+    rows = make_rows(90, seed=4)
+    for i in range(0, 30, 3):
+        rows[i]["pos_passage"].append(f"{rows[i + 1]['query']} answer {i + 200}")
+    for i in range(30, 40):
+        rows[i]["query"] = rows[i - 30]["query"]  # a repeated query with positives of its own
+    for i in range(40, 50):
+        rows[i]["query"] = f"  {rows[i - 40]['query']}\u3000"  # equal after folding
+    for i in range(50, 60):
+        rows[i]["pos_passage"] = [rows[i - 50]["pos_passage"][0].replace(" ", "  ")]  # a copy of another's positive
+    for i in range(60, 70):
+        rows[i]["pos_passage"].append(rows[i - 60]["query"].title())  # near another query's text
+        rows[i]["pos_passage"].append(rows[i - 60]["query"] + " ")  # another query's own text
+    return rows
+
+
+@pytest.fixture(scope="session")
+def mining_file(tmp_path_factory) -> str:
+    return write_jsonl(tmp_path_factory.mktemp("mining") / "in.json", mining_rows())
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory) -> str:
+    return str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def mine(tiny_model, mining_file, cache, tmp_path):
+    def run(**options):
+        out = str(tmp_path / "out.json")
+        given = {"model_path": tiny_model, "input_data_path": mining_file, "output_data_path": out}
+        return MiningNegativeSamples(**given | {"embedding_cache": cache} | options).mining(), out
+
+    return run
+
+
+def forbidden_texts(rows: list[dict]) -> dict[str, set[str]]:
+    """For each folded query, the folded texts that must never be its negatives."""
+    banned: dict[str, set[str]] = {}
+    for row in rows:
+        group = banned.setdefault(fold(row["query"]), {fold(row["query"])})
+        group |= {fold(text) for text in row["pos_passage"]}
+    return banned
+
+
+def test_rows_come_back_in_order_with_every_key(mine):
+    result, out = mine(num_negatives=5)
+    rows, mined = mining_rows(), read_jsonl(out)
+    assert [{k: v for k, v in row.items() if k != "neg_passage"} for row in mined] == [
+        {k: v for k, v in row.items() if k != "neg_passage"} for row in rows
+    ]
+    report = json.loads(Path(out + ".report.json").read_text())
+    assert report["counts"]["input"] == 90 == report["counts"]["written"]
+    assert report["counts"]["negatives"] == sum(len(row["neg_passage"]) for row in mined) > 100
+    assert report["drops_by_reason"] == result.drops_by_reason and report["drops_by_reason"]["forbidden"] > 0
+    assert -1 <= report["background"]["query_passage"]["mean"] <= 1
+    assert report["scores"]["negatives"]["n"] == report["counts"]["negatives"]
+
+
+def random_options(seed: int) -> dict:
+    rng = np.random.default_rng(seed)
+    start = int(rng.integers(0, 8))
+    options = {
+        "range_for_sampling": f"{start}-{start + int(rng.integers(1, 70))}",
+        "sampling_strategy": str(rng.choice(["top", "random", "easy"])),
+        "num_negatives": int(rng.integers(1, 20)),
+        "short_rows": str(rng.choice(["keep", "backfill", "drop"])),
+        "seed": seed,
+        "temperature": float(rng.uniform(0.01, 3)),
+    }
+    for name, low, high in (
+        ("relative_margin", 0, 1), ("absolute_margin", 0, 0.2), ("max_score", 0.5, 1), ("min_score", -1, 0.3),
+        ("positive_similarity", 0.2, 1), ("negative_similarity", 0.2, 1),
+    ):  # fmt: skip
+        if rng.random() < 0.5:
+            options[name] = float(rng.uniform(low, high)) if rng.random() < 0.7 else None
+    if rng.random() < 0.3:
+        options["score_baseline"] = 0.0
+    if rng.random() < 0.3:
+        options |= {"mix": "hard:3,random:2,easy:4", "sampling_strategy": "top", "num_negatives": None}
+    return options
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_nothing_forbidden_under_any_options(mine, seed, tmp_path):
+    options = random_options(seed)
+    rows = mining_rows()
+    if seed % 4 == 3:  # a pool full of positives, copies and queries
+        pool = [{"neg_passage": [p, f" {p}"]} for row in rows[:40] for p in row["pos_passage"]]
+        pool += [{"text": row["query"], "title": ""} for row in rows]
+        options["candidate_pool"] = write_jsonl(tmp_path / "pool.jsonl", pool)
+        options["candidate_pool_only"] = seed % 8 == 7
+    _, out = mine(**options)
+    banned = forbidden_texts(rows)
+    for row in read_jsonl(out):
+        assert not {fold(text) for text in row["neg_passage"]} & banned[fold(row["query"])]
+
+
+def test_neighbours_equal_brute_force(mine, tiny_model):
+    result, _ = mine(relative_margin=None, positive_similarity=None, negative_similarity=None, num_negatives=40)
+    rows = mining_rows()
+    passages = list(dict.fromkeys(text for row in rows for text in row["pos_passage"]))
+    query_encoder, passage_encoder = embedding.build_encoders(arguments.build(MiningArguments, model_path=tiny_model))
+    queries = list(dict.fromkeys(row["query"] for row in rows))
+    query_vectors, vectors = query_encoder.encode(queries), passage_encoder.encode(passages)
+    banned = forbidden_texts(rows)
+    for row, found in zip(rows, result.negatives, strict=True):
+        query = query_vectors[queries.index(row["query"])]
+        scores = pair_scores(np.repeat(query[None], len(passages), 0), vectors)
+        order = np.lexsort((np.arange(len(passages)), -scores)).tolist()
+        order = [i for i in order if fold(passages[i]) not in banned[fold(row["query"])]][:40]
+        assert [tuple(n) for n in found] == [(i, scores[i], rank) for rank, i in enumerate(order)]
+
+
+def test_a_second_run_with_other_rules_encodes_and_searches_nothing(mine, monkeypatch):
+    first, _ = mine(range_for_sampling="0-60")
+    assert first.report["counts"]["searched"] >= 0
+
+    def fail(*args, **kwargs):
+        raise AssertionError("encoded or searched again")
+
+    monkeypatch.setattr(embedding, "_fill", fail)
+    monkeypatch.setattr(ExactIndex, "search", fail)
+    second, out = mine(range_for_sampling="5-40", relative_margin=0.4, num_negatives=3, output_format="triplet")
+    assert second.report["counts"]["searched"] == second.report["counts"]["encoded"] == 0
+    assert set(read_jsonl(out)[0]) == {"anchor", "positive", "negative"}
+
+
+def test_a_killed_search_goes_on_where_it_stopped(mine, tmp_path, monkeypatch):
+    monkeypatch.setattr(mining, "_QUERY_BLOCK", 16)
+    _, out = mine(embedding_cache=None)
+    whole = Path(out).read_bytes()
+    search, calls = ExactIndex.search, []
+
+    def dying(*args, **kwargs):
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        calls.append(1)
+        return search(*args, **kwargs)
+
+    fresh = str(tmp_path / "fresh")
+    monkeypatch.setattr(ExactIndex, "search", dying)
+    with pytest.raises(KeyboardInterrupt):
+        mine(embedding_cache=fresh)
+    monkeypatch.setattr(ExactIndex, "search", search)
+    again, out = mine(embedding_cache=fresh)
+    assert again.report["counts"]["encoded"] == 0
+    assert again.report["counts"]["searched"] == again.report["counts"]["queries"] - 32
+    assert Path(out).read_bytes() == whole
+
+
+def test_short_rows(mine, tmp_path):
+    strict = {"relative_margin": 0.6, "num_negatives": 30}
+    kept, out = mine(**strict)
+    short = set(kept.short_queries.tolist())
+    assert 0 < len(short) < 90 and len(read_jsonl(out)) == 90
+    assert kept.report["counts"]["short"] == len(short)
+    mine(**strict, short_rows="drop")
+    rows = mining_rows()
+    assert [row["id"] for row in read_jsonl(out)] == [row["id"] for i, row in enumerate(rows) if i not in short]
+    assert [row["id"] for row in read_jsonl(out + ".short.jsonl")] == [rows[i]["id"] for i in sorted(short)]
+    filled, out = mine(**strict, short_rows="backfill")
+    for i, row in enumerate(read_jsonl(out)):
+        assert row.get("neg_backfilled", 0) == len(row["neg_passage"]) - len(kept.negatives[i])
+    assert filled.report["counts"]["backfilled"] > 0
+
+
+def test_output_formats(mine, tmp_path):
+    rows = mining_rows()
+    for row in rows:
+        row["answer"] = ["yes", "no"]
+    source = write_jsonl(tmp_path / "qa.json", rows)
+    options = {"input_data_path": source, "num_negatives": 3, "output_scores": True, "relative_margin": None}
+    result, out = mine(**options)
+    plain = read_jsonl(out)
+    first = plain[0]
+    assert first["neg_scores"] == [negative.score for negative in result.negatives[0]]
+    assert len(first["pos_scores"]) == len(first["pos_passage"]) == 2
+    mine(**options, output_format="flagembedding")
+    assert read_jsonl(out)[0] == {
+        "query": first["query"], "pos": first["pos_passage"], "neg": first["neg_passage"], "id": 0,
+        "answer": ["yes", "no"], "pos_scores": first["pos_scores"], "neg_scores": first["neg_scores"],
+    }  # fmt: skip
+    mine(**options, output_format="triplet")
+    triplets = read_jsonl(out)
+    assert len(triplets) == sum(len(row["pos_passage"]) * len(row["neg_passage"]) for row in plain)
+    assert triplets[0] == {
+        "anchor": first["query"], "positive": first["pos_passage"][0], "negative": first["neg_passage"][0],
+        "scores": [first["pos_scores"][0], first["neg_scores"][0]],
+    }  # fmt: skip
+    mine(**options, output_format="n-tuple")
+    assert list(read_jsonl(out)[0]) == ["anchor", "positive", "negative_1", "negative_2", "negative_3", "scores"]
+    mine(**options | {"output_scores": False}, output_format="labeled-list")
+    assert read_jsonl(out)[0] == {
+        "query": first["query"], "docs": first["pos_passage"] + first["neg_passage"], "labels": [1, 1, 0, 0, 0]
+    }  # fmt: skip
+    mine(**options, output_format="context_qa", no_answer_text="none")
+    answers = [(row["context"], row["answer"]) for row in read_jsonl(out)[:5]]
+    assert answers == [(p, "yes") for p in first["pos_passage"]] + [(n, "none") for n in first["neg_passage"]]
+
+
+def test_flagembedding_keys_are_read(mine, tmp_path):
+    rows = [{"query": row["query"], "pos": row["pos_passage"], "neg": []} for row in mining_rows()]
+    _, out = mine(input_data_path=write_jsonl(tmp_path / "fe.jsonl", rows), num_negatives=2)
+    ours = read_jsonl(out)
+    _, out = mine(num_negatives=2)
+    assert [row["neg_passage"] for row in ours] == [row["neg_passage"] for row in read_jsonl(out)]
+
+
+def test_a_corpus_smaller_than_what_is_asked_for(mine, tmp_path):
+    rows = [{"query": "loan", "pos_passage": ["loan answer 1"]}, {"query": "card", "pos_passage": ["river 2"]}]
+    source = write_jsonl(tmp_path / "few.jsonl", rows)
+    result, out = mine(input_data_path=source, relative_margin=None, positive_similarity=None)
+    assert [row["neg_passage"] for row in read_jsonl(out)] == [["river 2"], ["loan answer 1"]]
+    assert result.short_queries.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"range_for_sampling": "50"}, "range_for_sampling is '50'; expected START-STOP"),
+        ({"range_for_sampling": "50-10"}, "with START below STOP"),
+        ({"range_for_sampling": "-5-10"}, "expected START-STOP"),
+        ({"mix": "hard:10,esay:5"}, "did you mean easy?"),
+        ({"mix": "hard"}, "expected a strategy and a count"),
+        ({"mix": "hard:2", "num_negatives": 5}, "mix adds up to 2, but num_negatives is 5"),
+        ({"mix": "hard:2", "sampling_strategy": "easy"}, "both given"),
+        ({"num_negatives": 0}, "expected at least 1"),
+        ({"relative_margin": 1.5}, "expected at least 0.0 and at most 1.0"),
+        ({"relative_margn": 0.5}, "did you mean relative_margin?"),
+        ({"candidate_pool_only": True}, "candidate_pool_only needs candidate_pool"),
+        ({"min_score": 0.9, "max_score": 0.1}, "min_score is 0.9, above max_score"),
+        ({"temperature": 0.0}, "expected more than 0.0"),
+        ({"output_format": "triplets"}, "did you mean triplet?"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ArgumentError) as caught:
+        arguments.build(MiningArguments, **options)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("rows", "pool", "options", "message"),
+    [
+        ([{"query": "a"}], None, {}, 'in.jsonl:1: "pos_passage" is missing'),
+        ([{"query": "a", "pos_passage": []}], None, {}, 'in.jsonl:1: "pos_passage" is an empty list'),
+        ([{"query": " ", "pos_passage": ["b"]}], None, {}, 'in.jsonl:1: "query" is empty'),
+        ([{"query": "a", "pos_passage": ["b"]}], [{"neg_passage": "c"}], {}, "pool.jsonl:1:"),
+        ([{"query": "a", "pos_passage": ["b"]}], [{"body": "c"}], {}, 'pool.jsonl:1: "text" is missing'),
+        ([{"query": "a", "pos_passage": ["b"]}], [{"text": 3}], {}, '"text" is 3; expected a string'),
+        ([{"query": "a", "pos_passage": ["b"]}], [{"text": " ", "title": ""}], {}, '"text" is empty'),
+        ([{"query": "a", "pos_passage": ["b"]}], None, {"output_format": "context_qa"}, 'in.jsonl:1: no "answer"'),
+        ([{"query": "a", "pos_passage": ["b"]}], None, {"model_path": "./no-model"}, "no such model folder"),
+    ],
+)
+def test_bad_inputs_are_refused_before_a_model_is_loaded(tiny_model, tmp_path, rows, pool, options, message):
+    given = {"model_path": tiny_model, "input_data_path": write_jsonl(tmp_path / "in.jsonl", rows)} | options
+    if pool is not None:
+        given["candidate_pool"] = write_jsonl(tmp_path / "pool.jsonl", pool)
+    with pytest.raises((ValueError, OSError)) as caught:
+        MiningNegativeSamples(output_data_path=str(tmp_path / "out.json"), **given).mining()
+    assert message in str(caught.value)
+    assert not list(tmp_path.glob("out.json*"))
+
+
+def test_bad_rows_can_be_set_aside(mine, tmp_path):
+    rows = [*mining_rows()[:20], {"query": "loan"}]
+    pool = [{"neg_passage": ["river card 5"]}, {"other": 1}]
+    source, pool_path = write_jsonl(tmp_path / "in.json", rows), write_jsonl(tmp_path / "pool.jsonl", pool)
+    result, out = mine(input_data_path=source, candidate_pool=pool_path, on_bad_row="skip")
+    assert result.report["counts"]["rejected"] == 1 and len(read_jsonl(out)) == 20
+    assert [(row["path"], row["line"]) for row in read_jsonl(out + ".rejected.jsonl")] == [(source, 21), (pool_path, 2)]
+
+
+def ids_of(out: str) -> tuple[dict[str, str], dict[str, str]]:
+    """Text by id of the queries and of the passages that write_corpus wrote."""
+    files = (read_jsonl(out + suffix) for suffix in (".queries.jsonl", ".corpus.jsonl"))
+    queries, passages = ({row["_id"]: row["text"] for row in rows} for rows in files)
+    return queries, passages
+
+
+def test_candidates_of_a_run_file(mine, tmp_path):
+    _, out = mine(write_corpus=True)
+    queries, passages = ids_of(out)
+    rows = mining_rows()
+    assert queries["0"] == rows[0]["query"] and passages["0"] == rows[0]["pos_passage"][0]
+    wanted = list(passages)[::7]
+    lines = [f"{q} Q0 {p} {i} {i / 10} bm25" for q in queries for i, p in enumerate(wanted)]
+    run = tmp_path / "run.trec"
+    run.write_text("\n".join(lines))
+    loose = {"relative_margin": None, "positive_similarity": None, "negative_similarity": None}
+    _, out = mine(run_path=str(run), dense=False, **loose)
+    banned = forbidden_texts(rows)
+    for row in read_jsonl(out):
+        ranked = [passages[p] for p in reversed(wanted)]
+        assert row["neg_passage"] == [t for t in ranked if fold(t) not in banned[fold(row["query"])]][:15]
+    fused, out = mine(run_path=str(run), lexical=True)
+    for row in read_jsonl(out):
+        assert not {fold(text) for text in row["neg_passage"]} & banned[fold(row["query"])]
+    assert fused.report["counts"]["negatives"] > 0
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("nobody Q0 0 1 0.5 t", "run.trec:2: unknown query id 'nobody'"),
+        ("0 Q0 nothing 1 0.5 t", "run.trec:2: unknown passage id 'nothing'"),
+        ("0 Q0 0 1 high t", "run.trec:2: the score is 'high'; expected a number"),
+        ("0 0 0.5", "run.trec:2: 3 columns; expected 6"),
+    ],
+)
+def test_bad_run_files(mine, tmp_path, line, message):
+    run = tmp_path / "run.trec"
+    run.write_text(f"0 Q0 1 1 0.5 t\n{line}\n")
+    with pytest.raises(ValueError) as caught:
+        mine(run_path=str(run))
+    assert message in str(caught.value)
+    result, out = mine(run_path=str(run), on_bad_row="skip")
+    assert [row["line"] for row in read_jsonl(out + ".rejected.jsonl")] == [2]
+    assert result.report["counts"]["rejected"] == 0  # no row of the input was lost
+
+
+def test_bm25_finds_shared_words_in_both_languages():
+    passages = ["the river is old", "长江发源于青藏高原", "visa card for students", "黄河流经黄土高原", "..."]
+    rows = candidates.lexical(["RIVER　water", "长江从哪里发源", "unknown", "?"], passages, 3)
+    assert rows[:, 0].tolist() == [0, 1, -1, -1]
+    assert (candidates.lexical(["a"], ["?", "!"], 2) == -1).all()
+
+
+def test_reciprocal_rank_fusion():
+    fused = candidates.fuse([np.array([[5, 3, 1]]), np.array([[3, 9, -1]])], 5)
+    assert fused.tolist() == [[3, 5, 9, 1, -1]]
+    fused = candidates.fuse([np.array([[7, 2]]), np.array([[2, 7]])], 1)
+    assert fused.tolist() == [[2]]  # a tie goes to the lower row
+
+
+def write_beir(folder: Path) -> dict[str, set[str]]:
+    """The rows of mining_rows as a BEIR folder; returns each query id's forbidden texts."""
+    (folder / "qrels").mkdir(parents=True)
+    rows = mining_rows()
+    passages = list(dict.fromkeys(text for row in rows for text in row["pos_passage"]))
+    write_jsonl(folder / "corpus.jsonl", [{"_id": f"d{i}", "title": "", "text": t} for i, t in enumerate(passages)])
+    queries = [*rows, {"query": "unjudged query"}]
+    write_jsonl(folder / "queries.jsonl", [{"_id": f"q{i}", "text": row["query"]} for i, row in enumerate(queries)])
+    lines = ["query-id\tcorpus-id\tscore"]
+    lines += [f"q{i}\td{passages.index(t)}\t1" for i, row in enumerate(rows) for t in set(row["pos_passage"])]
+    (folder / "qrels" / "test.tsv").write_text("\n".join([*lines, f"q{len(rows)}\td0\t0"]))
+    banned = forbidden_texts(rows)
+    return {f"q{i}": banned[fold(row["query"])] for i, row in enumerate(rows)}
+
+
+def test_a_beir_folder(mine, tmp_path):
+    banned = write_beir(tmp_path / "beir")
+    result, out = mine(input_data_path=str(tmp_path / "beir"), num_negatives=4)
+    rows = read_jsonl(out)
+    assert [row["_id"] for row in rows] == list(banned) and result.report["counts"]["input"] == 90
+    assert sum(len(row["neg_passage"]) for row in rows) > 100
+    for row in rows:
+        assert not {fold(text) for text in row["neg_passage"]} & banned[row["_id"]]
+    with pytest.raises(FileNotFoundError, match="the splits there are test"):
+        mine(input_data_path=str(tmp_path / "beir"), split="dev")
+    with open(tmp_path / "beir" / "qrels" / "test.tsv", "a") as stream:
+        stream.write("\nq0\td9999\t1\n")
+    with pytest.raises(ValueError, match=r"passage 'd9999' is not in the corpus"):
+        mine(input_data_path=str(tmp_path / "beir"))
+
+
+def test_own_vectors(mine, tmp_path, tiny_model):
+    _, out = mine(write_corpus=True)
+    expected = [row["neg_passage"] for row in read_jsonl(out)]
+    _, passages = ids_of(out)
+    query_encoder, passage_encoder = embedding.build_encoders(arguments.build(MiningArguments, model_path=tiny_model))
+    np.save(tmp_path / "q.npy", query_encoder.encode([row["query"] for row in mining_rows()]) * np.float32(3))
+    np.save(tmp_path / "p.npy", passage_encoder.encode(list(passages.values())).astype(np.float64))
+    own = {"embeddings_path": str(tmp_path / "q.npy"), "passage_embeddings_path": str(tmp_path / "p.npy")}
+    result, out = mine(**own, model_path="./there-is-no-model")
+    assert [row["neg_passage"] for row in read_jsonl(out)] == expected
+    assert result.report["counts"]["encoded"] == 0
+    np.save(tmp_path / "p.npy", np.ones((3, 32), np.float32))
+    with pytest.raises(ValueError, match=r"p\.npy: has shape \[3, 32\]"):
+        mine(**own)
+    with pytest.raises(ArgumentError, match="go together"):
+        mine(embeddings_path=own["embeddings_path"])
+
+
+def test_an_approximate_index_reports_its_recall(mine):
+    exact, _ = mine()
+    found, _ = mine(index_factory="IVF4,Flat", index_parameters="nprobe=4")  # every list is searched
+    assert found.report["index"]["recall"] == 1.0
+    assert found.negatives == exact.negatives
+    found, _ = mine(index_factory="IVF8,Flat")
+    assert 0 < found.report["index"]["recall"] < 1
+    for options, message in (
+        ({"index_factory": "IFV4,Flat"}, "index_factory is 'IFV4,Flat'; expected a faiss factory string"),
+        ({"index_factory": "Flat", "index_parameters": "nprobs=2"}, "index_parameters is 'nprobs=2'"),
+        ({"index_factory": "IVF9999,Flat"}, "index_factory 'IVF9999,Flat'"),
+    ):
+        with pytest.raises(ValueError) as caught:
+            mine(**options)
+        assert message in str(caught.value)
+
+
+def test_a_reranker_has_the_last_word(mine, tiny_model, tmp_path, monkeypatch):
+    folder = tmp_path / "reranker"
+    make_tiny_bert(folder, labels=1)
+    wide, _ = mine(reranker_path=str(folder), reranker_margin=-1000.0)
+    assert wide.drops_by_reason["reranker_margin"] == 0 and wide.report["counts"]["reranked"] > 100
+    narrow, out = mine(reranker_path=str(folder), reranker_margin=0.0, output_scores=True)
+    assert narrow.drops_by_reason["reranker_margin"] > 0
+    scorer = reranker.Reranker(str(folder), 512)
+    for row in read_jsonl(out)[:20]:
+        texts = row["pos_passage"] + row["neg_passage"]
+        logits = scorer.score([(row["query"], text) for text in texts])
+        n = len(row["pos_passage"])
+        assert len(texts) == n or logits[n:].max() <= logits[:n].min() + 1e-4
+    assert not list(folder.glob("*.pdparams"))  # nothing is left in the user's folder
+    with pytest.raises(ValueError, match="expected a reranker with one logit"):
+        mine(reranker_path=tiny_model)
+
+
+@pytest.mark.parametrize("nproc", [2, 3])
+def test_the_number_of_processes_changes_nothing(tiny_model, mining_file, tmp_path, nproc):
+    options = {"mix": "hard:4,random:3,easy:3", "short_rows": "backfill", "relative_margin": 0.5, "output_scores": True}
+    single = tmp_path / "single.json"
+    MiningNegativeSamples(tiny_model, input_data_path=mining_file, output_data_path=str(single), **options).mining()
+    several = tmp_path / "several.json"
+    flags = [f"--{name}={value}" for name, value in options.items()]
+    flags += [f"--model_path={tiny_model}", f"--input_data_path={mining_file}", f"--output_data_path={several}"]
+    done = run_script("mining_negative_samples.py", *flags, nproc=nproc)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert several.read_bytes() == single.read_bytes()

@@ -1,0 +1,243 @@
+"""The rules against a loop that spells them out, and every rule's own promise."""
+
+import numpy as np
+import pytest
+
+from utils import negatives
+from utils.negatives import Background, Groups, Problem, Rules, choose, measure_background, positive_scores, screen
+from utils.search import ExactIndex, Neighbors, pair_scores
+
+
+def make_problem(n_queries=60, n_passages=200, dim=16, seed=0) -> Problem:
+    rng = np.random.default_rng(seed)
+    topics = rng.standard_normal((12, dim))
+
+    def vectors(n):
+        found = topics[rng.integers(0, 12, n)] + 0.6 * rng.standard_normal((n, dim))
+        return (found / np.linalg.norm(found, axis=1, keepdims=True)).astype(np.float32)
+
+    queries, passages = vectors(n_queries), vectors(n_passages)
+    passages[-20:] = passages[:20]  # copies of positives that no label mentions
+    positives = [sorted({int(p) for p in rng.integers(0, 100, rng.integers(1, 4))}) for _ in range(n_queries)]
+    forbidden = [[*own, 150 + i % 7] for i, own in enumerate(positives)]
+    rows = np.concatenate([np.arange(n_queries), [3, 3, 7]])
+    return Problem(rows, queries, passages, Groups.of(positives), Groups.of(forbidden), n_passages)
+
+
+def neighbors_of(problem: Problem, depth: int) -> Neighbors:
+    return ExactIndex(problem.passage_vectors.shape[1], vectors=problem.passage_vectors).search(
+        problem.query_vectors, depth
+    )
+
+
+def mine(problem: Problem, rules: Rules, depth: int = 60, baseline: float | None = None):
+    positives = positive_scores(problem)
+    background, _ = measure_background(problem, positives)
+    if baseline is not None:
+        background = Background(baseline, baseline, background.spread)
+    neighbors = neighbors_of(problem, depth)
+    screened = screen(problem, neighbors, positives, rules, background)
+    return choose(problem, screened, rules, background), screened, background
+
+
+def by_the_book(problem: Problem, rules: Rules, background: Background, depth: int) -> tuple[list, dict]:
+    """One row, one candidate, one test at a time; strategy top only."""
+    drops = dict.fromkeys(negatives.REASONS, 0)
+    neighbors = neighbors_of(problem, depth)
+
+    def cosine(a, b):
+        return pair_scores(problem.passage_vectors[[a]], problem.passage_vectors[[b]])[0]
+
+    def similar(x):
+        return background.passages + x * (1 - background.passages)
+
+    result = []
+    for query in problem.query_of_row:
+        own = problem.positives[query]
+        lowest = min(pair_scores(problem.query_vectors[[query]], problem.passage_vectors[[p]])[0] for p in own)
+        chosen, rank = [], -1
+        for passage, score in zip(neighbors.rows[query], neighbors.scores[query], strict=True):
+            if passage in problem.forbidden[query]:
+                drops["forbidden"] += 1
+                continue
+            rank += 1
+            if not rules.window[0] <= rank < rules.window[1]:
+                continue
+            limit = lowest - (rules.relative_margin or 0) * abs(lowest - background.pairs)
+            if rules.relative_margin is not None and score > limit:
+                drops["relative_margin"] += 1
+            elif rules.absolute_margin is not None and score > lowest - rules.absolute_margin:
+                drops["absolute_margin"] += 1
+            elif rules.max_score is not None and score > rules.max_score:
+                drops["max_score"] += 1
+            elif rules.min_score is not None and score < rules.min_score:
+                drops["min_score"] += 1
+            elif rules.positive_similarity is not None and any(
+                cosine(p, passage) >= similar(rules.positive_similarity) for p in own
+            ):
+                drops["positive_similarity"] += 1
+            elif len(chosen) == rules.wanted:
+                continue
+            elif rules.negative_similarity is not None and any(
+                cosine(n[0], passage) >= similar(rules.negative_similarity) for n in chosen
+            ):
+                drops["negative_similarity"] += 1
+            else:
+                chosen.append((int(passage), float(score), rank))
+        result.append(chosen)
+    return result, drops
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"relative_margin": 0.2, "positive_similarity": 0.7, "negative_similarity": 0.9},
+        {"relative_margin": 0.0, "window": (5, 30), "negative_similarity": 0.6},
+        {"absolute_margin": 0.1, "max_score": 0.7, "min_score": 0.0},
+        {"positive_similarity": 0.5, "negative_similarity": 0.5, "parts": (("top", 30),)},
+    ],
+)
+def test_equals_the_rules_spelt_out(options, monkeypatch):
+    monkeypatch.setattr(negatives, "_BLOCK_ROWS", 17)
+    problem, rules = make_problem(), Rules(**options)
+    result, screened, background = mine(problem, rules)
+    expected, drops = by_the_book(problem, rules, background, 60)
+    assert [[tuple(n) for n in row] for row in result.negatives] == expected
+    assert result.drops_by_reason == drops
+    left = screened.n_window - sum(drops.values()) + drops["forbidden"]
+    assert sum(map(len, expected)) <= left
+    assert result.short_queries.tolist() == [i for i, row in enumerate(expected) if len(row) < rules.wanted]
+
+
+def random_rules(seed: int) -> Rules:
+    rng = np.random.default_rng(seed)
+
+    def maybe(low, high):
+        return float(rng.uniform(low, high)) if rng.random() < 0.6 else None
+
+    start = int(rng.integers(0, 10))
+    parts = [(str(rng.choice(["top", "random", "easy"])), int(rng.integers(1, 12))) for _ in range(rng.integers(1, 4))]
+    return Rules(
+        window=(start, start + int(rng.integers(1, 60))),
+        parts=tuple(parts),
+        relative_margin=maybe(0, 1),
+        absolute_margin=maybe(0, 0.3),
+        max_score=maybe(0.5, 1),
+        min_score=maybe(-1, 0.2),
+        positive_similarity=maybe(0.3, 1),
+        negative_similarity=maybe(0.3, 1),
+        temperature=float(rng.uniform(0.01, 2)),
+        seed=seed,
+        backfill=bool(rng.random() < 0.6),
+    )
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_nothing_forbidden_under_any_options(seed):
+    problem, rules = make_problem(seed=seed), random_rules(seed)
+    result, _, _ = mine(problem, rules, depth=80, baseline=[None, 0.0][seed % 2])
+    for row, chosen in enumerate(result.negatives):
+        rows = [negative.row for negative in chosen]
+        assert not set(rows) & set(problem.forbidden[problem.query_of_row[row]].tolist())
+        assert len(set(rows)) == len(rows) <= rules.wanted
+        assert all(0 <= r < problem.n_candidates for r in rows)
+        if rules.backfill:
+            assert len(rows) == rules.wanted  # 200 passages, never more than 80 of them ruled out
+    again, _, _ = mine(problem, rules, depth=80, baseline=[None, 0.0][seed % 2])
+    assert again.negatives == result.negatives
+
+
+def test_unlabelled_copies_of_positives_are_not_taken_by_default():
+    problem = make_problem()
+    result, _, _ = mine(problem, Rules(relative_margin=0.2, positive_similarity=0.7))
+    for row, chosen in enumerate(result.negatives):
+        own = problem.positives[problem.query_of_row[row]]
+        copies = {int(p) + 180 for p in own if p < 20}
+        assert not copies & {negative.row for negative in chosen}
+
+
+def test_a_margin_never_loosens_when_the_positive_is_below_the_background():
+    lowest = np.array([0.5, -0.5, 0.1])
+    limits = negatives.score_limit(lowest, Rules(relative_margin=0.2), Background(0.2, 0.3, 0.1))
+    assert (limits <= lowest).all()
+    assert limits[0] == pytest.approx(0.2 + 0.8 * 0.3)
+    assert (negatives.score_limit(lowest, Rules(relative_margin=0.0), Background(0.2, 0.3, 0.1)) == lowest).all()
+
+
+def test_strategies_differ_in_how_near_their_negatives_are():
+    problem = make_problem(n_queries=200)
+
+    def mean_score(parts, **options):
+        result, _, _ = mine(problem, Rules(parts=parts, window=(0, 50), **options))
+        return np.mean([negative.score for row in result.negatives for negative in row])
+
+    top, drawn = mean_score((("top", 8),)), mean_score((("random", 8),))
+    easy, easiest = mean_score((("easy", 8),), temperature=2.0), mean_score((("easy", 8),), temperature=0.2)
+    assert top > drawn > easy > easiest
+    assert top > mean_score((("top", 4), ("easy", 4))) > easiest
+
+
+def test_easy_draws_by_softmax_of_falling_similarity():
+    background, rules = Background(0.0, 0.0, 1.0), Rules(parts=(("easy", 1),), temperature=0.5)
+    scores = np.array([0.9, 0.5, 0.1])
+    problem = make_problem()
+    counts = np.zeros(3)
+    for row in range(4000):
+        copies = negatives._Copies(problem, rules, background)
+        picked, _ = negatives._draw(row, np.array([1, 2, 3]), scores, rules, background, copies)
+        counts[picked] += 1
+    expected = np.exp(-scores / 0.5)
+    np.testing.assert_allclose(counts / 4000, expected / expected.sum(), atol=0.03)
+
+
+def test_backfill_is_marked_and_avoids_presumed_positives():
+    problem = make_problem()
+    result, screened, _ = mine(problem, Rules(relative_margin=0.9, parts=(("top", 20),), backfill=True))
+    assert len(result.short_queries)
+    for row in result.short_queries:
+        marked = [negative.row for negative in result.negatives[row] if negative.rank == -1]
+        assert marked and not set(marked) & set(screened.presumed[row].tolist())
+
+
+def test_passages_outside_the_pool_are_never_mined():
+    problem = make_problem()
+    problem = Problem(
+        problem.query_of_row, problem.query_vectors, problem.passage_vectors, problem.positives, problem.forbidden, 40
+    )
+    neighbors = ExactIndex(16, vectors=problem.passage_vectors[:40]).search(problem.query_vectors, 40)
+    positives = positive_scores(problem)
+    background, _ = measure_background(problem, positives)
+    rules = Rules(parts=(("top", 30),), relative_margin=0.3, backfill=True)
+    result = choose(problem, screen(problem, neighbors, positives, rules, background), rules, background)
+    assert max(negative.row for row in result.negatives for negative in row) < 40
+
+
+def test_vectors_of_any_length_are_compared_by_their_cosine():
+    problem = make_problem()
+    rng = np.random.default_rng(5)
+    stretched = problem.passage_vectors * rng.uniform(0.5, 2, (200, 1)).astype(np.float32)
+    rules = Rules(positive_similarity=0.5)
+    scaled = Problem(
+        problem.query_of_row, problem.query_vectors, stretched, problem.positives, problem.forbidden, 200, unit=False
+    )
+    _, plain, _ = mine(problem, rules, depth=200)
+    _, other, _ = mine(scaled, rules, depth=200)
+    near = [set(plain.presumed[row].tolist()) for row in range(60)]
+    # The windows differ, for they go by the product; within them the same passages are near-copies.
+    for row, there in enumerate(near):
+        seen = there | set(plain.left.rows[plain.left.lims[row] : plain.left.lims[row + 1]].tolist())
+        assert set(other.presumed[row].tolist()) & seen <= there
+
+
+def test_no_candidates_at_all():
+    problem = make_problem(n_queries=3)
+    nothing = Neighbors(np.full((3, 5), -np.inf), np.full((3, 5), -1))
+    problem = Problem(
+        np.arange(3), problem.query_vectors, problem.passage_vectors, problem.positives, problem.forbidden, 200
+    )
+    positives = positive_scores(problem)
+    background, _ = measure_background(problem, positives)
+    rules = Rules(positive_similarity=0.7, negative_similarity=0.9)
+    result = choose(problem, screen(problem, nothing, positives, rules, background), rules, background)
+    assert result.negatives == [[], [], []] and result.short_queries.tolist() == [0, 1, 2]

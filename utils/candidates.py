@@ -1,0 +1,159 @@
+"""Candidates from other retrievers than the model: a run file, BM25, and several lists fused into one.
+
+A list of candidates is int64 [queries, depth]: passage rows, best first, -1 where there are no more.
+"""
+
+import logging
+import re
+import unicodedata
+import warnings
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from utils.records import RecordError, read_lines
+
+# Reciprocal rank fusion's constant (Cormack, Clarke and Buettcher, SIGIR 2009).
+_RRF_K = 60
+_WORD = re.compile(r"\w+")
+_CHINESE = re.compile(r"[\u3400-\u9fff\uf900-\ufaff]")
+
+
+def read_run(
+    path: str,
+    queries: dict[str, int],
+    passages: dict[str, int],
+    n_candidates: int,
+    rejected: list[RecordError] | None = None,
+) -> list[list[int]]:
+    """The passages that a TREC run lists for each query, best score first, equal scores in file order.
+
+    Args:
+        queries, passages: rows by their ids.
+        n_candidates: passages from this row on are known, but may not be mined, and are left out.
+        rejected: collects bad lines, if given.
+
+    Raises:
+        RecordError: a line that is not ``query Q0 passage rank score tag``, or an id that is unknown.
+    """
+    found: dict[int, dict[int, float]] = {}
+    n_lines = 0
+    for raw in read_lines(path):
+        n_lines += 1
+        try:
+            query, passage, score = _run_line(raw.content, path, raw.number, queries, passages)
+        except RecordError as error:
+            if rejected is None:
+                raise
+            rejected.append(error)
+            continue
+        if passage < n_candidates:
+            found.setdefault(query, {}).setdefault(passage, score)
+    if n_lines == 0:
+        raise ValueError(f"{path}: the file is empty; expected lines of query id, Q0, passage id, rank, score, tag")
+    lists: list[list[int]] = [[] for _ in range(max(queries.values()) + 1)]
+    for query, scores in found.items():
+        lists[query] = sorted(scores, key=lambda passage: -scores[passage])
+    return lists
+
+
+def _run_line(
+    content: bytes, path: str, line: int, queries: dict[str, int], passages: dict[str, int]
+) -> tuple[int, int, float]:
+    try:
+        columns = content.decode().split()
+    except UnicodeDecodeError:
+        raise RecordError(path, line, "the line is not UTF-8; expected UTF-8 text") from None
+    if len(columns) != 6:
+        reason = f"{len(columns)} columns; expected 6: query id, Q0, passage id, rank, score, tag"
+        raise RecordError(path, line, reason)
+    query, _, passage, _, score, _ = columns
+    try:
+        value = float(score)
+    except ValueError:
+        value = np.nan
+    if not np.isfinite(value):
+        raise RecordError(path, line, f"the score is {score!r:.40}; expected a number")
+    if query not in queries:
+        raise RecordError(path, line, f"unknown query id {query!r:.80}; expected one such as {next(iter(queries))!r}")
+    if passage not in passages:
+        example = next(iter(passages))
+        raise RecordError(path, line, f"unknown passage id {passage!r:.80}; expected one such as {example!r}")
+    return queries[query], passages[passage], value
+
+
+def padded(lists: Sequence[Sequence[int]], depth: int) -> np.ndarray:
+    """Lists of any length as one array of candidates."""
+    rows = np.full((len(lists), depth), -1, np.int64)
+    for row, values in zip(rows, lists, strict=True):
+        row[: len(values)] = values[:depth]
+    return rows
+
+
+def lexical(
+    queries: Sequence[str],
+    passages: Sequence[str],
+    depth: int,
+    progress: Callable[[int], None] = lambda count: None,
+) -> np.ndarray:
+    """BM25 candidates, ties to the lower row; passages that share no word with the query are none."""
+    import bm25s
+
+    logging.getLogger("bm25s").setLevel(logging.ERROR)
+    index = bm25s.BM25()
+    vocabulary: dict[str, int] = {}
+    ids = [[vocabulary.setdefault(word, len(vocabulary)) for word in words(text)] for text in passages]
+    if not vocabulary:
+        return np.full((len(queries), depth), -1, np.int64)
+    index.index(bm25s.tokenization.Tokenized(ids=ids, vocab=vocabulary), show_progress=False)
+    rows = np.full((len(queries), depth), -1, np.int64)
+    for number, query in enumerate(queries):
+        known = sorted({vocabulary[word] for word in words(query) if word in vocabulary})
+        if known:
+            scores = index.get_scores_from_ids(known)
+            best = _best(scores, depth)
+            rows[number, : len(best)] = best
+        progress(1)
+    return rows
+
+
+def _best(scores: np.ndarray, depth: int) -> np.ndarray:
+    """The rows of the ``depth`` highest positive scores, best first, ties to the lower row."""
+    cut = 0.0
+    if depth < len(scores):
+        cut = max(cut, float(np.partition(scores, len(scores) - depth)[len(scores) - depth]))
+    rows = np.flatnonzero((scores >= cut) & (scores > 0))
+    return rows[np.lexsort((rows, -scores[rows]))][:depth]
+
+
+def words(text: str) -> list[str]:
+    """Lower-cased words after NFKC; Chinese is split into words by jieba."""
+    found = _WORD.findall(unicodedata.normalize("NFKC", text).lower())
+    if not any(_CHINESE.search(word) for word in found):
+        return found
+    cut = _jieba()
+    return [part for word in found for part in (cut(word) if _CHINESE.search(word) else [word])]
+
+
+def _jieba() -> Callable[[str], list[str]]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it imports pkg_resources
+        import jieba
+
+    jieba.setLogLevel(logging.ERROR)
+    return jieba.lcut
+
+
+def fuse(lists: Sequence[np.ndarray], depth: int) -> np.ndarray:
+    """Several lists as one by reciprocal rank: each adds 1 / (60 + rank); ties go to the lower row."""
+    if len(lists) == 1:
+        return lists[0][:, :depth]
+    fused = np.full((len(lists[0]), depth), -1, np.int64)
+    for number in range(len(fused)):
+        rows = np.concatenate([candidates[number] for candidates in lists])
+        weights = np.concatenate([1.0 / (_RRF_K + 1 + np.arange(candidates.shape[1])) for candidates in lists])
+        different, which = np.unique(rows[rows >= 0], return_inverse=True)
+        total = np.bincount(which, weights[rows >= 0], minlength=len(different))
+        best = different[np.lexsort((different, -total))][:depth]
+        fused[number, : len(best)] = best
+    return fused

@@ -1,0 +1,505 @@
+"""The mining job: rows of queries and positives in, rows with hard negatives out, every drop counted."""
+
+import hashlib
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from utils import candidates, engines, mining_formats, negatives, report
+from utils.arguments import MiningArguments
+from utils.distributed import Ranks
+from utils.embedding import build_encoders, embed
+from utils.embedding_store import EmbeddingStore, derive, fingerprint
+from utils.mining_formats import MinedRow
+from utils.mining_inputs import Inputs
+from utils.negatives import Background, MiningResult, Problem, Rules, Screened
+from utils.outputs import Outputs, write_rejected
+from utils.records import to_line
+from utils.reranker import Reranker, rerank
+from utils.search import FactoryIndex, Neighbors, ShardedIndex, check_factory, pair_scores
+
+logger = logging.getLogger(__name__)
+
+# Queries between two notes in the store of neighbours: what a kill can cost of the search.
+_QUERY_BLOCK = 4096
+# Queries on which an approximate index is compared with exact search.
+_RECALL_QUERIES = 200
+_QUANTILES = (5, 25, 50, 75, 95)
+_SUFFIXES = (".short.jsonl", ".rejected.jsonl", ".corpus.jsonl", ".queries.jsonl", ".report.json")
+# Arguments that may name a file which the output must not overwrite.
+_INPUTS = ("input_data_path", "candidate_pool", "run_path", "embeddings_path", "passage_embeddings_path")
+
+
+def mine(given: MiningArguments) -> MiningResult:
+    """Run the whole job; every rank calls it and gets the result.
+
+    Rank 0 alone reads, decides and writes; the others take part in encoding and in the search.
+    """
+    ranks = Ranks()
+    run = report.RunReport("mining_negative_samples", asdict(given))
+    outputs = Outputs(given.output_data_path, _SUFFIXES)
+    try:
+        with run.stage("read"):
+            inputs = ranks.start(lambda: _read(given, outputs))
+        folder = Path(given.embedding_cache) if given.embedding_cache else outputs.work
+        vectors = _encode(given, ranks, run, inputs, folder, outputs.work)
+        with run.stage("search"):
+            neighbors = _candidates(given, ranks, run, inputs, vectors, folder)
+        job = ranks.on_first(lambda: _screen(given, run, inputs, vectors, neighbors))
+        if given.reranker_path:
+            with run.stage("rerank"):
+                _rerank(given, ranks, run, inputs, job)
+        result = ranks.on_first(lambda: _choose_and_write(outputs, run, inputs, job))
+        return ranks.broadcast_object(result)
+    except BaseException:
+        outputs.abandon()
+        raise
+
+
+def summary(result: MiningResult) -> str:
+    """A short table for a person."""
+    counts, about = result.report["counts"], result.report["arguments"]
+    rows = [("rows in", f"{counts['input']:,}"), ("written", f"{counts['written']:,}")]
+    rows += [(name, f"{counts[key]:,}") for key, name in _RARE.items() if counts[key]]
+    rows += [("passages to mine from", f"{counts['candidates']:,}"), ("negatives", f"{counts['negatives']:,}")]
+    rows += [(f"dropped, {reason}", f"{count:,}") for reason, count in result.drops_by_reason.items() if count]
+    rows += [("background, query and passage", f"{result.report['background']['query_passage']['mean']:.3f}")]
+    rows += [("seconds", f"{result.report['seconds']['total']:.1f}")]
+    return report.table(rows, f"{about['input_data_path']} -> {about['output_data_path']}")
+
+
+_RARE = {
+    "rejected": "rejected", "short": "short of negatives", "without_negatives": "without any negative",
+    "dropped_short": "dropped as short", "backfilled": "random negatives (backfill)",
+}  # fmt: skip
+
+
+@dataclass
+class _Vectors:
+    """On rank 0 the arrays, elsewhere None; ``keys`` identify their contents for the store of neighbours."""
+
+    queries: np.ndarray | None
+    passages: np.ndarray | None
+    keys: tuple[str, str] = ("", "")
+
+
+def _read(given: MiningArguments, outputs: Outputs) -> Inputs:
+    """Everything that can be refused is refused here, before any model is loaded."""
+    inputs = Inputs.read(given)
+    if given.reranker_path:
+        Reranker(given.reranker_path, given.reranker_max_len)
+    dim = inputs.query_vectors.shape[1] if inputs.query_vectors is not None else build_encoders(given)[0].dim
+    if given.index_factory:
+        check_factory(dim, given.index_factory, given.index_parameters)
+    outputs.open_work([getattr(given, name) for name in _INPUTS])
+    wanted = given.negatives_a_row
+    if given.window[1] - given.window[0] < wanted:
+        logger.warning(
+            "range_for_sampling %s holds fewer candidates than the %d negatives a row that are wanted",
+            given.range_for_sampling, wanted,
+        )  # fmt: skip
+    if inputs.n_candidates < wanted:
+        logger.warning("%d passages to mine from, but %d negatives a row wanted", inputs.n_candidates, wanted)
+    if inputs.n_unjudged:
+        logger.info("%d queries of the folder have no relevant passage and are left out", inputs.n_unjudged)
+    if inputs.n_with_negatives:
+        logger.warning("%d rows already have negatives; the mined ones take their place", inputs.n_with_negatives)
+    return inputs
+
+
+def _encode(
+    given: MiningArguments, ranks: Ranks, run: report.RunReport, inputs: Inputs | None, folder: Path, work: Path
+) -> _Vectors:
+    run.counts["encoded"] = 0
+    if given.embeddings_path:
+        return _users_vectors(given, inputs, work)
+    query_encoder, passage_encoder = ranks.all_agree(lambda: build_encoders(given))
+    with run.stage("encode"):
+        queries, n_queries = embed(query_encoder, inputs.queries if inputs else None, ranks, folder, "queries")
+        passages, n_passages = embed(passage_encoder, inputs.passages if inputs else None, ranks, folder, "passages")
+    run.counts["encoded"] = n_queries + n_passages
+    if inputs is None:
+        return _Vectors(queries, passages)
+    run.results["encoder"] = {"query": query_encoder.description(), "passage": passage_encoder.description()}
+    run.results["texts_per_second"] = round(run.counts["encoded"] / max(run.seconds["encode"], 1e-9), 2)
+    keys = (
+        fingerprint(query_encoder.description(), inputs.queries),
+        fingerprint(passage_encoder.description(), inputs.passages),
+    )
+    return _Vectors(queries, passages, keys)
+
+
+def _users_vectors(given: MiningArguments, inputs: Inputs | None, work: Path) -> _Vectors:
+    if inputs is None:
+        return _Vectors(None, None)
+    assert inputs.query_vectors is not None and inputs.passage_vectors is not None
+    arrays = [
+        derive(vectors, work / f"{name}.vectors", dim=given.dimension, normalize=given.normalize)
+        for name, vectors in (("queries", inputs.query_vectors), ("passages", inputs.passage_vectors))
+    ]
+    keys = [hashlib.sha256(np.ascontiguousarray(array).data).hexdigest() for array in arrays]
+    return _Vectors(arrays[0], arrays[1], (keys[0], keys[1]))
+
+
+def _candidates(
+    given: MiningArguments,
+    ranks: Ranks,
+    run: report.RunReport,
+    inputs: Inputs | None,
+    vectors: _Vectors,
+    folder: Path,
+) -> Neighbors | None:
+    """Each query's candidates on rank 0, best first, from every retriever that was asked for."""
+    run.counts["searched"] = 0
+    dense = _neighbors(given, ranks, run, inputs, vectors, folder) if given.dense else None
+    if not (given.lexical or given.run_path):
+        return dense
+    return ranks.on_first(lambda: _fused(given, inputs, vectors, dense))
+
+
+def _fused(given: MiningArguments, inputs: Inputs | None, vectors: _Vectors, dense: Neighbors | None) -> Neighbors:
+    assert inputs is not None and vectors.queries is not None and vectors.passages is not None
+    depth = _depth(given, inputs)
+    lists = [dense.rows[:, :depth]] if dense is not None else []
+    if given.lexical:
+        with report.Progress("lexical search", len(inputs.queries), "queries") as progress:
+            passages = inputs.passages[: inputs.n_candidates]
+            lists.append(candidates.lexical(inputs.queries, passages, depth, progress.update))
+    if inputs.run_lists is not None:
+        lists.append(candidates.padded(inputs.run_lists, depth))
+    rows = candidates.fuse(lists, depth)
+    scores = np.full(rows.shape, -np.inf)
+    for number in range(len(rows)):
+        there = rows[number] >= 0
+        scores[number, there] = pair_scores(vectors.queries[number : number + 1], vectors.passages[rows[number, there]])
+    return Neighbors(scores, rows)
+
+
+def _depth(given: MiningArguments, inputs: Inputs) -> int:
+    """How many candidates reach to the window's end beyond the most forbidden ones that a query has."""
+    return min(given.window[1] + int(inputs.forbidden.sizes().max(initial=0)), inputs.n_candidates)
+
+
+def _neighbors(
+    given: MiningArguments,
+    ranks: Ranks,
+    run: report.RunReport,
+    inputs: Inputs | None,
+    vectors: _Vectors,
+    folder: Path,
+) -> Neighbors | None:
+    """Each query's nearest passages on rank 0, as many as the window needs beyond the forbidden ones.
+
+    They are kept beside the vectors: another run with other rules, counts or formats searches nothing.
+    """
+    store: EmbeddingStore | None = None
+
+    def open_store() -> tuple[int, int, int, int, set[int] | None]:
+        nonlocal store
+        assert inputs is not None and vectors.queries is not None and vectors.passages is not None
+        home = folder / f"neighbors-{_neighbors_key(given, vectors, inputs.n_candidates)}"
+        depth = _kept_depth(home, _depth(given, inputs))
+        store = EmbeddingStore(home, f"{depth}", len(inputs.queries), 2 * depth, np.dtype("<f8"))
+        finished = store.open()
+        if store.is_complete:
+            logger.info("search: all neighbours are in %s", store.folder)
+            finished = None
+        return len(inputs.queries), inputs.n_candidates, vectors.passages.shape[1], depth, finished
+
+    try:
+        opened = ranks.on_first(open_store)
+        n, n_candidates, dim, depth, finished = ranks.broadcast_object(opened)
+        if finished is not None:
+            passages = vectors.passages[:n_candidates] if vectors.passages is not None else None
+            index: ShardedIndex | _OnFirst
+            if given.index_factory:
+                index = ranks.on_first(lambda: _factory_index(given, run, passages, vectors.queries, depth))
+                index = _OnFirst(ranks, index)
+            else:
+                index = ShardedIndex.of(ranks, passages, n_candidates, dim, engines.device())
+            run.counts["searched"] = _fill(index, ranks, vectors.queries, n, depth, store, finished)
+        if store is None:
+            return None
+        kept = store.read()
+        return Neighbors(kept[:, :depth], kept[:, depth:].astype(np.int64))
+    finally:
+        if store is not None:
+            store.close()
+
+
+def _factory_index(
+    given: MiningArguments, run: report.RunReport, passages: np.ndarray, queries: np.ndarray, depth: int
+) -> FactoryIndex:
+    index = FactoryIndex(passages, given.index_factory, given.index_parameters)
+    sample = np.sort(np.random.default_rng(0).permutation(len(queries))[:_RECALL_QUERIES])
+    recall = index.recall(np.ascontiguousarray(queries[sample]), depth)
+    run.results["index"] = {"factory": given.index_factory, "recall": recall, "depth": depth, "queries": len(sample)}
+    logger.info("search: %s finds %.1f%% of the exact top %d", given.index_factory, 100 * recall, depth)
+    return index
+
+
+class _OnFirst:
+    """An index that rank 0 alone holds, searched like a sharded one."""
+
+    def __init__(self, ranks: Ranks, index: FactoryIndex | None):
+        self.ranks, self.index = ranks, index
+
+    def search(self, queries: np.ndarray, k: int) -> Neighbors:
+        if self.index is None:
+            return Neighbors(np.zeros((0, k)), np.zeros((0, k), np.int64))
+        return self.index.search(queries, k)
+
+
+def _fill(
+    index: "ShardedIndex | _OnFirst",
+    ranks: Ranks,
+    queries: np.ndarray | None,
+    n: int,
+    depth: int,
+    store: EmbeddingStore | None,
+    finished: set[int],
+) -> int:
+    """Search for the blocks of queries that are not finished; returns the number of queries in them."""
+    searched = 0
+    with report.Progress("search", n, "queries") as progress:
+        for number, start in enumerate(range(0, n, _QUERY_BLOCK)):
+            stop = min(start + _QUERY_BLOCK, n)
+            if number not in finished:
+                block = np.ascontiguousarray(queries[start:stop]) if queries is not None else None
+                found = index.search(ranks.broadcast(block), depth)
+                # Row numbers are exact as float64, which keeps scores and rows in one array.
+                packed = np.concatenate([found.scores, found.rows.astype(np.float64)], axis=1)
+                ranks.on_first(partial(_note, store, number, np.arange(start, stop), packed))
+                searched += stop - start
+            progress.update(stop - start)
+    ranks.on_first(lambda: store.finish() if store is not None else None)
+    return searched
+
+
+def _note(store: EmbeddingStore | None, number: int, rows: np.ndarray, packed: np.ndarray) -> None:
+    assert store is not None
+    store.write([(number, rows, packed)])
+
+
+def _neighbors_key(given: MiningArguments, vectors: _Vectors, n_candidates: int) -> str:
+    what = {"index": given.index_factory, "parameters": given.index_parameters, "candidates": n_candidates}
+    return fingerprint(what, vectors.keys)[:32]
+
+
+def _kept_depth(home: Path, depth: int) -> int:
+    """The depth of a finished store that goes deep enough, else ``depth``."""
+    depths = [int(path.parent.name) for path in home.glob("*/vectors") if path.parent.name.isdecimal()]
+    return min((kept for kept in depths if kept >= depth), default=depth)
+
+
+@dataclass
+class _Job:
+    """On rank 0: what is being decided, between its steps."""
+
+    given: MiningArguments
+    problem: Problem
+    rules: Rules
+    background: Background
+    positives: np.ndarray
+    screened: Screened
+
+
+def _screen(
+    given: MiningArguments,
+    run: report.RunReport,
+    inputs: Inputs | None,
+    vectors: _Vectors,
+    neighbors: Neighbors | None,
+) -> _Job:
+    assert inputs is not None and vectors.queries is not None and vectors.passages is not None
+    assert neighbors is not None
+    problem = Problem(
+        inputs.query_of_row, vectors.queries, vectors.passages, inputs.positives, inputs.forbidden,
+        inputs.n_candidates, given.normalize,
+    )  # fmt: skip
+    rules = _rules(given)
+    with run.stage("choose"), report.Progress("screen", len(inputs.query_of_row), "rows") as progress:
+        positives = negatives.positive_scores(problem)
+        background = _background(given, run, problem, positives)
+        screened = negatives.screen(problem, neighbors, positives, rules, background, progress.update)
+    return _Job(given, problem, rules, background, positives, screened)
+
+
+def _rerank(
+    given: MiningArguments, ranks: Ranks, run: report.RunReport, inputs: Inputs | None, job: _Job | None
+) -> None:
+    """Let the cross-encoder score what is left and the positives, and drop what it finds too near."""
+    reranker = ranks.all_agree(lambda: Reranker(given.reranker_path, given.reranker_max_len))
+    pairs = None
+    if job is not None:
+        assert inputs is not None
+        left, groups = job.screened.left, job.problem.positives
+        queries = job.problem.query_of_row[np.repeat(np.arange(len(left.lims) - 1), np.diff(left.lims))]
+        queries = np.concatenate([queries, np.repeat(np.arange(len(inputs.queries)), groups.sizes())])
+        passages = np.concatenate([left.rows, groups.rows])
+        # A query that stands in several rows needs each of its pairs once.
+        keys, which = np.unique(queries * len(inputs.passages) + passages, return_inverse=True)
+        pairs = [divmod(key, len(inputs.passages)) for key in keys.tolist()]
+        pairs = [(inputs.queries[query], inputs.passages[passage]) for query, passage in pairs]
+    logits = rerank(reranker, pairs, ranks)
+    if job is None:
+        return
+    run.counts["reranked"] = len(pairs)
+    run.results["reranker"] = {"digest": reranker.model.digest, "margin": given.reranker_margin}
+    logits = logits[which]
+    n_left = len(left.rows)
+    job.screened = negatives.apply_reranker(
+        job.problem, job.screened, logits[:n_left], logits[n_left:], given.reranker_margin
+    )
+
+
+def _choose_and_write(outputs: Outputs, run: report.RunReport, inputs: Inputs | None, job: _Job | None) -> MiningResult:
+    assert inputs is not None and job is not None
+    with run.stage("choose"), report.Progress("choose", len(inputs.query_of_row), "rows") as progress:
+        result = negatives.choose(job.problem, job.screened, job.rules, job.background, progress.update)
+    with run.stage("write"):
+        _write(job.given, outputs, run, inputs, job.positives, job.screened, result)
+    return result
+
+
+def _rules(given: MiningArguments) -> Rules:
+    return Rules(
+        window=given.window,
+        parts=tuple(given.parts),
+        relative_margin=given.relative_margin,
+        absolute_margin=given.absolute_margin,
+        max_score=given.max_score,
+        min_score=given.min_score,
+        positive_similarity=given.positive_similarity,
+        negative_similarity=given.negative_similarity,
+        temperature=given.temperature,
+        seed=given.seed,
+        backfill=given.short_rows == "backfill",
+    )
+
+
+def _background(given: MiningArguments, run: report.RunReport, problem: Problem, positives: np.ndarray) -> Background:
+    background, about = negatives.measure_background(problem, positives)
+    run.results["background"] = about
+    if given.score_baseline is not None:
+        background = Background(given.score_baseline, given.score_baseline, background.spread)
+    return background
+
+
+def _write(
+    given: MiningArguments,
+    outputs: Outputs,
+    run: report.RunReport,
+    inputs: Inputs,
+    positives: np.ndarray,
+    screened: Screened,
+    result: MiningResult,
+) -> None:
+    """The mined rows, the side files and the report; then let them appear together."""
+    short = np.zeros(len(inputs.query_of_row), bool)
+    short[result.short_queries] = True
+    dropped = short & (given.short_rows == "drop")
+    shape = mining_formats.writer(given.output_format, given.output_scores, given.answer_key, given.no_answer_text)
+    n_lines = 0
+    with outputs.stage() as stream:
+        for mined in _mined_rows(inputs, positives, result, ~dropped):
+            for row in shape(mined):
+                stream.write(to_line(row))
+                n_lines += 1
+    if given.short_rows == "drop":
+        with outputs.stage(".short.jsonl") as stream:
+            for mined in _mined_rows(inputs, positives, result, dropped):
+                stream.write(to_line(mined.row | {"neg_passage": mined.negatives}))
+    if given.on_bad_row == "skip":
+        write_rejected(outputs, inputs.rejected)
+    if given.write_corpus:
+        _write_ids(outputs, ".corpus.jsonl", inputs.passage_ids, inputs.passages)
+        _write_ids(outputs, ".queries.jsonl", inputs.query_ids, inputs.queries)
+    run.counts = _counts(inputs, screened, result, dropped, n_lines) | run.counts
+    run.results["drops_by_reason"] = result.drops_by_reason
+    mined_scores = [n.score for i, row in enumerate(result.negatives) if not dropped[i] for n in row if n.rank >= 0]
+    run.results["scores"] = {"positives": _distribution(positives), "negatives": _distribution(mined_scores)}
+    with outputs.stage(".report.json") as stream:
+        stream.write(run.to_json())
+    outputs.commit()
+    result.report = run.as_dict()
+
+
+def _write_ids(outputs: Outputs, suffix: str, ids: dict[str, int], texts: list[str]) -> None:
+    """Texts in order, each under the first of its ids."""
+    name_of: dict[int, str] = {}
+    for name, number in ids.items():
+        name_of.setdefault(number, name)
+    with outputs.stage(suffix) as stream:
+        for number, text in enumerate(texts):
+            stream.write(to_line({"_id": name_of[number], "text": text}))
+
+
+def _mined_rows(inputs: Inputs, positives: np.ndarray, result: MiningResult, wanted: np.ndarray) -> Iterator[MinedRow]:
+    """The wanted rows with what was mined for them, in input order, from a second pass over the file."""
+    groups = inputs.positives
+    for i, record in enumerate(inputs.rows_again()):
+        if not wanted[i]:
+            continue
+        query = inputs.query_of_row[i]
+        score_of = dict(
+            zip(groups[query].tolist(), positives[groups.lims[query] : groups.lims[query + 1]], strict=True)
+        )
+        chosen = result.negatives[i]
+        yield MinedRow(
+            row=record.row,
+            query=record.query,
+            positives=list(record.pos_passage),
+            negatives=[inputs.passages[negative.row] for negative in chosen],
+            pos_scores=[float(score_of[inputs.number_of[text]]) for text in record.pos_passage],
+            neg_scores=[negative.score for negative in chosen],
+            n_backfilled=sum(negative.rank < 0 for negative in chosen),
+        )
+
+
+def _counts(
+    inputs: Inputs, screened: Screened, result: MiningResult, dropped: np.ndarray, n_lines: int
+) -> dict[str, int]:
+    """What went where. Rows and candidates must add up."""
+    n_rows = len(inputs.query_of_row)
+    mined = [sum(negative.rank >= 0 for negative in row) for row in result.negatives]
+    total = [len(row) for row in result.negatives]
+    counts = {
+        "input": inputs.n_rows,
+        "written": n_rows - int(dropped.sum()),
+        "dropped_short": int(dropped.sum()),
+        "rejected": inputs.n_rejected_rows,
+        "short": len(result.short_queries),
+        "without_negatives": sum(count == 0 for count in total),
+        "output_lines": n_lines,
+        "queries": len(inputs.queries),
+        "passages": len(inputs.passages),
+        "candidates": inputs.n_candidates,
+        "negatives": sum(total),
+        "backfilled": sum(total) - sum(mined),
+        "in_window": screened.n_window,
+        "not_needed": screened.n_window - sum(mined) - sum(result.drops_by_reason.values())
+        + result.drops_by_reason["forbidden"],
+    }  # fmt: skip
+    if counts["input"] != counts["written"] + counts["dropped_short"] + counts["rejected"] or counts["not_needed"] < 0:
+        raise AssertionError(f"the rows or the candidates do not add up: {counts}")
+    return counts
+
+
+def _distribution(scores: Sequence[float]) -> dict:
+    values = np.asarray(scores, np.float64)
+    if len(values) == 0:
+        return {"n": 0}
+    quantiles = np.percentile(values, _QUANTILES)
+    return {
+        "n": len(values),
+        "mean": float(values.mean()),
+        "std": float(values.std()),
+        "min": float(values.min()),
+        **{f"p{q}": float(value) for q, value in zip(_QUANTILES, quantiles, strict=True)},
+        "max": float(values.max()),
+    }

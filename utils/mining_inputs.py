@@ -1,0 +1,280 @@
+"""What mining reads: rows, the passages to mine from, and which of them each query must never get."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from utils import beir, candidates
+from utils.arguments import MiningArguments
+from utils.embedding_store import read_user_vectors
+from utils.mining_formats import answer_of
+from utils.negatives import Groups
+from utils.records import Record, RecordError, Source, fold, parse_record
+
+# Under which keys a row may carry its own id.
+_QUERY_IDS = ("_id", "query_id", "id")
+_PASSAGE_IDS = ("_id", "id", "docid")
+
+
+@dataclass
+class Inputs:
+    """The input on rank 0.
+
+    Attributes:
+        n_rows: rows of the input, bad ones included; n_rejected_rows are bad.
+        queries: different texts, in first-seen order; query_of_row gives each good row's.
+        passages: different texts: those to mine from, then (``candidate_pool_only``) positives outside the pool.
+        number_of: each passage's position in ``passages``.
+        positives: for each query, the union of positives over all rows with the same query text.
+        forbidden: those, passages whose text equals one of them or the query's own text.
+        query_ids, passage_ids: what run files call them; numbers where the input has no ids of its own.
+        rejected: bad rows of every file.
+        run_lists: what run_path lists for each query, if given.
+        query_vectors, passage_vectors: the user's own, if given.
+    """
+
+    given: MiningArguments
+    n_rows: int = 0
+    n_rejected_rows: int = 0
+    queries: list[str] = field(default_factory=list)
+    query_of_row: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    passages: list[str] = field(default_factory=list)
+    n_candidates: int = 0
+    number_of: dict[str, int] = field(default_factory=dict)
+    positives: Groups = field(default_factory=lambda: Groups.of([]))
+    forbidden: Groups = field(default_factory=lambda: Groups.of([]))
+    query_ids: dict[str, int] = field(default_factory=dict)
+    passage_ids: dict[str, int] = field(default_factory=dict)
+    n_with_negatives: int = 0
+    n_unjudged: int = 0
+    rejected: list[RecordError] = field(default_factory=list)
+    run_lists: list[list[int]] | None = None
+    query_vectors: np.ndarray | None = None
+    passage_vectors: np.ndarray | None = None
+
+    @classmethod
+    def read(cls, given: MiningArguments) -> "Inputs":
+        """Read and check everything.
+
+        Raises:
+            FileNotFoundError, ValueError: a file or a row that cannot be used.
+        """
+        self = cls(given)
+        self._source: Source | None = None
+        self._beir_rows: list[Record] = []
+        if given.candidate_pool_only:
+            self._read_pool()
+            self.n_candidates = len(self.passages)
+        is_beir = beir.is_folder(given.input_data_path)
+        if given.split and not is_beir:
+            raise ValueError(f"{given.input_data_path}: is no folder; split goes with a BEIR folder")
+        positives_of = self._add_rows(self._beir() if is_beir else self._jsonl())
+        if not given.candidate_pool_only:
+            if given.candidate_pool:
+                self._read_pool()
+            self.n_candidates = len(self.passages)
+        self._forbid(positives_of)
+        self._number_the_rest()
+        if given.run_path:
+            rejected = self.rejected if given.on_bad_row == "skip" else None
+            self.run_lists = candidates.read_run(
+                given.run_path, self.query_ids, self.passage_ids, self.n_candidates, rejected
+            )
+            self.run_lists += [[]] * (len(self.queries) - len(self.run_lists))
+        self._read_vectors()
+        return self
+
+    def rows_again(self) -> Iterator[Record]:
+        """The good rows once more; of a JSONL file, from a second pass over it."""
+        yield from self._beir_rows
+        if self._source is not None:
+            bad = {error.line for error in self._source.rejected}
+            for raw in self._source.raw_lines():
+                if raw.number not in bad:
+                    yield parse_record(raw, self._source.path, self._source.require)
+
+    def _number(self, passage: str) -> int:
+        number = self.number_of.setdefault(passage, len(self.passages))
+        if number == len(self.passages):
+            self.passages.append(passage)
+        return number
+
+    def _jsonl(self) -> Iterator[Record]:
+        self._source = Source(self.given.input_data_path, ("query", "pos_passage"), self.given.on_bad_row)
+        yield from self._source
+        self.n_rows, self.n_rejected_rows = self._source.n_rows, len(self._source.rejected)
+        self.rejected += self._source.rejected
+
+    def _beir(self) -> Iterator[Record]:
+        """The judged queries of a BEIR folder as rows; its corpus becomes passages."""
+        folder = self.given.input_data_path
+        rejected: list[RecordError] | None = [] if self.given.on_bad_row == "skip" else None
+        split = self.given.split or _only_split(folder)
+        judged: dict[str, dict[str, int]] = {}
+        for judgment in beir.read_qrels(folder, split, rejected):
+            if judgment.grade > 0:
+                judged.setdefault(judgment.query_id, {})[judgment.passage_id] = judgment.line
+        relevant = {passage for passages in judged.values() for passage in passages}
+        texts = {}
+        for key, text in beir.read_corpus(folder, rejected):
+            if key in relevant:
+                texts[key] = text
+            if not self.given.candidate_pool_only:
+                self.passage_ids[key] = self._number(text)
+        path = beir.qrels_path(folder, split)
+        for key, query in beir.read_queries(folder, rejected):
+            passages = judged.pop(key, {})
+            positives = []
+            for passage, line in passages.items():
+                if passage in texts:
+                    positives.append(texts[passage])
+                elif rejected is None:
+                    raise RecordError(path, line, f"passage {passage!r} is not in the corpus; expected one of its ids")
+                else:
+                    rejected.append(RecordError(path, line, f"passage {passage!r} is not in the corpus"))
+            if not positives:
+                self.n_unjudged += 1
+                continue
+            row = {"_id": key, "query": query, "pos_passage": positives}
+            self._beir_rows.append(Record(query, tuple(positives), (), len(self._beir_rows) + 1, row))
+        for key, passages in judged.items():
+            error = RecordError(path, min(passages.values()), f"query {key!r} is not in queries.jsonl")
+            if rejected is None:
+                raise error
+            rejected.append(error)
+        if not self._beir_rows:
+            raise ValueError(f"{path}: no query has a relevant passage; expected grades above 0")
+        self.n_rows = len(self._beir_rows)
+        self.rejected += rejected or []
+        yield from self._beir_rows
+
+    def _add_rows(self, records: Iterator[Record]) -> list[list[int]]:
+        """Fill queries and passages; returns the positives' numbers of each query."""
+        query_number: dict[str, int] = {}
+        query_of_row = []
+        positives_of: list[list[int]] = []
+        given = self.given
+        for record in records:
+            if given.output_format == "context_qa" and answer_of(record.row, given.answer_key) is None:
+                raise RecordError(
+                    given.input_data_path, record.line,
+                    f'no "{given.answer_key}"; output_format context_qa expects a non-empty string, or a list of them',
+                )  # fmt: skip
+            number = query_number.setdefault(record.query, len(positives_of))
+            if number == len(positives_of):
+                positives_of.append([])
+            positives_of[number] += [self._number(text) for text in record.pos_passage]
+            own_id = _own_id(record.row, _QUERY_IDS)
+            if own_id is not None and self.query_ids.setdefault(own_id, number) != number and given.run_path:
+                raise RecordError(
+                    given.input_data_path, record.line,
+                    f"id {own_id!r} is also that of another query; run_path expects each query's own",
+                )  # fmt: skip
+            query_of_row.append(number)
+            self.n_with_negatives += bool(record.neg_passage)
+        self.queries = list(query_number)
+        self.query_of_row = np.array(query_of_row, np.int64)
+        return positives_of
+
+    def _read_pool(self) -> None:
+        assert self.given.candidate_pool is not None
+        pool = Source(self.given.candidate_pool, (), self.given.on_bad_row)
+        rejected = []
+        before = len(self.passages)
+        for record in pool:
+            try:
+                passages = list(record.neg_passage) or [beir.passage_text(record.row, pool.path, record.line)]
+                numbers = [self._number(passage) for passage in passages]
+                own_id = _own_id(record.row, _PASSAGE_IDS)
+                if own_id is not None and len(numbers) == 1:
+                    earlier = self.passage_ids.setdefault(own_id, numbers[0])
+                    if earlier != numbers[0] and self.given.run_path:
+                        reason = f"id {own_id!r} is also that of another passage; run_path expects each passage's own"
+                        raise RecordError(pool.path, record.line, reason)
+            except RecordError as error:
+                if self.given.on_bad_row != "skip":
+                    raise
+                rejected.append(error)
+        self.rejected += sorted(rejected + pool.rejected, key=lambda error: error.line)
+        if len(self.passages) == before and self.given.candidate_pool_only:
+            raise ValueError(f"{pool.path}: no passage in it; expected rows of neg_passage, or of text")
+
+    def _forbid(self, positives_of: list[list[int]]) -> None:
+        """Unite the positives of queries with equal text, and find every passage equal to one of them."""
+        alike: dict[str, list[int]] = {}
+        for number, query in enumerate(self.queries):
+            alike.setdefault(fold(query), []).append(number)
+        folded = [_folded(text) for text in self.passages]
+        equal: dict[str, list[int]] = {}
+        for number, text in enumerate(folded):
+            equal.setdefault(text, []).append(number)
+        positives: list[list[int]] = [[]] * len(self.queries)
+        forbidden: list[list[int]] = [[]] * len(self.queries)
+        for text, numbers in alike.items():
+            united = sorted({passage for number in numbers for passage in positives_of[number]})
+            texts = {folded[passage] for passage in united} | {text}
+            banned = sorted(passage for each in texts for passage in equal.get(each, []))
+            for number in numbers:
+                positives[number], forbidden[number] = united, banned
+        self.positives, self.forbidden = Groups.of(positives), Groups.of(forbidden)
+
+    def _number_the_rest(self) -> None:
+        """Ids for what has none of its own: its number, counted from 0."""
+        if not (self.given.run_path or self.given.write_corpus):
+            return
+        for ids, n in ((self.query_ids, len(self.queries)), (self.passage_ids, len(self.passages))):
+            named = set(ids.values())
+            for number in range(n):
+                if number not in named:
+                    ids.setdefault(str(number), number)
+
+    def _read_vectors(self) -> None:
+        given = self.given
+        if given.embeddings_path is None or given.passage_embeddings_path is None:
+            return
+        by_row = read_user_vectors(given.embeddings_path, self.n_rows, given.normalize)
+        passages = read_user_vectors(given.passage_embeddings_path, len(self.passages), given.normalize)
+        if by_row.shape[1] != passages.shape[1]:
+            raise ValueError(
+                f"{given.passage_embeddings_path}: is {passages.shape[1]} wide; expected {by_row.shape[1]}, as wide as"
+                f" {given.embeddings_path}"
+            )
+        rows = np.arange(self.n_rows)
+        if self._source is not None and self._source.rejected:
+            bad = np.array(sorted(error.line for error in self._source.rejected))
+            good = np.array([raw.number for raw in self._source.raw_lines()])
+            rows = np.flatnonzero(~np.isin(good, bad))
+        _, first = np.unique(self.query_of_row, return_index=True)
+        self.query_vectors, self.passage_vectors = by_row[rows[first]], passages
+
+
+def _own_id(row: dict, keys: tuple[str, ...]) -> str | None:
+    for key in keys:
+        value = row.get(key)
+        if isinstance(value, int) and not isinstance(value, bool):
+            return str(value)
+        if isinstance(value, str) and value.strip():
+            return value.strip()
+    return None
+
+
+def _only_split(folder: str) -> str:
+    """The split that can be meant when none is named."""
+    try:
+        names = sorted(os.listdir(os.path.join(folder, "qrels")))
+    except OSError:
+        names = []
+    splits = [name.removesuffix(".tsv") for name in names if name.endswith(".tsv")]
+    if "train" in splits or not splits:
+        return "train"
+    if len(splits) > 1:
+        raise ValueError(f"{folder}: has the splits {', '.join(splits)}; name one with split")
+    return splits[0]
+
+
+def _folded(text: str) -> str:
+    """``fold``, sharing the memory of a text that it leaves as it is."""
+    folded = fold(text)
+    return text if folded == text else folded

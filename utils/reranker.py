@@ -1,0 +1,145 @@
+"""A cross-encoder's opinion on pairs of query and passage, dealt to the ranks in whole batches."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from utils import checkpoint, engines, runtime
+from utils.distributed import Ranks
+from utils.report import Progress
+
+logger = logging.getLogger(__name__)
+
+_BATCH_PAIRS = 32
+# Batches that each rank scores between two exchanges.
+_BATCHES_A_ROUND = 8
+
+
+class Reranker:
+    """A checkpoint for sequence classification with one logit; the weights are loaded when first needed.
+
+    Raises:
+        FileNotFoundError, ValueError: no such model, or one with other than one logit.
+    """
+
+    def __init__(self, path: str, max_length: int):
+        self.model = checkpoint.resolve(path)
+        config = self.model.config
+        labels = config.get("num_labels") or len(config.get("id2label") or {}) or config.get("num_choices")
+        if labels != 1:
+            found = f"{labels} logits" if labels else "no num_labels or id2label"
+            raise ValueError(f"{self.model.folder}: config.json has {found}; expected a reranker with one logit")
+        architecture = (config.get("architectures") or [""])[0]
+        if not architecture.endswith("ForSequenceClassification"):
+            raise ValueError(
+                f"{self.model.folder}: config.json has the architecture {architecture!r}; expected one for sequence"
+                " classification"
+            )
+        self.max_length = min(max_length, self.model.max_length or max_length)
+        self._loaded = None
+
+    def score(self, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
+        """One logit for each pair, float32 [n]; a single batch."""
+        if self._loaded is None:
+            self._loaded = self._load()
+        import paddle
+
+        tokenizer, model = self._loaded
+        batch = tokenizer(
+            [query for query, _ in pairs], [passage for _, passage in pairs], max_length=self.max_length,
+            truncation=True, padding=True, return_attention_mask=True,
+        )  # fmt: skip
+        inputs = {name: paddle.to_tensor(np.asarray(values, np.int64)) for name, values in batch.items()}
+        with paddle.no_grad():
+            output = model(**inputs)
+        logits = output[0] if isinstance(output, list | tuple) else output
+        return logits.astype("float32").numpy().reshape(-1)
+
+    def _load(self) -> tuple:
+        paddle = runtime.import_paddle()
+        from paddlenlp.transformers import AutoModelForSequenceClassification, AutoTokenizer
+        from paddlenlp.utils.log import logger as paddlenlp_logger
+
+        paddlenlp_logger.set_level("ERROR")
+        paddle.set_device(engines.device())
+        folder = self.model.folder
+        if list(folder.glob("*.safetensors")) and not list(folder.glob("*.pdparams")):
+            model = _from_safetensors(folder, self.model.config["architectures"][0])
+        else:
+            model = AutoModelForSequenceClassification.from_pretrained(
+                str(folder), num_labels=1, convert_from_torch=not list(folder.glob("*.pdparams")), dtype="float32"
+            )
+        model.eval()
+        return AutoTokenizer.from_pretrained(str(self.model.tokenizer_folder)), model
+
+
+def _from_safetensors(folder: Path, architecture: str):
+    """PaddleNLP's model with weights in PyTorch's naming.
+
+    Its own loader writes a converted copy into the folder and leaves the head of BERT untransposed and
+    without its bias; only its table of names is used here.
+    """
+    import paddlenlp.transformers
+    from safetensors import safe_open
+
+    model_class = getattr(paddlenlp.transformers, architecture)
+    config = model_class.config_class.from_pretrained(str(folder), num_labels=1)
+    model = model_class(config)
+    names = {m.source_name: (m.target_name, m.action) for m in model_class._get_name_mappings(config)}
+    state = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "np") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - no mapping
+                tensor = tensors.get_tensor(name).astype(np.float32)
+                target, action = names.get(name, (name, None))
+                transposed = action == "transpose" or (name.startswith("classifier.") and tensor.ndim == 2)
+                state[target] = tensor.T if transposed else tensor
+    missing = [name for name in model.state_dict() if name not in state and "position_ids" not in name]
+    if missing:
+        raise ValueError(f"{folder}: the weights lack {missing[0]}; expected those of {architecture}")
+    model.set_state_dict(state)
+    return model
+
+
+def rerank(reranker: Reranker, pairs: Sequence[tuple[str, str]] | None, ranks: Ranks) -> np.ndarray | None:
+    """The logits of rank 0's pairs (None elsewhere), float32 [n], on rank 0.
+
+    Batches are formed over all pairs by length and never split, so the number of ranks changes nothing.
+
+    Raises:
+        ValueError: the model gives NaN or infinity.
+    """
+    batches, logits = None, None
+    if pairs is not None:
+        order = np.argsort([-len(query) - len(passage) for query, passage in pairs], kind="stable")
+        batches = [order[start : start + _BATCH_PAIRS] for start in range(0, len(order), _BATCH_PAIRS)]
+        logits = np.empty(len(pairs), np.float32)
+    n_batches = ranks.broadcast_object(len(batches) if batches is not None else None)
+    step = _BATCHES_A_ROUND * ranks.size
+    with Progress("rerank", n_batches * _BATCH_PAIRS, "pairs") as progress:
+        for start in range(0, n_batches, step):
+            texts = None
+            if batches is not None:
+                texts = [[pairs[row] for row in batch] for batch in batches[start : start + step]]
+            texts = ranks.broadcast_object(texts)
+            own = [reranker.score(batch) for batch in texts[ranks.rank :: ranks.size]]
+            gathered = ranks.gather_rows(np.concatenate(own) if own else np.zeros(0, np.float32))
+            if batches is not None:
+                _place(logits, batches[start : start + step], gathered)
+            progress.update(len(texts) * _BATCH_PAIRS)
+    ranks.on_first(lambda: _require_finite(logits))
+    return logits
+
+
+def _place(logits: np.ndarray, batches: list[np.ndarray], gathered: list[np.ndarray]) -> None:
+    for rank, values in enumerate(gathered):
+        own = batches[rank :: len(gathered)]
+        if own:
+            logits[np.concatenate(own)] = values
+
+
+def _require_finite(logits: np.ndarray | None) -> None:
+    if logits is not None and not np.isfinite(logits).all():
+        raise ValueError("the reranker gives NaN or infinity; check its weights")
