@@ -25,7 +25,12 @@ $(VENV)/.installed: requirements.lock
 	@touch $@
 
 demo: setup
+	@echo; echo "1. remove near-duplicate queries"
 	@$(RUN) clean_query.py
+	@echo; echo "2. mine hard negatives for the queries that are left"
+	@$(RUN) mining_negative_samples.py --input_data_path output/toy_clean.json
+	@echo; echo "3. judge the model on the dev questions"
+	@$(RUN) embedding_evaluate.py
 
 lint: setup
 	@$(RUN) -m ruff check .
