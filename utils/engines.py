@@ -11,7 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
-from utils import onednn, runtime
+from utils import onednn, runtime, weights
 from utils.checkpoint import Checkpoint
 
 logger = logging.getLogger(__name__)
@@ -91,13 +91,8 @@ class PaddleEngine:
 
     def __init__(self, model: Checkpoint, dtype: str, device_name: str):
         paddle = runtime.import_paddle()
-        from paddlenlp.transformers import AutoModel
-        from paddlenlp.utils.log import logger as paddlenlp_logger
-
-        paddlenlp_logger.set_level("ERROR")
         paddle.set_device(device_name)
-        from_torch = not list(model.folder.glob("*.pdparams"))
-        self._model = AutoModel.from_pretrained(str(model.folder), convert_from_torch=from_torch, dtype=dtype)
+        self._model = weights.load_model(model, dtype)
         self._model.eval()
         self._is_decoder = model.is_decoder
 

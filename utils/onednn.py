@@ -141,7 +141,7 @@ def _export(model: Checkpoint, folder: Path) -> None:
 
     paddle.set_device("cpu")
     epsilon = float(model.config.get("layer_norm_eps", model.config.get("layer_norm_epsilon", 1e-12)))
-    embeddings, layers = _sorted_out(_read_weights(model))
+    embeddings, layers = _sorted_out(read_weights(model))
     stack = _stack(layers, model.config, epsilon)
     width = model.hidden_size
     static = paddle.jit.to_static(
@@ -210,7 +210,7 @@ def _stack(layers: list[dict[str, Parameters]], config: dict, epsilon: float):
     return stack
 
 
-def _read_weights(model: Checkpoint) -> Parameters:
+def read_weights(model: Checkpoint) -> Parameters:
     """All weights as float32, by name. Only safetensors are read here; PaddleNLP reads the rest."""
     files = model.weight_files()
     if files[0].suffix != ".safetensors":

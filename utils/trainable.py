@@ -1,0 +1,206 @@
+"""A checkpoint in memory as a trainable encoder: token ids to pooled vectors, with gradients.
+
+The parameters live in PaddleNLP's model, so that it saves and loads them. BERT-like encoders are computed
+by a lean forward pass over those same parameters; every other model by PaddleNLP's own.
+"""
+
+import logging
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from utils import engines, onednn, runtime, weights
+from utils.checkpoint import Checkpoint
+from utils.encoder import pooling_weights
+
+if TYPE_CHECKING:
+    from paddle import Tensor, nn
+
+logger = logging.getLogger(__name__)
+
+# Added to attention scores at padding.
+_MASKED = -1e4
+# PaddleNLP's two families of names for the parts of a layer.
+_PARTS = {
+    "self_attn.q_proj": (
+        "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "norm1", "linear1",
+        "linear2", "norm2",
+    ),
+    "attention.self.query": (
+        "attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense",
+        "attention.output.LayerNorm", "intermediate.dense", "output.dense", "output.LayerNorm",
+    ),
+}  # fmt: skip
+
+
+class TrainableEncoder:
+    """PaddleNLP's model of a checkpoint, in float32, and how to embed with it.
+
+    Args:
+        pooling: ``cls``, ``mean`` or ``last``.
+        recompute: recompute activations in the backward pass.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, pooling: str, recompute: bool = False, flash_attention: bool = False):
+        self.checkpoint, self.pooling, self.recompute = checkpoint, pooling, recompute
+        runtime.import_paddle().set_device(engines.device())
+        extra = {"use_flash_attention": True} if flash_attention and checkpoint.is_decoder else {}
+        self.model = weights.load_model(checkpoint, **extra)
+        self._lean = _LeanForward(self.model, checkpoint) if onednn.supports(checkpoint) else None
+
+    def embed(self, ids: np.ndarray, lengths: np.ndarray) -> "Tensor":
+        """Pooled vectors, not normalised, float32 [b, hidden].
+
+        Args:
+            ids: int64 [b, t], padded to the right.
+            lengths: int64 [b], the tokens that are no padding.
+        """
+        import paddle
+
+        shares = paddle.to_tensor(pooling_weights(lengths, ids.shape[1], self.pooling))
+        mask = np.arange(ids.shape[1]) < lengths[:, None]
+        if self._lean is not None:
+            hidden = self._lean(ids, mask, self.recompute and self.model.training)
+        else:
+            output = self.model(paddle.to_tensor(ids), attention_mask=paddle.to_tensor(mask.astype(np.int64)))
+            hidden = output[0] if isinstance(output, list | tuple) else output
+        return paddle.bmm(shares.unsqueeze(1), hidden.astype("float32")).squeeze(1)
+
+
+def padded(tokens: Sequence[Sequence[int]], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """Token lists as ids int64 [b, t], padded to the right, and lengths int64 [b]."""
+    lengths = np.array([len(ids) for ids in tokens], np.int64)
+    ids = np.full((len(tokens), int(lengths.max())), pad_id, np.int64)
+    for row, own in zip(ids, tokens, strict=True):
+        row[: len(own)] = own
+    return ids, lengths
+
+
+class TrainableEngine:
+    """A trainable encoder behind ``engines.Engine`` and its lazy form, so that ``encoder.Encoder`` runs on it."""
+
+    name = "training"
+
+    def __init__(self, encoder: TrainableEncoder):
+        self._encoder = encoder
+        self.batch_tokens = 65536 if engines.device() == "gpu" else 2048
+
+    def description(self) -> dict:
+        """What of the engine the vectors depend on."""
+        return {"engine": self.name, "device": engines.device(), "dtype": "float32"}
+
+    def loaded(self) -> "TrainableEngine":
+        """The engine itself."""
+        return self
+
+    def forward(self, ids: np.ndarray, lengths: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        """See ``engines.Engine``; ``weights`` are the encoder's own pooling."""
+        import paddle
+
+        model = self._encoder.model
+        was_training = model.training
+        model.eval()
+        try:
+            with paddle.no_grad():
+                return self._encoder.embed(ids, lengths).numpy()
+        finally:
+            if was_training:
+                model.train()
+
+
+class _LeanForward:
+    """The forward pass of a post-layer-norm encoder over the sublayers of PaddleNLP's model.
+
+    Plain products instead of PaddleNLP's attention, no casts, no masks of masks: the same numbers in less time.
+    """
+
+    def __init__(self, model: "nn.Layer", checkpoint: Checkpoint):
+        config = checkpoint.config
+        self.model, self.heads = model, config["num_attention_heads"]
+        self.offset = checkpoint.position_offset
+        self.activation = config.get("hidden_act", "gelu")
+        self.hidden_dropout = config.get("hidden_dropout_prob", 0.1)
+        self.attention_dropout = config.get("attention_probs_dropout_prob", 0.1)
+        layers = getattr(model.encoder, "layers", None) or model.encoder.layer
+        family = next(names for first, names in _PARTS.items() if _sublayer(layers[0], first) is not None)
+        self.layers = [[_sublayer(layer, name) for name in family] for layer in layers]
+        self.norm = getattr(model.embeddings, "layer_norm", None) or model.embeddings.LayerNorm
+
+    def __call__(self, ids: np.ndarray, mask: np.ndarray, recompute: bool) -> "Tensor":
+        import paddle
+        from paddle.distributed.fleet.utils import recompute as recomputed
+
+        additive = paddle.to_tensor(np.where(mask, np.float32(0), np.float32(_MASKED))[:, None, None, :])
+        x = self._embedded(ids)
+        for parts in self.layers:
+
+            def layer(x: "Tensor", additive: "Tensor", parts: list = parts) -> "Tensor":
+                return self._layer(x, additive, parts)
+
+            x = recomputed(layer, x, additive) if recompute else layer(x, additive)
+        return x
+
+    def _embedded(self, ids: np.ndarray) -> "Tensor":
+        import paddle
+
+        embeddings = self.model.embeddings
+        positions = embeddings.position_embeddings.weight[self.offset : self.offset + ids.shape[1]]
+        x = embeddings.word_embeddings(paddle.to_tensor(ids)) + positions
+        if getattr(embeddings, "token_type_embeddings", None) is not None:
+            x = x + embeddings.token_type_embeddings.weight[0]
+        return self._dropped(self.norm(x), self.hidden_dropout)
+
+    def _layer(self, x: "Tensor", additive: "Tensor", parts: list) -> "Tensor":
+        import paddle
+        import paddle.nn.functional as functional
+
+        query, key, value, out, norm1, up, down, norm2 = parts
+        b, t, width = x.shape
+
+        def split(y: "Tensor") -> "Tensor":
+            return y.reshape([b, t, self.heads, width // self.heads]).transpose([0, 2, 1, 3])
+
+        scores = paddle.matmul(split(query(x) * (width // self.heads) ** -0.5), split(key(x)), transpose_y=True)
+        attention = self._dropped(functional.softmax(scores + additive.astype(scores.dtype)), self.attention_dropout)
+        context = paddle.matmul(attention, split(value(x))).transpose([0, 2, 1, 3]).reshape([b, t, width])
+        x = norm1(x + self._dropped(out(context), self.hidden_dropout))
+        return norm2(x + self._dropped(down(self._activated(up(x))), self.hidden_dropout))
+
+    def _activated(self, x: "Tensor") -> "Tensor":
+        import paddle.nn.functional as functional
+
+        if self.activation == "relu":
+            return functional.relu(x)
+        return functional.gelu(x, approximate=self.activation != "gelu")
+
+    def _dropped(self, x: "Tensor", share: float) -> "Tensor":
+        import paddle.nn.functional as functional
+
+        return functional.dropout(x, share, training=self.model.training) if share else x
+
+
+def _sublayer(layer: "nn.Layer", path: str) -> "nn.Layer | None":
+    for name in path.split("."):
+        layer = getattr(layer, name, None)
+        if layer is None:
+            return None
+    return layer
+
+
+def seed_dropout(seed: int, step: int, position: int, side: int) -> None:
+    """Set Paddle's generator for one forward pass.
+
+    The seed is a function of where in the training the pass stands, and not of what ran before it. So a
+    pass can be replayed (gradient cache), and a resumed run draws what an unbroken one would have drawn.
+    """
+    import paddle
+
+    words = np.random.SeedSequence([seed, step, position, side]).generate_state(2)
+    paddle.seed(int(words[0]) << 20 ^ int(words[1]))
+
+
+def gradient_norm(parameters: Sequence["Tensor"]) -> float:
+    """The Euclidean norm of all gradients together."""
+    return math.sqrt(sum(float((p.grad.astype("float32") ** 2).sum()) for p in parameters if p.grad is not None))

@@ -1,0 +1,95 @@
+"""PaddleNLP models from a checkpoint's files, and back to Hugging Face's names.
+
+PaddleNLP can do the first by itself, but writes a converted copy into the checkpoint's folder, then prefers
+it to the original, and refuses safetensors files without its kind of metadata.
+"""
+
+import copy
+import logging
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from utils import onednn, runtime
+from utils.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from paddle import nn
+
+logger = logging.getLogger(__name__)
+
+# Not trained and not pooled with: a checkpoint of sentence vectors often comes without it.
+_UNUSED = "pooler."
+
+
+def load_model(checkpoint: Checkpoint, dtype: str = "float32", **config) -> "nn.Layer":
+    """The checkpoint as PaddleNLP's model.
+
+    Args:
+        config: values that override the checkpoint's configuration.
+
+    Raises:
+        ValueError: weights that the model needs are not in the checkpoint.
+    """
+    runtime.import_paddle()
+    from paddlenlp.transformers import AutoConfig, AutoModel
+    from paddlenlp.utils.log import logger as paddlenlp_logger
+
+    paddlenlp_logger.set_level("ERROR")
+    kind = checkpoint.weight_files()[0].suffix
+    if kind != ".safetensors":
+        return AutoModel.from_pretrained(
+            str(checkpoint.folder), convert_from_torch=kind == ".bin", dtype=dtype, **config
+        )  # fmt: skip
+    model = AutoModel.from_config(AutoConfig.from_pretrained(str(checkpoint.folder), **config), dtype=dtype)
+    weights = onednn.read_weights(checkpoint)
+    names = torch_names(model)
+    own = model.state_dict()
+    state, missing = {}, []
+    for name, parameter in own.items():
+        torch_name, transposed = names.get(name, (name, False))
+        found = torch_name if torch_name in weights else _with_prefix(torch_name, weights)
+        if found is None:
+            missing.append(torch_name)
+            continue
+        values = weights[found].T if transposed and found != name else weights[found]
+        if list(values.shape) != parameter.shape:
+            raise ValueError(f"{checkpoint.folder}: {found} has shape {list(values.shape)}; expected {parameter.shape}")
+        state[name] = np.ascontiguousarray(values)
+    missing = [name for name in missing if not name.startswith(_UNUSED)]
+    if missing:
+        raise ValueError(f"{checkpoint.folder}: the weights {', '.join(missing[:3])} are not there")
+    model.set_state_dict(state)
+    return model
+
+
+def torch_names(model: "nn.Layer") -> dict[str, tuple[str, bool]]:
+    """Hugging Face's name of each of the model's weights, and whether it is stored transposed there.
+
+    Raises:
+        ValueError: PaddleNLP does not know.
+    """
+    if "_get_name_mappings" not in {name for cls in type(model).__mro__[:2] for name in vars(cls)}:
+        raise ValueError(f"PaddleNLP has no Hugging Face names for {type(model).__name__}")
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    return {
+        mapping.target_name: (mapping.source_name, mapping.action == "transpose")
+        for mapping in type(model)._get_name_mappings(config)
+    }
+
+
+def to_torch(model: "nn.Layer") -> dict[str, np.ndarray]:
+    """The model's weights under Hugging Face's names, linear weights [out, in], float32."""
+    names = torch_names(model)
+    weights = {}
+    for name, value in model.state_dict().items():
+        torch_name, transposed = names[name]
+        values = value.astype("float32").numpy()
+        weights[torch_name] = np.ascontiguousarray(values.T if transposed else values)
+    return weights
+
+
+def _with_prefix(name: str, weights: dict[str, np.ndarray]) -> str | None:
+    """A model with a head stores its body under a prefix, such as ``bert.`` or ``model.``."""
+    return next((key for key in weights if key.endswith("." + name) and key.count(".") == name.count(".") + 1), None)
