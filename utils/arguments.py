@@ -105,7 +105,7 @@ class CleanArguments(ModelArguments, InputArguments):
 
 
 LOSS_TYPES = ("contrastive", "triplet", "hinge", "pairwise_logistic", "cosent", "kl", "margin_mse")
-WORD_EMBEDDINGS = ("train", "freeze", "touched")
+WORD_EMBEDDINGS = ("train", "freeze")
 # Arguments of PaddleNLP's Trainer that this toolkit's data-parallel training cannot honour.
 _NOT_SUPPORTED = {
     "tensor_parallel_degree": (None, -1, 0, 1), "pipeline_parallel_degree": (None, -1, 0, 1),
@@ -138,6 +138,7 @@ class TrainArguments:
         above=0.0,
     )  # fmt: skip
     dev_dataset_path: str | None = option(None, "the dev rows; default: dev.json in the first folder that has one")
+    dev_corpus_path: str | None = option(None, "more passages for the dev corpus, in the rows' neg_passage")
     on_bad_row: str = option(
         "error", "error: stop at the first bad row; skip: leave bad rows out and count them", choices=("error", "skip")
     )
@@ -166,10 +167,7 @@ class TrainArguments:
         at_least=1,
     )  # fmt: skip
     group_by_source: bool = option(False, "fill each batch from one file, so that negatives are of the same kind")
-    word_embeddings: str = option(
-        "train", "train all of them, freeze them, or update only the rows that a batch touches",
-        choices=WORD_EMBEDDINGS,
-    )  # fmt: skip
+    word_embeddings: str = option("train", "train the word embeddings, or freeze them", choices=WORD_EMBEDDINGS)
     per_device_train_batch_size: int = option(32, "queries a rank and step", at_least=1)
     gradient_accumulation_steps: int = option(
         1, "batches whose gradients are added up before an update; adds no negatives", at_least=1
@@ -182,7 +180,7 @@ class TrainArguments:
     save_strategy: str = option("epoch", "when to keep a checkpoint", choices=("no", "steps", "epoch"))
     save_total_limit: int | None = option(2, "checkpoints to keep, besides the best one", at_least=1)
     load_best_model_at_end: bool = option(False, "end with the checkpoint of the best dev metric, not the last")
-    metric_for_best_model: str | None = option(None, "the dev metric that names the best checkpoint: ndcg@10")
+    metric_for_best_model: str | None = option(None, "the dev metric that names the best checkpoint; default: ndcg@10")
     early_stopping_patience: int | None = option(
         None, "stop after so many evaluations without a better dev metric", at_least=1
     )

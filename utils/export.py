@@ -10,7 +10,7 @@ from utils import weights
 from utils.checkpoint import TOKENIZER_FILES, Checkpoint
 
 if TYPE_CHECKING:
-    from paddle import nn
+    from paddle import Tensor, nn
 
 logger = logging.getLogger(__name__)
 
@@ -64,15 +64,15 @@ def write_config(checkpoint: Checkpoint, folder: Path) -> None:
     _write_json(folder / "config.json", checkpoint.config)
 
 
-def write_torch_weights(model: "nn.Layer", folder: Path) -> None:
-    """The model's weights as ``model.safetensors``, as Hugging Face's transformers names and stores them.
+def write_torch_weights(model: "nn.Layer", state: dict[str, "Tensor"], folder: Path) -> None:
+    """The model's weights ``state`` as ``model.safetensors``, as Hugging Face's transformers names and stores them.
 
     Raises:
         ValueError: PaddleNLP does not say how its names of this model map to Hugging Face's.
     """
     from safetensors.numpy import save_file
 
-    save_file(weights.to_torch(model), folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(weights.to_torch(model, state), folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def _write_json(path: Path, value) -> None:

@@ -5,7 +5,6 @@ by a lean forward pass over those same parameters; every other model by PaddleNL
 """
 
 import logging
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -34,6 +33,12 @@ _PARTS = {
     ),
 }  # fmt: skip
 
+# The linear sublayers that adapters go into, by the ends of their names in PaddleNLP's models.
+_ADAPTED = (
+    r".*q_proj", r".*k_proj", r".*v_proj", r".*out_proj", r".*o_proj", r"linear1", r"linear2",
+    r".*self\.(query|key|value)", r".*dense", r"mlp\.(gate|up|down)_proj",
+)  # fmt: skip
+
 
 class TrainableEncoder:
     """PaddleNLP's model of a checkpoint, in float32, and how to embed with it.
@@ -41,13 +46,23 @@ class TrainableEncoder:
     Args:
         pooling: ``cls``, ``mean`` or ``last``.
         recompute: recompute activations in the backward pass.
+        lora: rank and alpha of low-rank adapters, which then are all that is trained.
     """
 
-    def __init__(self, checkpoint: Checkpoint, pooling: str, recompute: bool = False, flash_attention: bool = False):
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        pooling: str,
+        recompute: bool = False,
+        flash_attention: bool = False,
+        lora: tuple[int, int] | None = None,
+    ):
         self.checkpoint, self.pooling, self.recompute = checkpoint, pooling, recompute
         runtime.import_paddle().set_device(engines.device())
         extra = {"use_flash_attention": True} if flash_attention and checkpoint.is_decoder else {}
         self.model = weights.load_model(checkpoint, **extra)
+        if lora is not None:
+            self.model = _with_adapters(self.model, checkpoint, *lora)
         self._lean = _LeanForward(self.model, checkpoint) if onednn.supports(checkpoint) else None
 
     def embed(self, ids: np.ndarray, lengths: np.ndarray) -> "Tensor":
@@ -64,9 +79,50 @@ class TrainableEncoder:
         if self._lean is not None:
             hidden = self._lean(ids, mask, self.recompute and self.model.training)
         else:
+            if self.recompute:
+                self.model.apply(_turn_recompute_on)
             output = self.model(paddle.to_tensor(ids), attention_mask=paddle.to_tensor(mask.astype(np.int64)))
             hidden = output[0] if isinstance(output, list | tuple) else output
         return paddle.bmm(shares.unsqueeze(1), hidden.astype("float32")).squeeze(1)
+
+
+def _turn_recompute_on(layer: "nn.Layer") -> None:
+    """PaddleNLP's own switch."""
+    if hasattr(layer, "enable_recompute"):
+        layer.enable_recompute = True
+
+
+def _with_adapters(model: "nn.Layer", checkpoint: Checkpoint, rank: int, alpha: int) -> "nn.Layer":
+    """The model with low-rank adapters (Hu et al., 2021) in the linear sublayers of its layers; all else is frozen."""
+    from paddlenlp.peft import LoRAConfig, LoRAModel
+
+    paths = r".*layers?\.\d+\."
+    config = LoRAConfig(
+        target_modules=[paths + name for name in _ADAPTED], r=rank, lora_alpha=alpha, merge_weights=False
+    )
+    adapted = LoRAModel(model, config)
+    adapted.mark_only_lora_as_trainable()
+    if not any("lora_" in name for name, _ in adapted.named_parameters()):
+        raise ValueError(f"{checkpoint.folder}: no layers that adapters go into were found in {type(model).__name__}")
+    return model
+
+
+def merged_state(model: "nn.Layer") -> dict[str, "Tensor"]:
+    """The model's weights, adapters merged in, under the names that the model has without them."""
+    import paddle
+
+    state = model.state_dict()
+    merged = {}
+    with paddle.no_grad():
+        for name, value in state.items():
+            path = name.removesuffix("weight")
+            if ".lora_" in name:
+                continue
+            if path + "lora_A" in state:
+                scaling = _sublayer(model, path.removesuffix(".")).scaling
+                value = value + state[path + "lora_A"].matmul(state[path + "lora_B"]) * scaling
+            merged[name] = value
+    return merged
 
 
 def padded(tokens: Sequence[Sequence[int]], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
@@ -183,7 +239,7 @@ class _LeanForward:
 
 def _sublayer(layer: "nn.Layer", path: str) -> "nn.Layer | None":
     for name in path.split("."):
-        layer = getattr(layer, name, None)
+        layer = layer[int(name)] if name.isdigit() else getattr(layer, name, None)
         if layer is None:
             return None
     return layer
@@ -199,8 +255,3 @@ def seed_dropout(seed: int, step: int, position: int, side: int) -> None:
 
     words = np.random.SeedSequence([seed, step, position, side]).generate_state(2)
     paddle.seed(int(words[0]) << 20 ^ int(words[1]))
-
-
-def gradient_norm(parameters: Sequence["Tensor"]) -> float:
-    """The Euclidean norm of all gradients together."""
-    return math.sqrt(sum(float((p.grad.astype("float32") ** 2).sum()) for p in parameters if p.grad is not None))

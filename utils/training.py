@@ -17,11 +17,13 @@ from pathlib import Path
 from utils import checkpoint, engines, export, losses, report, runtime, tokenizing, training_data
 from utils.arguments import TrainArguments
 from utils.checkpoint import Checkpoint
+from utils.dev_evaluation import METRICS, DevSet
 from utils.distributed import Ranks
+from utils.encoder import Encoder, EncoderSettings
 from utils.gradients import GradientStep, reduce
 from utils.losses import Targets
 from utils.outputs import described, take_lock
-from utils.trainable import TrainableEncoder
+from utils.trainable import TrainableEncoder, TrainableEngine, merged_state
 from utils.training_data import Collator, Loader, Plan, Preflight, TrainingRows
 
 logger = logging.getLogger(__name__)
@@ -63,7 +65,7 @@ class _Inputs:
 
     rows: TrainingRows
     base: Checkpoint
-    dev_path: str | None
+    dev: DevSet | None
 
     @classmethod
     def read(cls, given: TrainArguments) -> "_Inputs":
@@ -74,7 +76,15 @@ class _Inputs:
         dims = given.embedding_matryoshka_dims or []
         if dims and max(dims) > base.hidden_size:
             raise ValueError(f"embedding_matryoshka_dims has {max(dims)}; {base.folder} has only {base.hidden_size}")
-        return cls(rows, base, dev_path)
+        dev = None
+        if given.evaluation_strategy != "no" and dev_path is not None:
+            dev = DevSet.read(dev_path, given.dev_corpus_path, given.on_bad_row)
+            logger.info("dev: %s queries, %s passages", f"{len(dev.queries):,}", f"{len(dev.corpus):,}")
+        if dev is None and (given.load_best_model_at_end or given.early_stopping_patience):
+            raise ValueError("load_best_model_at_end and early_stopping_patience need dev rows; give dev_dataset_path")
+        if dev is not None and _metric(given) not in METRICS:
+            raise ValueError(f"metric_for_best_model is {_metric(given)!r}; expected one of {', '.join(METRICS)}")
+        return cls(rows, base, dev)
 
 
 def train(given: TrainArguments) -> TrainingResult:
@@ -98,6 +108,7 @@ def train(given: TrainArguments) -> TrainingResult:
         with run.stage("train"):
             trainer = _trainer(job)
             outcome = trainer.train(resume_from_checkpoint=resume)
+            trainer.finish()
         with run.stage("write"):
             ranks.on_first(lambda: job.write_model(Path(given.output_dir)))
         metrics = trainer.final_metrics
@@ -128,7 +139,7 @@ class _Job:
 
     def __init__(self, given: TrainArguments, ranks: Ranks, inputs: _Inputs):
         self.given, self.ranks, self.rows, self.base = given, ranks, inputs.rows, inputs.base
-        self.dev_path = inputs.dev_path
+        self.dev = inputs.dev
         self.loss = losses.get(given.loss_type)
         self.pooling = given.pooling or self.base.pooling
         self.templates = (
@@ -171,6 +182,20 @@ class _Job:
             facts["masked_pairs_a_batch"],
         )  # fmt: skip
         return found
+
+    def evaluate(self) -> dict[str, float]:
+        """The dev metrics of the model as it is now."""
+        assert self.encoder is not None and self.dev is not None
+        engine = TrainableEngine(self.encoder)
+        encoders = tuple(
+            Encoder(
+                self.base,
+                EncoderSettings(template, None, limit, self.pooling, self.given.normalize, "float32"),
+                engine,
+            )
+            for template, limit in zip(self.templates, self.limits, strict=True)
+        )
+        return self.dev.evaluate(encoders, self.ranks)
 
     def fingerprint(self) -> dict:
         """What makes two runs the same run."""
@@ -234,14 +259,14 @@ class _Job:
         import paddle
 
         assert self.encoder is not None
-        paddle.save(self.encoder.model.state_dict(), str(folder / "model_state.pdparams"))
+        paddle.save(merged_state(self.encoder.model), str(folder / "model_state.pdparams"))
         self._write_description(folder)
 
     def write_export(self, folder: Path) -> None:
         """The folder that sentence-transformers loads."""
         assert self.encoder is not None
         folder.mkdir()
-        export.write_torch_weights(self.encoder.model, folder)
+        export.write_torch_weights(self.encoder.model, merged_state(self.encoder.model), folder)
         self._write_description(folder)
 
     def _write_description(self, folder: Path) -> None:
@@ -270,7 +295,7 @@ class _Job:
             "fp16_opt_level": "O1", "recompute": False, "skip_profile_timer": True, "load_best_model_at_end": False,
         }  # fmt: skip
         options.setdefault("report_to", ["visualdl"])
-        if self.dev_path is None:
+        if self.dev is None:
             options["evaluation_strategy"] = "no"
         return TrainingArguments(**options)
 
@@ -286,7 +311,9 @@ def _trainer(job: _Job):
     given, ranks = job.given, job.ranks
     arguments = job.trainer_arguments()
     paddle.seed(given.seed)
-    job.encoder = TrainableEncoder(job.base, job.pooling, given.recompute, bool(given.use_flash_attention))
+    lora = (given.lora_rank, given.lora_alpha) if given.lora else None
+    flash_attention = bool(given.use_flash_attention) and engines.device() == "gpu"
+    job.encoder = TrainableEncoder(job.base, job.pooling, given.recompute, flash_attention, lora)
     if given.word_embeddings == "freeze":
         job.encoder.model.get_input_embeddings().weight.stop_gradient = True
 
@@ -296,6 +323,8 @@ def _trainer(job: _Job):
             self.remove_callback(PrinterCallback)
             self.final_metrics: dict[str, float] = {}
             self._alike = self._skipped = 0
+            self._evaluated_at = -1
+            self._standing = _Standing()
             self._journal = _Journal(Path(given.output_dir) / "training.jsonl") if ranks.is_first else None
             self.step = GradientStep(
                 job.encoder,
@@ -322,10 +351,14 @@ def _trainer(job: _Job):
 
         def _wrap_model(self, model, training=True):
             # Gradients are summed over ranks by hand, once an update; the ranks need only start alike.
+            self._agree(model)
+            return model
+
+        def _agree(self, model) -> None:
+            """Rank 0's weights on every rank."""
             if ranks.size > 1:
                 for tensor in model.state_dict().values():
                     paddle.distributed.broadcast(tensor, src=0)
-            return model
 
         def training_step(self, model, inputs, step_control=0):
             model.train()
@@ -350,13 +383,43 @@ def _trainer(job: _Job):
                     f"{outcome.mean_cosine:.4f} with each other; lower learning_rate or raise embedding_temperature"
                 )
 
+        def evaluate(self, *args, **kwargs):
+            self.final_metrics = job.evaluate()
+            self._evaluated_at = self.state.global_step
+            logs = {f"eval_{name}": value for name, value in self.final_metrics.items()}
+            self.log(dict(logs))
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)
+            self._standing.note(self.final_metrics[_metric(given)], self.state.global_step)
+            if given.early_stopping_patience and self._standing.without_gain >= given.early_stopping_patience:
+                logger.info(
+                    "stopping early: no better %s in %d evaluations", _metric(given), self._standing.without_gain
+                )
+                self.control.should_training_stop = True
+            return logs
+
+        def finish(self) -> None:
+            """The best weights if they are asked for, and their metrics."""
+            best = self._standing.best_step
+            if given.load_best_model_at_end and best not in (None, self.state.global_step):
+                self._load_weights(str(_checkpoint_folder(given, best)))
+                self._agree(self.model)
+                logger.info("the best checkpoint is that of step %d", best)
+                self._evaluated_at = -1
+            if job.dev is not None and self._evaluated_at != self.state.global_step:
+                self.final_metrics = job.evaluate()
+
         def _load_rng_state(self, checkpoint):
             """Nothing to load: every random draw is seeded by its place in the training."""
 
         def _load_from_checkpoint(self, resume_from_checkpoint=None):
-            if resume_from_checkpoint and ranks.is_first:
-                path = os.path.join(resume_from_checkpoint, "model_state.pdparams")
-                self.model.set_state_dict(paddle.load(path, return_numpy=True))
+            if resume_from_checkpoint:
+                self._load_weights(resume_from_checkpoint)
+
+        def _load_weights(self, folder: str) -> None:
+            """Of a checkpoint, on rank 0: the adapters if there are any, else everything."""
+            if ranks.is_first:
+                name = "adapters.pdopt" if given.lora else "model_state.pdparams"
+                self.model.set_state_dict(paddle.load(os.path.join(folder, name), return_numpy=True))
 
         def _load_optimizer_and_scheduler(self, checkpoint):
             if checkpoint is None:
@@ -368,26 +431,17 @@ def _trainer(job: _Job):
                     name: paddle.load(str(folder / f"{name}.pdopt"), return_numpy=True)
                     for name in ("optimizer", "scheduler", "scaler")
                     if (folder / f"{name}.pdopt").is_file()
-                }
+                } | {"standing": json.loads((folder / "standing.json").read_text())}
 
             states = ranks.broadcast_object(ranks.on_first(load))
             self.optimizer.set_state_dict(states["optimizer"])
             self.lr_scheduler.set_state_dict(states["scheduler"])
+            self._standing = _Standing(**states["standing"])
             if self.do_grad_scaling and "scaler" in states:
                 self.scaler.load_state_dict(states["scaler"])
 
         def _save_checkpoint(self, model, metrics=None):
-            self._note_best(metrics)
             ranks.on_first(self._write_checkpoint)
-
-        def _note_best(self, metrics) -> None:
-            name = self.args.metric_for_best_model
-            if not metrics or name is None:
-                return
-            value = metrics[f"eval_{name.removeprefix('eval_')}"]
-            if self.state.best_metric is None or value > self.state.best_metric:
-                self.state.best_metric = value
-                self.state.best_model_checkpoint = str(_checkpoint_folder(given, self.state.global_step))
 
         def _write_checkpoint(self) -> None:
             """The whole state of the training, in a folder that appears by rename."""
@@ -401,13 +455,17 @@ def _trainer(job: _Job):
                 paddle.save(self.lr_scheduler.state_dict(), str(work / "scheduler.pdopt"))
                 if self.do_grad_scaling:
                     paddle.save(self.scaler.state_dict(), str(work / "scaler.pdopt"))
+                if given.lora:
+                    adapters = {name: value for name, value in self.model.state_dict().items() if "lora_" in name}
+                    paddle.save(adapters, str(work / "adapters.pdopt"))
+                _write(work / "standing.json", json.dumps(asdict(self._standing)).encode())
                 self.state.save_to_json(str(work / "trainer_state.json"))
                 shutil.rmtree(final, ignore_errors=True)
                 os.replace(work, final)
             except OSError as error:
                 shutil.rmtree(work, ignore_errors=True)
                 raise described(error, f"{final}: cannot write the checkpoint") from None
-            _remove_old(given, self.state.best_model_checkpoint)
+            _remove_old(given, self._standing.best_step)
 
         def log(self, logs, **kwargs):
             super().log(logs, **kwargs)
@@ -425,6 +483,26 @@ def _trainer(job: _Job):
             reduce(kwargs["model"].parameters())
 
     return EmbeddingTrainer()
+
+
+@dataclass
+class _Standing:
+    """The best dev metric so far, at which step, and how many evaluations have not bettered it since."""
+
+    best: float | None = None
+    best_step: int | None = None
+    without_gain: int = 0
+
+    def note(self, value: float, step: int) -> None:
+        """An evaluation's metric; higher is better."""
+        if self.best is None or value > self.best:
+            self.best, self.best_step, self.without_gain = value, step, 0
+        else:
+            self.without_gain += 1
+
+
+def _metric(given: TrainArguments) -> str:
+    return (given.metric_for_best_model or METRICS[0]).removeprefix("eval_")
 
 
 class _Journal:
@@ -455,11 +533,11 @@ def _step_of(path: Path) -> int:
     return int(match[1])
 
 
-def _remove_old(given: TrainArguments, best: str | None) -> None:
+def _remove_old(given: TrainArguments, best: int | None) -> None:
     """Keep the newest ``save_total_limit`` checkpoints, and the best one."""
     found = sorted((p for p in Path(given.output_dir).iterdir() if _CHECKPOINT.fullmatch(p.name)), key=_step_of)
     for path in found[: -given.save_total_limit] if given.save_total_limit else []:
-        if str(path) != best:
+        if _step_of(path) != best:
             shutil.rmtree(path)
 
 

@@ -14,7 +14,7 @@ from utils import onednn, runtime
 from utils.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
-    from paddle import nn
+    from paddle import Tensor, nn
 
 logger = logging.getLogger(__name__)
 
@@ -79,11 +79,11 @@ def torch_names(model: "nn.Layer") -> dict[str, tuple[str, bool]]:
     }
 
 
-def to_torch(model: "nn.Layer") -> dict[str, np.ndarray]:
-    """The model's weights under Hugging Face's names, linear weights [out, in], float32."""
+def to_torch(model: "nn.Layer", state: dict[str, "Tensor"]) -> dict[str, np.ndarray]:
+    """The model's weights ``state`` under Hugging Face's names, linear weights [out, in], float32."""
     names = torch_names(model)
     weights = {}
-    for name, value in model.state_dict().items():
+    for name, value in state.items():
         torch_name, transposed = names[name]
         values = value.astype("float32").numpy()
         weights[torch_name] = np.ascontiguousarray(values.T if transposed else values)
