@@ -125,14 +125,33 @@ def test_the_lean_forward_pass_is_paddlenlps(tiny_model):
     np.testing.assert_allclose(lean, encoder.embed(ids, lengths).numpy(), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("recompute", [True])
-def test_recomputing_changes_nothing(tiny_model, rows_path, recompute, monkeypatch):
+def test_the_cpu_linear_layer_is_paddles():
+    import paddle
+    from paddle.nn import functional
+
+    from utils import cpu_layers
+
+    paddle.seed(0)
+    x, weight, bias = paddle.randn([5, 4, 7]), paddle.randn([7, 3]), paddle.randn([3])
+    results = []
+    for layer in (functional.linear, cpu_layers.linear):
+        tensors = [tensor.clone().detach() for tensor in (x, weight, bias)]
+        for tensor in tensors:
+            tensor.stop_gradient = False
+        y = layer(*tensors)
+        (y**2).sum().backward()
+        results.append([y.numpy(), *(tensor.grad.numpy() for tensor in tensors)])
+    for expected, found in zip(*results, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_recomputing_changes_nothing(tiny_model, rows_path, monkeypatch):
     from utils import trainable
 
     expected, _ = gradients(tiny_model, rows_path, Case(dropout=True), Ranks())
     initialise = trainable.TrainableEncoder.__init__
     monkeypatch.setattr(
-        trainable.TrainableEncoder, "__init__", lambda self, *given: initialise(self, *given, recompute=recompute)
+        trainable.TrainableEncoder, "__init__", lambda self, *given: initialise(self, *given, recompute=True)
     )
     found, _ = gradients(tiny_model, rows_path, Case(dropout=True), Ranks())
     assert relative_error(found, expected) < TOLERANCE

@@ -434,7 +434,8 @@ def _trainer(job: _Job):
                 } | {"standing": json.loads((folder / "standing.json").read_text())}
 
             states = ranks.broadcast_object(ranks.on_first(load))
-            self.optimizer.set_state_dict(states["optimizer"])
+            names = {name: parameter.name for name, parameter in self.model.named_parameters()}
+            self.optimizer.set_state_dict(_renamed(states["optimizer"], names))
             self.lr_scheduler.set_state_dict(states["scheduler"])
             self._standing = _Standing(**states["standing"])
             if self.do_grad_scaling and "scaler" in states:
@@ -451,7 +452,8 @@ def _trainer(job: _Job):
                 shutil.rmtree(work, ignore_errors=True)
                 work.mkdir()
                 job.write_model_files(work)
-                paddle.save(self.optimizer.state_dict(), str(work / "optimizer.pdopt"))
+                names = {parameter.name: name for name, parameter in self.model.named_parameters()}
+                paddle.save(_renamed(self.optimizer.state_dict(), names), str(work / "optimizer.pdopt"))
                 paddle.save(self.lr_scheduler.state_dict(), str(work / "scheduler.pdopt"))
                 if self.do_grad_scaling:
                     paddle.save(self.scaler.state_dict(), str(work / "scaler.pdopt"))
@@ -499,6 +501,19 @@ class _Standing:
             self.best, self.best_step, self.without_gain = value, step, 0
         else:
             self.without_gain += 1
+
+
+def _renamed(state: dict, names: dict[str, str]) -> dict:
+    """An optimizer's state under other names of the parameters.
+
+    Paddle numbers parameters as they are made in a process (``linear_3.w_0``), which a resumed run may do in
+    another order; checkpoints hold the names that the parameters have in their model.
+    """
+    renamed = {}
+    for key, value in state.items():
+        owner = next((name for name in names if key.startswith(name + "_")), None)
+        renamed[key if owner is None else names[owner] + key[len(owner) :]] = value
+    return renamed
 
 
 def _metric(given: TrainArguments) -> str:
