@@ -131,7 +131,7 @@ def test_the_best_checkpoint_and_early_stopping(run, tmp_path, monkeypatch):
     assert_same_weights(tmp_path / "out", tmp_path / "out" / "checkpoint-6")
 
 
-def test_nan_and_collapse_end_the_run(run, tiny_model, tmp_path):
+def test_nan_ends_the_run(run, tiny_model, tmp_path):
     from safetensors.numpy import load_file, save_file
 
     broken = tmp_path / "broken"
@@ -141,8 +141,18 @@ def test_nan_and_collapse_end_the_run(run, tiny_model, tmp_path):
     save_file(state, broken / "model.safetensors")
     with pytest.raises(ValueError, match="the loss is nan at step 1"):
         run("nan", model_name_or_path=str(broken))
-    with pytest.raises(ValueError, match="the embeddings have collapsed: at step"):
-        run("collapse", passage_template="the the {text}", max_passage_len=4, learning_rate=0.0)
+
+
+def test_collapsed_embeddings_end_the_run(run, tiny_model, tmp_path):
+    still = tmp_path / "still"
+    shutil.copytree(tiny_model, still)
+    config = json.loads((still / "config.json").read_text())
+    config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    (still / "config.json").write_text(json.dumps(config))
+    options = {"passage_template": "the the {text}", "max_passage_len": 4}  # all passages are cut to "the the"
+    options |= {"learning_rate": 0.0, "num_train_epochs": 4, "save_strategy": "no"}
+    with pytest.raises(ValueError, match="the embeddings have collapsed: at step 24"):
+        run(model_name_or_path=str(still), **options)
 
 
 def test_frozen_word_embeddings_stay(run, tmp_path, tiny_model):

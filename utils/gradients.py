@@ -10,6 +10,7 @@ is bounded by a chunk; dropout is seeded by the chunk's place in the batch, so b
 
 import contextlib
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from utils.losses import LossFunction, Targets
-from utils.trainable import TrainableEncoder, padded, seed_dropout
+from utils.trainable import TrainableEncoder, padded
 from utils.training_data import TrainingBatch
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ class GradientStep:
         """Pooled vectors of a chunk's queries and passages."""
         pooled = []
         for side, tokens in enumerate((chunk.query_tokens, chunk.passage_tokens)):
-            seed_dropout(self.seed, batch.number, chunk.position, side)
+            self.encoder.seed_dropout(self.seed, batch.number, chunk.position, side)
             with self.autocast():
                 pooled.append(self.encoder.embed(*padded(tokens, self.pad_ids[side])))
         return pooled[0], pooled[1]
@@ -135,6 +136,9 @@ class GradientStep:
             for i, pair in enumerate(vectors)
         ]
         value = float(loss) * (1.0 if self.shared else weight * len(counts))
+        # Paddle's softmax on a CPU turns rows of NaN into finite numbers, so the loss alone does not tell.
+        if not all(np.isfinite(tensor.detach().numpy()).all() for tensor in whole):
+            value = math.nan
         return chunked, Outcome(value, _mean_cosine(whole[1].detach().numpy()))
 
 

@@ -69,6 +69,20 @@ class TrainableEncoder:
             self.model = _with_adapters(self.model, checkpoint, *lora)
         self._lean = _LeanForward(self.model, checkpoint) if onednn.supports(checkpoint) else None
 
+    def seed_dropout(self, seed: int, step: int, position: int, side: int) -> None:
+        """Settle what the next forward pass draws.
+
+        The seed is a function of where in the training the pass stands, and not of what ran before it. So a
+        pass can be replayed (gradient cache), and a resumed run draws what an unbroken one would have drawn.
+        """
+        import paddle
+
+        words = np.random.SeedSequence([seed, step, position, side]).generate_state(2)
+        number = int(words[0]) << 20 ^ int(words[1])
+        paddle.seed(number)
+        if self._lean is not None:
+            self._lean.generator = np.random.Generator(np.random.SFC64(number))
+
     def embed(self, ids: np.ndarray, lengths: np.ndarray) -> "Tensor":
         """Pooled vectors, not normalised, float32 [b, hidden].
 
@@ -187,6 +201,9 @@ class _LeanForward:
         family = next(names for first, names in _PARTS.items() if _sublayer(layers[0], first) is not None)
         self.layers = [[_sublayer(layer, name) for name in family] for layer in layers]
         self.norm = getattr(model.embeddings, "layer_norm", None) or model.embeddings.LayerNorm
+        self.generator = np.random.default_rng()
+        # Recomputing replays Paddle's generator only, so it must draw from that.
+        self.draws_itself = engines.device() == "cpu"
 
     def __call__(self, ids: np.ndarray, mask: np.ndarray, recompute: bool) -> "Tensor":
         import paddle
@@ -196,6 +213,7 @@ class _LeanForward:
         additive = None
         if not mask.all():
             additive = paddle.to_tensor(np.where(mask, np.float32(0), np.float32(_MASKED))[:, None, None, :])
+        self.draws_itself &= not recompute
         x = self._embedded(ids)
         for parts in self.layers:
 
@@ -244,7 +262,9 @@ class _LeanForward:
     def _dropped(self, x: "Tensor", share: float) -> "Tensor":
         import paddle.nn.functional as functional
 
-        return functional.dropout(x, share, training=self.model.training) if share else x
+        if not share or not self.model.training:
+            return x
+        return cpu_layers.dropout(x, share, self.generator) if self.draws_itself else functional.dropout(x, share)
 
 
 def _linear(layer: "nn.Layer", x: "Tensor") -> "Tensor":
@@ -262,15 +282,3 @@ def _sublayer(layer: "nn.Layer", path: str) -> "nn.Layer | None":
         if layer is None:
             return None
     return layer
-
-
-def seed_dropout(seed: int, step: int, position: int, side: int) -> None:
-    """Set Paddle's generator for one forward pass.
-
-    The seed is a function of where in the training the pass stands, and not of what ran before it. So a
-    pass can be replayed (gradient cache), and a resumed run draws what an unbroken one would have drawn.
-    """
-    import paddle
-
-    words = np.random.SeedSequence([seed, step, position, side]).generate_state(2)
-    paddle.seed(int(words[0]) << 20 ^ int(words[1]))

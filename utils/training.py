@@ -34,8 +34,9 @@ _FREE_TO_CHANGE = {
     "export_format", "report_to", "logging_dir", "disable_tqdm",
 }  # fmt: skip
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-# Passages this alike, for so many steps in a row, mean that the model tells nothing apart any more.
-_COLLAPSED_COSINE, _COLLAPSED_STEPS = 0.995, 5
+# Passages this alike, for so many steps in a row after the warm-up, mean that the model tells nothing apart
+# any more. A model that was only pretrained may begin there and leave it; dropout keeps equal texts below 1.
+_COLLAPSED_COSINE, _COLLAPSED_STEPS = 0.98, 20
 # fp16 steps in a row whose loss is no number; the loss scale halves at each, and cannot go on for ever.
 _SKIPPED_STEPS = 20
 _UNCUT = 1 << 20
@@ -376,7 +377,9 @@ def _trainer(job: _Job):
                     )
                 return
             self._skipped = 0
-            self._alike = self._alike + 1 if outcome.mean_cosine > _COLLAPSED_COSINE else 0
+            warming_up = step <= self.args.get_warmup_steps(self.state.max_steps)
+            collapsed = outcome.mean_cosine > _COLLAPSED_COSINE and not warming_up
+            self._alike = self._alike + 1 if collapsed else 0
             if self._alike >= _COLLAPSED_STEPS:
                 raise ValueError(
                     f"the embeddings have collapsed: at step {step} a batch's passages have a mean cosine of "
