@@ -13,6 +13,7 @@ from utils import arguments, checkpoint, training
 from utils.arguments import ArgumentError, ModelArguments, build, parse
 from utils.embedding import build_encoders
 from utils.gradients import GradientStep
+from utils.trainable import TrainableEncoder
 
 TEXTS = ["my old card is lost", "how do i open the list", "train"]
 
@@ -82,6 +83,25 @@ def test_training_learns_and_the_checkpoint_is_a_model(run, tmp_path):
     np.testing.assert_allclose(vectors(tmp_path / "out" / f"checkpoint-{result.steps}"), final, atol=1e-6)
     kept = {p.name for p in (tmp_path / "out").glob("checkpoint-*")}
     assert kept == {"checkpoint-40", "checkpoint-48", f"checkpoint-{8 * (1 + int(np.argmax(dev)))}"}
+
+
+def test_xlm_roberta_too(run, tiny_model, tmp_path):
+    """PaddleNLP gives its weights Hugging Face's names, but not their layout."""
+    base = tmp_path / "xlmr"
+    shutil.copytree(tiny_model, base)
+    config = json.loads((base / "config.json").read_text()) | {"model_type": "xlm-roberta"}
+    (base / "config.json").write_text(json.dumps(config | {"architectures": ["XLMRobertaModel"]}))
+    run(model_name_or_path=str(base), export_format="huggingface", save_strategy="no", lora=True, num_train_epochs=1)
+    final = vectors(tmp_path / "out")
+    np.testing.assert_allclose(vectors(tmp_path / "out" / "huggingface"), final, atol=1e-6)
+    assert not np.allclose(vectors(base), final, atol=1e-3)
+    encoder = TrainableEncoder(checkpoint.resolve(str(tmp_path / "out")), "mean")
+    encoder.model.eval()
+    ids, lengths = np.random.default_rng(0).integers(4, 40, (3, 9)), np.array([9, 2, 5])
+    ids[np.arange(9) >= lengths[:, None]] = 0
+    lean = encoder.embed(ids, lengths).numpy()
+    encoder._lean = None
+    np.testing.assert_allclose(lean, encoder.embed(ids, lengths).numpy(), atol=1e-5)
 
 
 class Killed(BaseException):

@@ -141,7 +141,7 @@ def _export(model: Checkpoint, folder: Path) -> None:
 
     paddle.set_device("cpu")
     epsilon = float(model.config.get("layer_norm_eps", model.config.get("layer_norm_epsilon", 1e-12)))
-    embeddings, layers = _sorted_out(read_weights(model))
+    embeddings, layers = _sorted_out(read_weights(model), stores_torch_layout(model))
     stack = _stack(layers, model.config, epsilon)
     width = model.hidden_size
     static = paddle.jit.to_static(
@@ -234,11 +234,25 @@ def read_weights(model: Checkpoint) -> Parameters:
     return weights
 
 
-def _sorted_out(weights: Parameters) -> tuple[Parameters, list[dict[str, Parameters]]]:
+def stores_torch_layout(model: Checkpoint) -> bool:
+    """True if ``read_weights`` gives linear weights as PyTorch has them, [out, in], and not as Paddle, [in, out].
+
+    Names do not tell: PaddleNLP names XLM-RoBERTa's weights as Hugging Face does, and transposes them.
+    """
+    path = model.weight_files()[0]
+    if path.suffix != ".safetensors":
+        return False  # PaddleNLP has read them
+    import safetensors
+
+    with safetensors.safe_open(path, framework="np") as file:
+        return (file.metadata() or {}).get("format", "pt") == "pt"
+
+
+def _sorted_out(weights: Parameters, torch_layout: bool) -> tuple[Parameters, list[dict[str, Parameters]]]:
     """Embedding tables, and each layer's parts with linear weights [in, out], under our own names."""
     weights = {re.sub(r"^.*?(?=(embeddings|encoder)\.)", "", name, count=1): w for name, w in weights.items()}
-    from_torch = any(name.startswith("encoder.layer.") for name in weights)
-    root = "encoder.layer." if from_torch else "encoder.layers."
+    torch_names = any(name.startswith("encoder.layer.") for name in weights)
+    root = "encoder.layer." if torch_names else "encoder.layers."
 
     def take(name: str) -> np.ndarray:
         if name not in weights:
@@ -246,9 +260,9 @@ def _sorted_out(weights: Parameters) -> tuple[Parameters, list[dict[str, Paramet
         return weights[name]
 
     def part(number: int, name: str) -> Parameters:
-        full = f"{root}{number}.{_LAYER_PARTS[name][0 if from_torch else 1]}"
+        full = f"{root}{number}.{_LAYER_PARTS[name][0 if torch_names else 1]}"
         weight = take(f"{full}.weight")
-        transposed = from_torch and name in _LINEAR
+        transposed = torch_layout and name in _LINEAR
         return {"weight": weight.T if transposed else weight, "bias": take(f"{full}.bias")}
 
     numbers = {int(name[len(root) :].split(".")[0]) for name in weights if name.startswith(root)}

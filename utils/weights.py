@@ -42,17 +42,18 @@ def load_model(checkpoint: Checkpoint, dtype: str = "float32", **config) -> "nn.
             str(checkpoint.folder), convert_from_torch=kind == ".bin", dtype=dtype, **config
         )  # fmt: skip
     model = AutoModel.from_config(AutoConfig.from_pretrained(str(checkpoint.folder), **config), dtype=dtype)
-    weights = onednn.read_weights(checkpoint)
+    weights, torch_layout = onednn.read_weights(checkpoint), onednn.stores_torch_layout(checkpoint)
     names = torch_names(model)
     own = model.state_dict()
     state, missing = {}, []
     for name, parameter in own.items():
         torch_name, transposed = names.get(name, (name, False))
-        found = torch_name if torch_name in weights else _with_prefix(torch_name, weights)
+        wanted = torch_name if torch_layout else name
+        found = wanted if wanted in weights else _with_prefix(wanted, weights)
         if found is None:
-            missing.append(torch_name)
+            missing.append(wanted)
             continue
-        values = weights[found].T if transposed and found != name else weights[found]
+        values = weights[found].T if transposed and torch_layout else weights[found]
         if list(values.shape) != parameter.shape:
             raise ValueError(f"{checkpoint.folder}: {found} has shape {list(values.shape)}; expected {parameter.shape}")
         state[name] = np.ascontiguousarray(values)
