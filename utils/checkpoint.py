@@ -58,6 +58,11 @@ class Checkpoint:
     passage_template: str
 
     @property
+    def is_decoder(self) -> bool:
+        """True for causal models."""
+        return self.model_type in DECODERS
+
+    @property
     def position_offset(self) -> int:
         """How many position embeddings come before the first token's."""
         return _position_offset(self.config, self.model_type)
@@ -76,7 +81,7 @@ class Checkpoint:
         first = self.weight_files()[0]
         if first.suffix == ".safetensors":
             header = _safetensors_header(first)
-            return header.get("__metadata__", {}).get("format") == "pt"
+            return header.get("__metadata__", {}).get("format", "pt") == "pt"
         return first.suffix == ".bin"
 
     @functools.cached_property

@@ -11,7 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
-from utils import onednn, runtime
+from utils import onednn, runtime, weights
 from utils.checkpoint import Checkpoint
 
 logger = logging.getLogger(__name__)
@@ -97,10 +97,8 @@ class PaddleEngine:
 
     def __init__(self, model: Checkpoint, dtype: str, device_name: str):
         paddle = runtime.import_paddle()
-        from utils.paddlenlp_models import load_model
-
         paddle.set_device(device_name)
-        self._model = load_model(model, dtype)
+        self._model = weights.load_model(model, dtype)
         self._model.eval()
 
     def forward(self, ids: np.ndarray, lengths: np.ndarray, weights: np.ndarray) -> np.ndarray:

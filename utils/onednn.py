@@ -147,7 +147,7 @@ def _export(model: Checkpoint, folder: Path) -> None:
 
     paddle.set_device("cpu")
     epsilon = float(model.config.get("layer_norm_eps", model.config.get("layer_norm_epsilon", 1e-12)))
-    embeddings, layers = _sorted_out(_read_weights(model), model)
+    embeddings, layers = _sorted_out(read_weights(model), stores_torch_layout(model))
     stack = _stack(layers, model.config, epsilon)
     width = model.hidden_size
     static = paddle.jit.to_static(
@@ -216,7 +216,7 @@ def _stack(layers: list[dict[str, Parameters]], config: dict, epsilon: float):
     return stack
 
 
-def _read_weights(model: Checkpoint) -> Parameters:
+def read_weights(model: Checkpoint) -> Parameters:
     """All weights as float32, by name. Only safetensors are read here; PaddleNLP reads the rest."""
     files = model.weight_files()
     if files[0].suffix != ".safetensors":
@@ -238,10 +238,17 @@ def _read_weights(model: Checkpoint) -> Parameters:
     return weights
 
 
-def _sorted_out(weights: Parameters, model: Checkpoint) -> tuple[Parameters, list[dict[str, Parameters]]]:
+def stores_torch_layout(model: Checkpoint) -> bool:
+    """True if ``read_weights`` gives linear weights as PyTorch has them, [out, in], and not as Paddle, [in, out].
+
+    Names do not tell: PaddleNLP names XLM-RoBERTa's weights as Hugging Face does, and transposes them.
+    """
+    return model.is_torch and model.weight_files()[0].suffix == ".safetensors"  # PaddleNLP reads the others
+
+
+def _sorted_out(weights: Parameters, torch_layout: bool) -> tuple[Parameters, list[dict[str, Parameters]]]:
     """Embedding tables, and each layer's parts with linear weights [in, out], under our own names."""
     weights = {re.sub(r"^.*?(?=(embeddings|encoder)\.)", "", name, count=1): w for name, w in weights.items()}
-    # PaddleNLP has names of its own for some models and Hugging Face's for others, and always [in, out].
     torch_names = any(name.startswith("encoder.layer.") for name in weights)
     root = "encoder.layer." if torch_names else "encoder.layers."
 
@@ -253,10 +260,9 @@ def _sorted_out(weights: Parameters, model: Checkpoint) -> tuple[Parameters, lis
     def part(number: int, name: str) -> Parameters:
         full = f"{root}{number}.{_LAYER_PARTS[name][0 if torch_names else 1]}"
         weight = take(f"{full}.weight")
-        return {"weight": weight.T if out_first and name in _LINEAR else weight, "bias": take(f"{full}.bias")}
+        transposed = torch_layout and name in _LINEAR
+        return {"weight": weight.T if transposed else weight, "bias": take(f"{full}.bias")}
 
-    up = take(f"{root}0.{_LAYER_PARTS['up'][0 if torch_names else 1]}.weight")
-    out_first = model.is_torch if up.shape[0] == up.shape[1] else up.shape[1] == model.hidden_size
     numbers = {int(name[len(root) :].split(".")[0]) for name in weights if name.startswith(root)}
     layers = [{name: part(number, name) for name in _LAYER_PARTS} for number in range(len(numbers))]
     norm = "LayerNorm" if "embeddings.LayerNorm.weight" in weights else "layer_norm"

@@ -3,26 +3,36 @@
 import contextlib
 import io
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 from utils import runtime
 from utils.checkpoint import Checkpoint
 
 
-def load_model(model: Checkpoint, dtype: str):
-    """A checkpoint as PaddleNLP's AutoModel, weights in ``dtype``.
+def load_model(model: Checkpoint, dtype: str, **config):
+    """A checkpoint with its weights, as PaddleNLP's AutoModel reads them.
+
+    Args:
+        config: values that override the checkpoint's configuration.
 
     Raises:
         ValueError: PaddleNLP does not know the model, or its weights do not fit.
     """
     transformers = import_paddlenlp()
-    try:
-        return transformers.AutoModel.from_pretrained(str(model.folder), convert_from_torch=model.is_torch, dtype=dtype)
-    except MemoryError:
-        raise
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{model.folder}: PaddleNLP cannot load this {model.model_type} model ({reason})") from error
+    with _one_line(f"{model.folder}: PaddleNLP cannot load this {model.model_type} model"):
+        return transformers.AutoModel.from_pretrained(
+            str(model.folder), convert_from_torch=model.is_torch, dtype=dtype, **config
+        )
+
+
+def new_model(model: Checkpoint, dtype: str, **config):
+    """A model of the checkpoint's configuration, with fresh weights. Raises as ``load_model`` does."""
+    transformers = import_paddlenlp()
+    with _one_line(f"{model.folder}: PaddleNLP cannot make this {model.model_type} model"):
+        return transformers.AutoModel.from_config(
+            transformers.AutoConfig.from_pretrained(str(model.folder), **config), dtype=dtype
+        )
 
 
 def load_tokenizer(folder: Path):
@@ -32,11 +42,19 @@ def load_tokenizer(folder: Path):
         ValueError: PaddleNLP cannot read it.
     """
     transformers = import_paddlenlp()
-    try:
+    with _one_line(f"{folder}: PaddleNLP cannot load its tokenizer"):
         return transformers.AutoTokenizer.from_pretrained(str(folder))
+
+
+@contextlib.contextmanager
+def _one_line(what: str) -> Iterator[None]:
+    try:
+        yield
+    except MemoryError:
+        raise
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{folder}: PaddleNLP cannot load its tokenizer ({reason})") from error
+        raise ValueError(f"{what} ({reason})") from error
 
 
 def import_paddlenlp():

@@ -1,0 +1,29 @@
+"""Train an embedding model from a JSON argument file.
+
+    python run_embedding.py                                      # toy_data, with the bundled model
+    python run_embedding.py config/xlm_roberta/emb_argument.json --learning_rate 2e-5
+    python -m paddle.distributed.launch --nproc_per_node 2 run_embedding.py config/bert/emb_argument.json
+    python -m paddle.distributed.launch --devices 0,1,2,3 run_embedding.py config/qwen/emb_argument.json
+
+Takes the arguments of PaddleNLP's Trainer beside its own. Writes the trained model to ``output_dir``, in a
+form that every script here loads by path, and checkpoints below it; a killed run goes on from the last one.
+"""
+
+import sys
+
+from utils import arguments, runtime
+
+
+def main() -> None:
+    runtime.prepare()
+    given = arguments.parse(arguments.training_arguments(), sys.argv[1:], "Train an embedding model.")
+    from utils import report, training
+
+    report.set_up_logging()
+    result = training.train(given)
+    if runtime.rank() == 0:
+        print(result.summary())
+
+
+if __name__ == "__main__":
+    runtime.run(main)

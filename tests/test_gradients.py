@@ -1,0 +1,176 @@
+"""Gradients over ranks and through the gradient cache are those of one process with the whole batch."""
+
+import numpy as np
+import pytest
+from conftest import make_rows, run_script, write_jsonl
+from gradient_worker import BATCH, CASES, GROUP, Case, gradients
+
+from utils import checkpoint, losses, tokenizing, training_data
+from utils.distributed import Ranks
+
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def rows_path(tmp_path_factory) -> str:
+    rows = make_rows(80)
+    for i, row in enumerate(rows):
+        row["neg_passage"] = [rows[(i + k) % 80]["pos_passage"][0] for k in (7, 9, 11)]
+    return write_jsonl(tmp_path_factory.mktemp("data") / "rows.jsonl", rows)
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def launched(request, tiny_model, rows_path, tmp_path_factory):
+    """What every rank of a launched run saved."""
+    folder = tmp_path_factory.mktemp("gradients")
+    done = run_script("tests/gradient_worker.py", tiny_model, rows_path, folder, nproc=request.param)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return request.param, folder
+
+
+def relative_error(found: dict, expected: dict) -> float:
+    """Of all gradients as one long vector."""
+    assert found.keys() == expected.keys()
+    difference = sum(np.square(found[name] - expected[name], dtype=np.float64).sum() for name in expected)
+    return float(np.sqrt(difference / sum(np.square(g, dtype=np.float64).sum() for g in expected.values())))
+
+
+@pytest.mark.parametrize("short", [0, 1])
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.shared])
+def test_ranks_give_the_gradients_of_one_process(launched, tiny_model, rows_path, name, short):
+    n_ranks, folder = launched
+    if CASES[name].dropout and (short or BATCH // n_ranks % CASES[name].chunk):
+        pytest.skip("dropout is drawn by chunk, so chunks must fall alike")
+    expected, loss = gradients(tiny_model, rows_path, CASES[name], Ranks(), short)
+    for rank in range(n_ranks):
+        found = dict(np.load(folder / f"{name}.{short}.{n_ranks}.{rank}.npz"))
+        assert found.pop("loss") == pytest.approx(loss, rel=1e-6)
+        assert relative_error(found, expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("short", [0, 1])
+def test_unshared_negatives_give_the_mean_over_queries(launched, tiny_model, rows_path, short):
+    n_ranks, folder = launched
+    expected = mean_over_parts(tiny_model, rows_path, n_ranks, short)
+    found = dict(np.load(folder / f"alone.{short}.{n_ranks}.0.npz"))
+    found.pop("loss")
+    assert relative_error(found, expected) < TOLERANCE
+
+
+def mean_over_parts(model: str, rows_path: str, n_parts: int, short: int) -> dict:
+    """Each part of the batch as a batch of its own, weighted by its queries."""
+
+    class Part(Ranks):
+        def __init__(self, rank):
+            self.rank, self.size = rank, n_parts
+
+    total: dict = {}
+    for rank in range(n_parts):
+        for name, gradient in gradients(model, rows_path, CASES["alone"], Part(rank), short)[0].items():
+            total[name] = total.get(name, 0) + gradient  # already weighted by the step
+    return total
+
+
+def test_the_cache_changes_nothing(tiny_model, rows_path):
+    expected, _ = gradients(tiny_model, rows_path, Case(), Ranks())
+    for chunk in (1, 5, BATCH):
+        found, _ = gradients(tiny_model, rows_path, Case(chunk=chunk), Ranks())
+        assert relative_error(found, expected) < TOLERANCE
+
+
+def test_the_cache_replays_dropout(tiny_model, rows_path):
+    """Against one graph over all chunks, each with the dropout of its place."""
+    found, loss = gradients(tiny_model, rows_path, Case(chunk=5, dropout=True), Ranks())
+    expected, expected_loss = with_one_graph(tiny_model, rows_path, 5)
+    assert loss == pytest.approx(expected_loss, rel=1e-6)
+    assert relative_error(found, expected) < TOLERANCE
+    without, _ = gradients(tiny_model, rows_path, Case(chunk=5), Ranks())
+    assert relative_error(found, without) > 0.1  # dropout was on
+
+
+def with_one_graph(model: str, rows_path: str, chunk: int):
+    import paddle
+
+    from utils.trainable import TrainableEncoder, padded
+
+    base = checkpoint.resolve(model)
+    rows = training_data.read([rows_path], None, "error", False)
+    tokenizer = tokenizing.load(base.tokenizer_folder, 32)
+    collate = training_data.Collator(rows, GROUP, (tokenizer, tokenizer), ("{text}", "{text}"))
+    batch = collate(training_data.Plan(rows, BATCH, GROUP, seed=3).epoch(0)[0], 0)
+    encoder = TrainableEncoder(base, "mean")
+    encoder.model.train()
+    sides: tuple[list, list] = ([], [])
+    for start in range(0, BATCH, chunk):
+        for side, (tokens, size) in enumerate(((batch.query_tokens, 1), (batch.passage_tokens, GROUP))):
+            encoder.seed_dropout(5, 0, start, side)
+            part = tokens[start * size : (start + chunk) * size]
+            sides[side].append(encoder.embed(*padded(part, tokenizer.pad_id)))
+    whole = losses.objective(losses.contrastive, True, [16, 32])
+    targets = losses.Targets(GROUP, paddle.to_tensor(batch.ignored), temperature=0.1)
+    loss = whole(paddle.concat(sides[0]), paddle.concat(sides[1]), targets)
+    loss.backward()
+    return {n: p.grad.numpy() for n, p in encoder.model.named_parameters() if p.grad is not None}, float(loss)
+
+
+def test_the_lean_forward_pass_is_paddlenlps(tiny_model):
+    from utils.trainable import TrainableEncoder
+
+    encoder = TrainableEncoder(checkpoint.resolve(tiny_model), "mean")
+    encoder.model.eval()
+    ids = np.random.default_rng(0).integers(4, 40, (5, 9))
+    lengths = np.array([9, 1, 4, 7, 2])
+    lean = encoder.embed(ids, lengths).numpy()
+    encoder._lean = None
+    np.testing.assert_allclose(lean, encoder.embed(ids, lengths).numpy(), rtol=1e-5, atol=1e-5)
+
+
+def test_the_cpu_linear_layer_is_paddles():
+    import paddle
+    from paddle.nn import functional
+
+    from utils import cpu_layers
+
+    paddle.seed(0)
+    x, weight, bias = paddle.randn([5, 4, 7]), paddle.randn([7, 3]), paddle.randn([3])
+    results = []
+    for layer in (functional.linear, cpu_layers.linear):
+        tensors = [tensor.clone().detach() for tensor in (x, weight, bias)]
+        for tensor in tensors:
+            tensor.stop_gradient = False
+        y = layer(*tensors)
+        (y**2).sum().backward()
+        results.append([y.numpy(), *(tensor.grad.numpy() for tensor in tensors)])
+    for expected, found in zip(*results, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_cpu_dropout_keeps_the_mean():
+    import paddle
+
+    from utils import cpu_layers
+
+    x = paddle.ones([400, 500])
+    dropped = cpu_layers.dropout(x, 0.1, np.random.default_rng(0)).numpy()
+    assert (dropped == 0).mean() == pytest.approx(0.1, abs=0.005)
+    assert dropped.mean() == pytest.approx(1, abs=0.005)
+
+
+def test_recomputing_replays_dropout(tiny_model):
+    """Twice the same seed: once with Paddle's recompute, once without, drawing from Paddle's generator."""
+    import paddle
+
+    from utils.trainable import TrainableEncoder
+
+    found = []
+    for recompute in (False, True):
+        encoder = TrainableEncoder(checkpoint.resolve(tiny_model), "mean", recompute)
+        encoder.model.train()
+        hidden = encoder._lean
+        hidden.draws_itself = False
+        encoder.seed_dropout(1, 0, 0, 0)
+        vectors = encoder.embed(np.random.default_rng(0).integers(4, 40, (5, 9)), np.array([9, 1, 4, 7, 2]))
+        (vectors**2).sum().backward()
+        found.append({n: p.grad.numpy() for n, p in encoder.model.named_parameters() if p.grad is not None})
+    assert relative_error(found[1], found[0]) < TOLERANCE
+    assert paddle.isfinite(vectors).all()

@@ -1,0 +1,298 @@
+"""The training job from end to end, on a tiny model."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, make_rows, read_jsonl, run_script, write_jsonl
+
+from utils import arguments, checkpoint, training
+from utils.arguments import ArgumentError, ModelArguments, build, parse
+from utils.embedding import build_encoders
+from utils.gradients import GradientStep
+from utils.trainable import TrainableEncoder
+
+TEXTS = ["my old card is lost", "how do i open the list", "train"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> str:
+    """A folder with train.json and dev.json."""
+    folder = tmp_path_factory.mktemp("data")
+    rows = make_rows(60)
+    for i, row in enumerate(rows):
+        row["neg_passage"] = [rows[(i + k) % 60]["pos_passage"][0] for k in (7, 9)]
+    write_jsonl(folder / "train.json", rows)
+    write_jsonl(folder / "dev.json", rows[:15])
+    return str(folder)
+
+
+@pytest.fixture
+def run(tiny_model, data, tmp_path):
+    """Train with a few arguments; returns the result."""
+
+    def train(folder="out", **options):
+        given = {
+            "model_name_or_path": tiny_model, "dataset_name_or_path": data, "output_dir": str(tmp_path / folder),
+            "per_device_train_batch_size": 8, "num_train_epochs": 2, "learning_rate": 1e-3, "logging_steps": 4,
+            "max_query_len": 16, "max_passage_len": 32, "evaluation_strategy": "no", "save_strategy": "steps",
+            "save_steps": 3, "pooling": "mean", "report_to": "none",
+        }  # fmt: skip
+        return training.train(build(arguments.training_arguments(), **given | options))
+
+    return train
+
+
+def vectors(folder) -> np.ndarray:
+    given = build(ModelArguments, model_path=str(folder), dtype="float32")
+    query, passage = build_encoders(given)
+    return np.concatenate([query.encode(TEXTS), passage.encode(TEXTS)])
+
+
+def weights(folder) -> dict:
+    import paddle
+
+    return paddle.load(str(Path(folder) / "model_state.pdparams"), return_numpy=True)
+
+
+def assert_same_weights(one, other):
+    one, other = weights(one), weights(other)
+    assert one.keys() == other.keys()
+    for name in one:
+        np.testing.assert_array_equal(one[name], other[name])
+
+
+def test_training_learns_and_the_checkpoint_is_a_model(run, tmp_path):
+    result = run(
+        evaluation_strategy="epoch", save_strategy="epoch", num_train_epochs=6, export_format="huggingface",
+        query_template="how {text}", passage_template="the {text}",
+    )  # fmt: skip
+    log = read_jsonl(tmp_path / "out" / "training.jsonl")
+    dev = [entry["eval_ndcg@10"] for entry in log if "eval_ndcg@10" in entry]
+    assert len(dev) == 6 and dev[-1] > dev[0] and result.metrics["ndcg@10"] == dev[-1]
+    losses = [entry["loss"] for entry in log if "loss" in entry]
+    assert losses[-1] < losses[0]
+    model = checkpoint.resolve(str(tmp_path / "out"))
+    assert (model.pooling, model.query_template, model.passage_template) == ("mean", "how {text}", "the {text}")
+    # The exported folder, a step's checkpoint and the final model give the same vectors.
+    final = vectors(tmp_path / "out")
+    np.testing.assert_allclose(vectors(tmp_path / "out" / "huggingface"), final, atol=1e-6)
+    np.testing.assert_allclose(vectors(tmp_path / "out" / f"checkpoint-{result.steps}"), final, atol=1e-6)
+    kept = {p.name for p in (tmp_path / "out").glob("checkpoint-*")}
+    assert kept == {"checkpoint-40", "checkpoint-48", f"checkpoint-{8 * (1 + int(np.argmax(dev)))}"}
+
+
+def test_xlm_roberta_too(run, tiny_model, tmp_path):
+    """PaddleNLP gives its weights Hugging Face's names, but not their layout."""
+    base = tmp_path / "xlmr"
+    shutil.copytree(tiny_model, base)
+    config = json.loads((base / "config.json").read_text()) | {"model_type": "xlm-roberta"}
+    (base / "config.json").write_text(json.dumps(config | {"architectures": ["XLMRobertaModel"]}))
+    run(model_name_or_path=str(base), export_format="huggingface", save_strategy="no", lora=True, num_train_epochs=1)
+    final = vectors(tmp_path / "out")
+    np.testing.assert_allclose(vectors(tmp_path / "out" / "huggingface"), final, atol=1e-6)
+    assert not np.allclose(vectors(base), final, atol=1e-3)
+    encoder = TrainableEncoder(checkpoint.resolve(str(tmp_path / "out")), "mean")
+    encoder.model.eval()
+    ids, lengths = np.random.default_rng(0).integers(4, 40, (3, 9)), np.array([9, 2, 5])
+    ids[np.arange(9) >= lengths[:, None]] = 0
+    lean = encoder.embed(ids, lengths).numpy()
+    encoder._lean = None
+    np.testing.assert_allclose(lean, encoder.embed(ids, lengths).numpy(), atol=1e-5)
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing in the code under test may catch it."""
+
+
+@pytest.mark.parametrize("options", [{}, {"lora": True}, {"gradient_accumulation_steps": 2, "gradcache_chunk_size": 3}])
+def test_a_killed_run_ends_with_the_same_weights(run, tmp_path, monkeypatch, options):
+    run("whole", **options)
+    step = GradientStep.__call__
+    calls = []
+
+    def dies(self, batch):
+        calls.append(1)
+        if len(calls) == 11:
+            raise Killed
+        return step(self, batch)
+
+    monkeypatch.setattr(GradientStep, "__call__", dies)
+    with pytest.raises(Killed):
+        run("broken", **options)
+    assert not (tmp_path / "broken" / "model_state.pdparams").exists()
+    (tmp_path / "broken" / "checkpoint-99.work").mkdir()  # a kill while a checkpoint was being written
+    run("broken", **options)
+    assert len(calls) < 11 + 16  # it did not begin again
+    assert_same_weights(tmp_path / "whole", tmp_path / "broken")
+    assert not list((tmp_path / "broken").glob("*.work"))
+
+
+def test_another_runs_checkpoints_are_not_taken_over(run):
+    run()
+    with pytest.raises(ValueError, match="a run with other learning_rate"):
+        run(learning_rate=5e-4)
+    run(learning_rate=5e-4, overwrite_output_dir=True)
+
+
+def test_the_best_checkpoint_and_early_stopping(run, tmp_path, monkeypatch):
+    values = iter([0.3, 0.5, 0.4, 0.5, 0.9])
+    monkeypatch.setattr(
+        training._Job, "evaluate", lambda job: dict.fromkeys(training.METRICS, next(values))
+    )  # fmt: skip
+    run(
+        evaluation_strategy="steps", eval_steps=3, num_train_epochs=3, load_best_model_at_end=True,
+        early_stopping_patience=2, save_total_limit=1,
+    )  # fmt: skip
+    assert sorted(p.name for p in (tmp_path / "out").glob("checkpoint-*")) == ["checkpoint-12", "checkpoint-6"]
+    assert_same_weights(tmp_path / "out", tmp_path / "out" / "checkpoint-6")
+
+
+def test_nan_ends_the_run(run, tiny_model, tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_model, broken)
+    state = load_file(broken / "model.safetensors")
+    state["encoder.layer.1.output.dense.bias"][3] = np.nan
+    save_file(state, broken / "model.safetensors")
+    with pytest.raises(ValueError, match="the loss is nan at step 1"):
+        run("nan", model_name_or_path=str(broken))
+
+
+def test_collapsed_embeddings_end_the_run(run, tiny_model, tmp_path):
+    still = tmp_path / "still"
+    shutil.copytree(tiny_model, still)
+    config = json.loads((still / "config.json").read_text())
+    config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    (still / "config.json").write_text(json.dumps(config))
+    options = {"passage_template": "the the {text}", "max_passage_len": 4}  # all passages are cut to "the the"
+    options |= {"learning_rate": 0.0, "num_train_epochs": 4, "save_strategy": "no"}
+    with pytest.raises(ValueError, match="the embeddings have collapsed: at step 24"):
+        run(model_name_or_path=str(still), **options)
+
+
+def test_frozen_word_embeddings_stay(run, tmp_path, tiny_model):
+    name = "embeddings.word_embeddings.weight"
+    run("base", max_steps=1, learning_rate=0.0)
+    run("frozen", max_steps=2, word_embeddings="freeze")
+    run("trained", max_steps=2)
+    base, frozen, trained = (weights(tmp_path / folder) for folder in ("base", "frozen", "trained"))
+    np.testing.assert_array_equal(base[name], frozen[name])
+    assert not np.array_equal(base[name], trained[name])
+    assert any(not np.array_equal(base[key], frozen[key]) for key in base)
+
+
+def test_a_failed_write_leaves_the_last_checkpoint(run, tmp_path, monkeypatch):
+    import paddle
+
+    save, calls = paddle.save, []
+
+    def full(state, path, *args):
+        calls.append(path)
+        if "checkpoint-6" in path and path.endswith("optimizer.pdopt"):
+            raise OSError(28, "No space left on device")
+        return save(state, path, *args)
+
+    monkeypatch.setattr(paddle, "save", full)
+    with pytest.raises(OSError, match=r"checkpoint-6: cannot write the checkpoint: No space left"):
+        run()
+    assert [p.name for p in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-3"]
+    monkeypatch.undo()
+    run()
+
+
+def test_an_unwritable_folder_is_refused(run, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="cannot write there"):
+        run("file/out")
+
+
+def test_two_ranks_train_as_one(run, tiny_model, data, tmp_path):
+    """Dropout is drawn by chunk, so with chunks that fall alike the whole run is the same but for rounding."""
+    options = {
+        "model_name_or_path": tiny_model, "dataset_name_or_path": data, "num_train_epochs": 1, "pooling": "mean",
+        "learning_rate": 1e-3, "max_query_len": 16, "max_passage_len": 32, "gradcache_chunk_size": 4,
+        "report_to": "none", "save_strategy": "no", "evaluation_strategy": "epoch",
+    }  # fmt: skip
+    alone = run("alone", **options, per_device_train_batch_size=8)
+    path = tmp_path / "two.json"
+    given = options | {"output_dir": str(tmp_path / "two"), "per_device_train_batch_size": 4}
+    path.write_text(json.dumps(given))
+    done = run_script("run_embedding.py", path, nproc=2)
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = weights(tmp_path / "alone"), weights(tmp_path / "two")
+    for name in one:
+        np.testing.assert_allclose(two[name], one[name], atol=2e-4, err_msg=name)
+    report = json.loads((tmp_path / "two" / "report.json").read_text())
+    assert report["world_size"] == 2
+    assert report["metrics"]["ndcg@10"] == pytest.approx(alone.metrics["ndcg@10"], abs=0.02)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "config").glob("*/emb_argument.json")), ids=lambda p: p.parent.name)
+def test_every_shipped_config_is_accepted(path):
+    parse(arguments.training_arguments(), [str(path)], "")
+
+
+PADDLENLP = {
+    "model_name_or_path": "", "dataset_name_or_path": "", "output_dir": "", "per_device_train_batch_size": 4,
+    "gradient_accumulation_steps": 4, "per_device_eval_batch_size": 1, "eval_accumulation_steps": 1, "max_steps": 2,
+    "learning_rate": 1e-05, "warmup_steps": 20, "logging_steps": 1, "evaluation_strategy": "no",
+    "save_strategy": "steps", "save_steps": 20, "save_total_limit": 20, "max_query_len": 1024,
+    "max_passage_len": 1024, "group_size": 1, "bf16": False, "fp16_opt_level": "O0", "do_train": True,
+    "do_eval": False, "disable_tqdm": True, "load_best_model_at_end": False, "eval_with_do_generation": False,
+    "metric_for_best_model": "accuracy", "recompute": True, "tensor_parallel_degree": 1,
+    "pipeline_parallel_degree": 1, "sharding": "stage1", "zero_padding": False, "unified_checkpoint": True,
+    "use_flash_attention": True, "amp_custom_black_list": "elementwise_div", "release_grads": True,
+    "loss_type": "contrastive", "query_template": "{text}", "passage_template": "{text}",
+}  # fmt: skip
+
+
+def test_paddlenlps_own_keys_are_taken(tiny_model, data, tmp_path):
+    paths = {"model_name_or_path": tiny_model, "dataset_name_or_path": data, "output_dir": str(tmp_path / "out")}
+    result = training.train(build(arguments.training_arguments(), **PADDLENLP | paths))
+    assert result.steps == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lerning_rate": 1e-5}, "unknown argument 'lerning_rate'; did you mean learning_rate?"),
+        ({"warmup_step": 1}, "did you mean warmup_steps?"),
+        ({"loss_type": "contrastiv"}, "did you mean contrastive?"),
+        ({"tensor_parallel_degree": 2}, "tensor_parallel_degree is 2; not supported here"),
+        ({"dataset_weights": [1, 2]}, "dataset_weights has 2 numbers for 1 data sets"),
+        ({"embedding_matryoshka_weights": [1.0]}, "expected as many as embedding_matryoshka_dims, 0"),
+        ({"loss_type": "kl", "group_size": 1}, "kl compares passages"),
+        ({"bf16": True, "fp16": True}, "fp16 and bf16 are both true"),
+        ({"load_best_model_at_end": True, "evaluation_strategy": "no"}, "need an evaluation_strategy"),
+        ({"bf16": "yes"}, "bf16 is 'yes'; expected true or false or null"),
+    ],
+)
+def test_bad_arguments(options, message):
+    with pytest.raises(ArgumentError) as caught:
+        build(arguments.training_arguments(), **options)
+    assert message in str(caught.value)
+
+
+def test_null_is_none_for_paddlenlps_arguments(tmp_path):
+    (tmp_path / "a.json").write_text('{"eval_steps": null, "save_total_limit": null, "run_name": null}')
+    given = parse(arguments.training_arguments(), [str(tmp_path / "a.json")], "")
+    assert given.save_total_limit is None and given.trainer_options() == {}
+
+
+def test_refusals_import_nothing_heavy():
+    import subprocess
+    import sys
+
+    code = (
+        "import sys; sys.argv = ['run_embedding.py', '--lerning_rate', '1']; sys.path.insert(0, '.')\n"
+        "import run_embedding\n"
+        "try: run_embedding.main()\n"
+        "except ValueError as error: assert 'learning_rate' in str(error)\n"
+        "assert not {'numpy', 'paddle', 'paddlenlp'} & set(sys.modules), 'heavy import'"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, env=dict(os.environ))

@@ -1,0 +1,217 @@
+"""Training rows, the batch plan, masks and the preflight."""
+
+import gzip
+import json
+
+import numpy as np
+import pytest
+from conftest import make_rows, write_jsonl
+
+from utils import training_data
+from utils.records import RecordError
+from utils.training_data import Collator, Plan, find_files, ignored, preflight, read
+
+
+class Words:
+    """A tokenizer of words."""
+
+    pad_id = 0
+
+    def __call__(self, texts):
+        return [list(range(1, len(text.split()) + 1)) for text in texts]
+
+
+def row(query, positives, negatives=(), **extra) -> dict:
+    return {"query": query, "pos_passage": list(positives), "neg_passage": list(negatives), **extra}
+
+
+@pytest.fixture
+def rows(tmp_path):
+    """40 rows over 20 queries and 10 positives, three negatives each."""
+    made = [row(f"q{i % 20}", [f"p{i % 10}"], [f"n{i}", f"n{i + 1}", f"n{i + 2}"]) for i in range(40)]
+    return read([write_jsonl(tmp_path / "a.jsonl", made)], None, "error", False)
+
+
+def test_equal_texts_share_a_number_and_positives_are_united(tmp_path):
+    path = write_jsonl(
+        tmp_path / "a.jsonl",
+        [row("one  query", ["a"], ["b", "c", "c"]), row("one query", ["b", "Ａ"], ["d"]), row("two", ["c"], ["A"])],
+    )
+    found = read([path], None, "error", False)
+    assert found.queries == ["one  query", "two"]
+    assert [found.passages[i] for i in found.known_positives[0]] == ["a", "b", "Ａ"]
+    # "b" is a negative of the first row, but a positive of the same query in the second.
+    assert [[found.passages[i] for i in n] for n in found.negatives] == [["c"], ["d"], ["Ａ"]]
+    assert found.n_false == 1
+
+
+def test_flagembeddings_keys_and_gzip(tmp_path):
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(json.dumps({"query": "q", "pos": ["p"], "neg": ["n"], "prompt": "x"}).encode()))
+    found = read([str(path)], None, "error", False)
+    assert (found.passages, len(found)) == (["p", "n"], 1)
+
+
+def test_teacher_scores_go_with_their_passages(tmp_path):
+    good = row("q", ["p"], ["n", "m"], pos_scores=[3], neg_scores=[1.5, -2])
+    path = write_jsonl(tmp_path / "a.jsonl", [good])
+    found = read([path], None, "error", True)
+    batch = Collator(found, 3, (Words(), Words()), ("{text}", "{text}"), needs_scores=True)(
+        Plan(found, 1, 3, seed=0)._deal([Plan(found, 1, 3, seed=0)._example(0, 0, 0)])[0], 0
+    )
+    assert sorted(batch.scores[0].tolist()) == [-2, 1.5, 3] and batch.scores[0, 0] == 3
+    for bad, message in (
+        ({"neg_scores": [1]}, "expected a list of 2 numbers"),
+        ({"neg_scores": [1, "2"]}, "expected finite numbers"),
+        ({"neg_scores": None}, "pos_scores or neg_scores missing"),
+    ):
+        path = write_jsonl(tmp_path / "b.jsonl", [good | bad])
+        with pytest.raises(RecordError, match=r"b\.jsonl:1") as caught:
+            read([path], None, "error", True)
+        assert message in str(caught.value)
+
+
+def test_folders_hold_train_and_dev(tmp_path):
+    (tmp_path / "train.json").write_text("")
+    (tmp_path / "dev.json").write_text("")
+    folder = str(tmp_path)
+    assert find_files([folder, "x.jsonl"], None) == ([f"{folder}/train.json", "x.jsonl"], f"{folder}/dev.json")
+    assert find_files([folder], "y.jsonl")[1] == "y.jsonl"
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"no train\.json"):
+        find_files([f"{folder}/empty"], None)
+
+
+def test_the_plan_does_not_depend_on_the_ranks_and_shuffles_every_epoch(rows):
+    plans = [Plan(rows, 8, 3, seed=1, n_ranks=n) for n in (1, 2, 4)]
+    epochs = [[[e.passages.tolist() for e in batch] for batch in plan.epoch(0)] for plan in plans]
+    assert epochs[0] == epochs[1] == epochs[2]
+    plan = plans[0]
+    orders = [[e.row for batch in plan.epoch(number) for e in batch] for number in range(2)]
+    assert sorted(orders[0]) == sorted(orders[1]) == list(range(40)) and orders[0] != orders[1]
+    drawn = [{e.row: e.passages.tolist() for batch in plan.epoch(number) for e in batch} for number in range(2)]
+    assert any(drawn[0][row] != drawn[1][row] for row in range(40))  # negatives are drawn anew
+    assert Plan(rows, 8, 3, seed=2).epoch(0)[0] != plan.epoch(0)[0]
+
+
+def test_duplicates_do_not_meet_in_a_batch(tmp_path):
+    made = [row(f"q{i % 25}", [f"p{i % 25 // 2}"]) for i in range(100)]
+    rows = read([write_jsonl(tmp_path / "a.jsonl", made)], None, "error", False)
+    for epoch in range(3):
+        batches = Plan(rows, 8, 1, seed=0).epoch(epoch)
+        assert len(batches) == 13 and [len(batch) for batch in batches] == [8] * 12 + [4]
+        clashes = [len(batch) - len({int(e.passages[0]) for e in batch}) for batch in batches]
+        assert sum(clashes) <= 8 and max(clashes[:9]) == 0  # only the last ones cannot avoid them
+
+
+def test_when_all_rows_clash_every_row_still_comes(tmp_path):
+    rows = read([write_jsonl(tmp_path / "a.jsonl", [row("q", ["p"])] * 1000)], None, "error", False)
+    batches = Plan(rows, 4, 1, seed=0).epoch(0)
+    assert sorted(e.row for batch in batches for e in batch) == list(range(1000))
+
+
+@pytest.mark.parametrize(
+    ("n", "size", "ranks", "expected"), [(10, 4, 1, 3), (9, 4, 1, 2), (10, 4, 4, 2), (11, 4, 3, 3)]
+)
+def test_a_last_batch_that_is_too_small_is_left_out(tmp_path, n, size, ranks, expected):
+    rows = read([write_jsonl(tmp_path / "a.jsonl", make_rows(n))], None, "error", False)
+    plan = Plan(rows, size, 2, seed=0, n_ranks=ranks)
+    assert len(plan) == len(plan.epoch(0)) == expected
+    assert len(Plan(rows, size, 2, seed=0, drop_last=True)) == n // size
+    assert len(Plan(rows, size, 2, seed=0, multiple=2)) == len(Plan(rows, size, 2, seed=0)) // 2 * 2
+
+
+def test_weights_and_grouping_by_source(tmp_path):
+    paths = [
+        write_jsonl(tmp_path / f"{name}.jsonl", [row(f"{name}{i}", [f"{name}p{i}"]) for i in range(20)])
+        for name in "ab"
+    ]
+    rows = read(paths, [0.5, 2.0], "error", False)
+    plan = Plan(rows, 5, 2, seed=0, group_by_source=True)
+    halves = []
+    for epoch in range(2):
+        batches = plan.epoch(epoch)
+        drawn = [e.row for batch in batches for e in batch]
+        assert len(plan) == len(batches) == 10 and len(drawn) == 50
+        assert np.bincount(drawn, minlength=40)[20:].tolist() == [2] * 20
+        assert all(len({int(rows.sources[e.row]) for e in batch}) == 1 for batch in batches)
+        halves.append({row for row in drawn if row < 20})
+    assert len(halves[0]) == 10 and halves[0] != halves[1]
+    mixed = Plan(rows, 5, 2, seed=0).epoch(0)
+    assert any(len({int(rows.sources[e.row]) for e in batch}) == 2 for batch in mixed)
+
+
+def test_known_positives_are_ignored_and_own_ones_are_not(tmp_path):
+    made = [row("q", ["a"]), row("q", ["b"]), row("r", ["c"], ["a"]), row("s", ["A "], ["c"])]
+    rows = read([write_jsonl(tmp_path / "a.jsonl", made)], None, "error", False)
+    plan = Plan(rows, 4, 2, seed=0)
+    examples = [plan._example(0, i, 0) for i in range(4)]
+    mask = ignored(rows, examples)
+    known = [{"a", "b"}, {"a", "b"}, {"c"}, {"A "}]
+    for i in range(4):
+        for j, passage in enumerate(p for example in examples for p in example.passages):
+            text = rows.passages[passage]
+            assert mask[i, j] == (text in known[i] and j != 2 * i), (i, j)
+
+
+def test_missing_negatives_are_filled_with_other_queries_positives(rows, tmp_path):
+    made = [row(f"q{i}", [f"p{i}"], ["n"] if i == 0 else []) for i in range(10)]
+    rows = read([write_jsonl(tmp_path / "b.jsonl", made)], None, "error", False)
+    for i in range(10):
+        example = Plan(rows, 4, 4, seed=0)._example(0, i, 0)
+        names = [rows.passages[p] for p in example.passages]
+        assert names[0] == f"p{i}" and len(set(names)) == 4
+        assert all(name == "n" if i == 0 and k == 1 else name[0] == "p" for k, name in enumerate(names))
+
+
+def test_each_rank_tokenises_its_part_and_masks_the_whole(rows):
+    examples = Plan(rows, 7, 2, seed=0).epoch(0)[0]
+    parts = [Collator(rows, 2, (Words(), Words()), ("a {text}", "{text}"), r, 3)(examples, 0) for r in range(3)]
+    assert [len(part.query_tokens) for part in parts] == parts[0].counts == [3, 2, 2]
+    assert [len(part.passage_tokens) for part in parts] == [6, 4, 4]
+    assert all(part.ignored.shape == (7, 14) for part in parts)
+    assert parts[0].query_tokens[0] == [1, 2]  # the template's word and its own
+    alone = Collator(rows, 2, (Words(), Words()), ("{text}", "{text}"), 1, 3, shared=False)(examples, 0)
+    assert alone.ignored.shape == (2, 4)
+
+
+def test_preflight_says_what_is_wrong(tmp_path):
+    made = [row(f"q{i}", ["word " * 30], ["n"] if i < 5 else []) for i in range(16)] + [row("q0", ["n"], ["m"])]
+    rows = read([write_jsonl(tmp_path / "a.jsonl", made)], None, "error", False)
+
+    def warnings(group_size, **changes):
+        plan = Plan(rows, 4, group_size, seed=0)
+        return preflight(plan, (Words(), Words()), ("{text}", "{text}"), (8, 16), **changes)
+
+    found = warnings(2)
+    assert "33% of the passages are longer than max_passage_len = 16 tokens" in found.warnings[0]
+    assert "12 of 17 rows have fewer than 1 negatives (12 have none)" in " ".join(found.warnings)
+    assert "1 negatives are named elsewhere as positives of the same query" in " ".join(found.warnings)
+    assert found.facts["masked_pairs_a_batch"] > 0
+    found = warnings(1)
+    assert "group_size is 1, so the hard negatives of 5 rows go unused" in " ".join(found.warnings)
+    assert warnings(2, loss_takes_batch=False).facts["negatives_a_query_sees"] == 1
+
+
+def test_preflight_counts_the_negatives_that_a_query_sees(tmp_path):
+    made = [row(f"q{i}", [f"p{i}"], [f"n{i}", f"m{i}"]) for i in range(16)]
+    rows = read([write_jsonl(tmp_path / "a.jsonl", made)], None, "error", False)
+    plan = Plan(rows, 8, 3, seed=0, n_ranks=2)
+    arguments = (plan, (Words(), Words()), ("{text}", "{text}"), (8, 16))
+    assert preflight(*arguments).facts["negatives_a_query_sees"] == 23
+    assert preflight(*arguments, n_parts=2).facts["negatives_a_query_sees"] == 11
+    assert preflight(*arguments).warnings == []
+
+
+def test_too_few_rows_for_a_batch(tmp_path):
+    rows = read([write_jsonl(tmp_path / "a.jsonl", make_rows(3))], None, "error", False)
+    with pytest.raises(ValueError, match="3 rows make no batch"):
+        preflight(Plan(rows, 8, 2, seed=0, n_ranks=4), (Words(), Words()), ("{text}", "{text}"), (8, 8))
+
+
+def test_the_loader_numbers_batches_over_epochs(rows):
+    plan = Plan(rows, 8, 2, seed=0)
+    loader = training_data.Loader(plan, Collator(rows, 2, (Words(), Words()), ("{text}", "{text}")))
+    assert [batch.number for batch in loader] == [0, 1, 2, 3, 4]
+    loader.set_epoch(2)
+    assert [batch.number for batch in loader] == [10, 11, 12, 13, 14]

@@ -1,0 +1,88 @@
+"""The dev rows as a small retrieval task, for judging a model while it trains."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from utils import engines, metrics
+from utils.distributed import Ranks
+from utils.encoder import TextEncoder
+from utils.records import Source, fold
+from utils.search import ShardedIndex
+
+logger = logging.getLogger(__name__)
+
+METRICS = ("ndcg@10", "mrr@10", "hit_rate@1", "hit_rate@10", "recall@10")
+_DEEPEST = 10
+
+
+@dataclass
+class DevSet:
+    """Queries, the corpus, and each query's relevant passages, by number.
+
+    Texts that are equal after folding are one text; a query's positives are those of all its rows.
+    """
+
+    queries: list[str]
+    corpus: list[str]
+    positives: list[set[int]]
+
+    @classmethod
+    def read(cls, path: str, corpus_path: str | None, on_bad_row: str) -> "DevSet":
+        """The rows of ``path``; their passages, negatives too, and those of ``corpus_path`` are the corpus.
+
+        Raises:
+            OSError, ValueError: a file that cannot be read, or a bad row.
+        """
+        queries: dict[str, int] = {}
+        passages: dict[str, int] = {}
+        dev = cls([], [], [])
+
+        def number(text: str) -> int:
+            found = passages.setdefault(fold(text), len(dev.corpus))
+            if found == len(dev.corpus):
+                dev.corpus.append(text)
+            return found
+
+        for record in Source(path, ("query", "pos_passage"), on_bad_row):
+            query = queries.setdefault(fold(record.query), len(dev.queries))
+            if query == len(dev.queries):
+                dev.queries.append(record.query)
+                dev.positives.append(set())
+            dev.positives[query].update(number(text) for text in record.pos_passage)
+            for text in record.neg_passage:
+                number(text)
+        if corpus_path is not None:
+            for record in Source(corpus_path, (), on_bad_row):
+                for text in (*record.pos_passage, *record.neg_passage):
+                    number(text)
+        return dev
+
+    def evaluate(self, encoders: tuple[TextEncoder, TextEncoder], ranks: Ranks) -> dict[str, float]:
+        """Means of ``METRICS`` over the queries, on every rank; the ranks share the encoding and the search."""
+        queries, passages = (
+            _encode(encoder, texts, ranks) for encoder, texts in zip(encoders, (self.queries, self.corpus), strict=True)
+        )
+        n_corpus, dim = passages.shape
+        index = ShardedIndex.of(ranks, passages if ranks.is_first else None, n_corpus, dim, engines.device())
+        depth = min(_DEEPEST, n_corpus)
+        found = index.search_all(queries if ranks.is_first else None, len(queries), depth)
+        hits = np.array([[row in own for row in rows] for rows, own in zip(found.rows, self.positives, strict=True)])
+        relevance = metrics.Relevance.of_hits(hits, np.array([len(own) for own in self.positives]), _DEEPEST)
+        return ranks.broadcast_object(metrics.compute(relevance, METRICS).aggregated)
+
+
+def _encode(encoder: TextEncoder, texts: Sequence[str], ranks: Ranks) -> np.ndarray:
+    """All vectors, float32 [n, dim], on every rank, each having encoded its share of the batches."""
+    plan = encoder.plan(encoder.token_lengths(texts))
+    mine = plan[ranks.rank :: ranks.size]
+    blocks = list(encoder.encode_batches(texts, mine))
+    own = np.concatenate(blocks) if blocks else np.zeros((0, encoder.dim), np.float32)
+    vectors = np.empty((len(texts), encoder.dim), np.float32)
+    for rank, part in enumerate(ranks.gather_rows(own)):
+        batches = plan[rank :: ranks.size]
+        if batches:
+            vectors[np.concatenate(batches)] = part
+    return vectors

@@ -1,0 +1,284 @@
+"""A checkpoint in memory as a trainable encoder: token ids to pooled vectors, with gradients.
+
+The parameters live in PaddleNLP's model, so that it saves and loads them. BERT-like encoders are computed
+by a lean forward pass over those same parameters; every other model by PaddleNLP's own.
+"""
+
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from utils import cpu_layers, engines, onednn, runtime, weights
+from utils.checkpoint import Checkpoint
+from utils.encoder import pooling_weights
+
+if TYPE_CHECKING:
+    from paddle import Tensor, nn
+
+logger = logging.getLogger(__name__)
+
+# Added to attention scores at padding.
+_MASKED = -1e4
+# PaddleNLP's two families of names for the parts of a layer.
+_PARTS = {
+    "self_attn.q_proj": (
+        "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "norm1", "linear1",
+        "linear2", "norm2",
+    ),
+    "attention.self.query": (
+        "attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense",
+        "attention.output.LayerNorm", "intermediate.dense", "output.dense", "output.LayerNorm",
+    ),
+}  # fmt: skip
+
+# The linear sublayers that adapters go into, by the ends of their names in PaddleNLP's models.
+_ADAPTED = (
+    r".*q_proj", r".*k_proj", r".*v_proj", r".*out_proj", r".*o_proj", r"linear1", r"linear2",
+    r".*self\.(query|key|value)", r".*dense", r"mlp\.(gate|up|down)_proj",
+)  # fmt: skip
+
+
+class TrainableEncoder:
+    """PaddleNLP's model of a checkpoint, in float32, and how to embed with it.
+
+    Args:
+        pooling: ``cls``, ``mean`` or ``last``.
+        recompute: recompute activations in the backward pass.
+        lora: rank and alpha of low-rank adapters, which then are all that is trained.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        pooling: str,
+        recompute: bool = False,
+        flash_attention: bool = False,
+        lora: tuple[int, int] | None = None,
+    ):
+        self.checkpoint, self.pooling, self.recompute = checkpoint, pooling, recompute
+        paddle = runtime.import_paddle()
+        paddle.set_device(engines.device())
+        if engines.device() == "cpu":
+            # Transposes as views are copied element by element when they are used: five times as slow.
+            paddle.set_flags({"FLAGS_use_stride_kernel": False})
+        extra = {"use_flash_attention": True} if flash_attention and checkpoint.is_decoder else {}
+        self.model = weights.load_model(checkpoint, **extra)
+        if lora is not None:
+            self.model = _with_adapters(self.model, checkpoint, *lora)
+        self._lean = _LeanForward(self.model, checkpoint) if onednn.supports(checkpoint) else None
+
+    def seed_dropout(self, seed: int, step: int, position: int, side: int) -> None:
+        """Settle what the next forward pass draws.
+
+        The seed is a function of where in the training the pass stands, and not of what ran before it. So a
+        pass can be replayed (gradient cache), and a resumed run draws what an unbroken one would have drawn.
+        """
+        import paddle
+
+        words = np.random.SeedSequence([seed, step, position, side]).generate_state(2)
+        number = int(words[0]) << 20 ^ int(words[1])
+        paddle.seed(number)
+        if self._lean is not None:
+            self._lean.generator = np.random.Generator(np.random.SFC64(number))
+
+    def embed(self, ids: np.ndarray, lengths: np.ndarray) -> "Tensor":
+        """Pooled vectors, not normalised, float32 [b, hidden].
+
+        Args:
+            ids: int64 [b, t], padded to the right.
+            lengths: int64 [b], the tokens that are no padding.
+        """
+        import paddle
+
+        shares = paddle.to_tensor(pooling_weights(lengths, ids.shape[1], self.pooling))
+        mask = np.arange(ids.shape[1]) < lengths[:, None]
+        if self._lean is not None:
+            hidden = self._lean(ids, mask, self.recompute and self.model.training)
+        else:
+            if self.recompute:
+                self.model.apply(_turn_recompute_on)
+            output = self.model(paddle.to_tensor(ids), attention_mask=paddle.to_tensor(mask.astype(np.int64)))
+            hidden = output[0] if isinstance(output, list | tuple) else output
+        return paddle.bmm(shares.unsqueeze(1), hidden.astype("float32")).squeeze(1)
+
+
+def _turn_recompute_on(layer: "nn.Layer") -> None:
+    """PaddleNLP's own switch."""
+    if hasattr(layer, "enable_recompute"):
+        layer.enable_recompute = True
+
+
+def _with_adapters(model: "nn.Layer", checkpoint: Checkpoint, rank: int, alpha: int) -> "nn.Layer":
+    """The model with low-rank adapters (Hu et al., 2021) in the linear sublayers of its layers; all else is frozen."""
+    from paddlenlp.peft import LoRAConfig, LoRAModel
+
+    paths = r".*layers?\.\d+\."
+    config = LoRAConfig(
+        target_modules=[paths + name for name in _ADAPTED], r=rank, lora_alpha=alpha, merge_weights=False
+    )
+    adapted = LoRAModel(model, config)
+    adapted.mark_only_lora_as_trainable()
+    if not any("lora_" in name for name, _ in adapted.named_parameters()):
+        raise ValueError(f"{checkpoint.folder}: no layers that adapters go into were found in {type(model).__name__}")
+    return model
+
+
+def merged_state(model: "nn.Layer") -> dict[str, "Tensor"]:
+    """The model's weights, adapters merged in, under the names that the model has without them."""
+    import paddle
+
+    state = model.state_dict()
+    merged = {}
+    with paddle.no_grad():
+        for name, value in state.items():
+            path = name.removesuffix("weight")
+            if ".lora_" in name:
+                continue
+            if path + "lora_A" in state:
+                scaling = _sublayer(model, path.removesuffix(".")).scaling
+                value = value + state[path + "lora_A"].matmul(state[path + "lora_B"]) * scaling
+            merged[name] = value
+    return merged
+
+
+def padded(tokens: Sequence[Sequence[int]], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """Token lists as ids int64 [b, t], padded to the right, and lengths int64 [b]."""
+    lengths = np.array([len(ids) for ids in tokens], np.int64)
+    ids = np.full((len(tokens), int(lengths.max())), pad_id, np.int64)
+    for row, own in zip(ids, tokens, strict=True):
+        row[: len(own)] = own
+    return ids, lengths
+
+
+class TrainableEngine:
+    """A trainable encoder behind ``engines.Engine`` and its lazy form, so that ``encoder.Encoder`` runs on it."""
+
+    name = "training"
+
+    def __init__(self, encoder: TrainableEncoder):
+        self._encoder = encoder
+        self.batch_tokens = 65536 if engines.device() == "gpu" else 2048
+
+    def description(self) -> dict:
+        """What of the engine the vectors depend on."""
+        return {"engine": self.name, "device": engines.device(), "dtype": "float32"}
+
+    def loaded(self) -> "TrainableEngine":
+        """The engine itself."""
+        return self
+
+    def forward(self, ids: np.ndarray, lengths: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        """See ``engines.Engine``; ``weights`` are the encoder's own pooling."""
+        import paddle
+
+        model = self._encoder.model
+        was_training = model.training
+        model.eval()
+        try:
+            with paddle.no_grad():
+                return self._encoder.embed(ids, lengths).numpy()
+        finally:
+            if was_training:
+                model.train()
+
+
+class _LeanForward:
+    """The forward pass of a post-layer-norm encoder over the sublayers of PaddleNLP's model.
+
+    Plain products instead of PaddleNLP's attention, no casts, no masks of masks: the same numbers in less time.
+    """
+
+    def __init__(self, model: "nn.Layer", checkpoint: Checkpoint):
+        config = checkpoint.config
+        self.model, self.heads = model, config["num_attention_heads"]
+        self.offset = checkpoint.position_offset
+        self.activation = config.get("hidden_act", "gelu")
+        self.hidden_dropout = config.get("hidden_dropout_prob", 0.1)
+        self.attention_dropout = config.get("attention_probs_dropout_prob", 0.1)
+        layers = getattr(model.encoder, "layers", None) or model.encoder.layer
+        family = next(names for first, names in _PARTS.items() if _sublayer(layers[0], first) is not None)
+        self.layers = [[_sublayer(layer, name) for name in family] for layer in layers]
+        self.norm = getattr(model.embeddings, "layer_norm", None) or model.embeddings.LayerNorm
+        self.generator = np.random.default_rng()
+        # Recomputing replays Paddle's generator only, so it must draw from that.
+        self.draws_itself = engines.device() == "cpu"
+
+    def __call__(self, ids: np.ndarray, mask: np.ndarray, recompute: bool) -> "Tensor":
+        import paddle
+        from paddle.distributed.fleet.utils import recompute as recomputed
+
+        # Adding a mask to every score takes as long as their softmax, so it is left out where nothing is padded.
+        additive = None
+        if not mask.all():
+            additive = paddle.to_tensor(np.where(mask, np.float32(0), np.float32(_MASKED))[:, None, None, :])
+        self.draws_itself &= not recompute
+        x = self._embedded(ids)
+        for parts in self.layers:
+
+            def layer(x: "Tensor", additive: "Tensor | None", parts: list = parts) -> "Tensor":
+                return self._layer(x, additive, parts)
+
+            x = recomputed(layer, x, additive) if recompute else layer(x, additive)
+        return x
+
+    def _embedded(self, ids: np.ndarray) -> "Tensor":
+        import paddle
+
+        embeddings = self.model.embeddings
+        positions = embeddings.position_embeddings.weight[self.offset : self.offset + ids.shape[1]]
+        x = embeddings.word_embeddings(paddle.to_tensor(ids)) + positions
+        if getattr(embeddings, "token_type_embeddings", None) is not None:
+            x = x + embeddings.token_type_embeddings.weight[0]
+        return self._dropped(self.norm(x), self.hidden_dropout)
+
+    def _layer(self, x: "Tensor", additive: "Tensor | None", parts: list) -> "Tensor":
+        import paddle
+        import paddle.nn.functional as functional
+
+        query, key, value, out, norm1, up, down, norm2 = parts
+        b, t, width = x.shape
+
+        def split(y: "Tensor") -> "Tensor":
+            return y.reshape([b, t, self.heads, width // self.heads]).transpose([0, 2, 1, 3])
+
+        scale = (width // self.heads) ** -0.5
+        scores = paddle.matmul(split(_linear(query, x) * scale), split(_linear(key, x)), transpose_y=True)
+        if additive is not None:
+            scores = scores + additive.astype(scores.dtype)
+        attention = self._dropped(functional.softmax(scores), self.attention_dropout)
+        context = paddle.matmul(attention, split(_linear(value, x))).transpose([0, 2, 1, 3]).reshape([b, t, width])
+        x = norm1(x + self._dropped(_linear(out, context), self.hidden_dropout))
+        return norm2(x + self._dropped(_linear(down, self._activated(_linear(up, x))), self.hidden_dropout))
+
+    def _activated(self, x: "Tensor") -> "Tensor":
+        import paddle.nn.functional as functional
+
+        if self.activation == "relu":
+            return functional.relu(x)
+        return functional.gelu(x, approximate=self.activation != "gelu")
+
+    def _dropped(self, x: "Tensor", share: float) -> "Tensor":
+        import paddle.nn.functional as functional
+
+        if not share or not self.model.training:
+            return x
+        return cpu_layers.dropout(x, share, self.generator) if self.draws_itself else functional.dropout(x, share)
+
+
+def _linear(layer: "nn.Layer", x: "Tensor") -> "Tensor":
+    """The layer of x; plain linear ones on a CPU by our own backward pass."""
+    from paddle import nn
+
+    if type(layer) is nn.Linear and engines.device() == "cpu" and layer.bias is not None:
+        return cpu_layers.linear(x, layer.weight, layer.bias)
+    return layer(x)
+
+
+def _sublayer(layer: "nn.Layer", path: str) -> "nn.Layer | None":
+    for name in path.split("."):
+        layer = layer[int(name)] if name.isdigit() else getattr(layer, name, None)
+        if layer is None:
+            return None
+    return layer

@@ -1,0 +1,88 @@
+"""PaddleNLP models from a checkpoint's files, and back to Hugging Face's names.
+
+PaddleNLP can do the first by itself, but writes a converted copy into the checkpoint's folder, then prefers
+it to the original, and refuses safetensors files without its kind of metadata.
+"""
+
+import copy
+import logging
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from utils import onednn, paddlenlp_models
+from utils.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from paddle import Tensor, nn
+
+logger = logging.getLogger(__name__)
+
+# Not trained and not pooled with: a checkpoint of sentence vectors often comes without it.
+_UNUSED = "pooler."
+
+
+def load_model(checkpoint: Checkpoint, dtype: str = "float32", **config) -> "nn.Layer":
+    """The checkpoint as PaddleNLP's model.
+
+    Args:
+        config: values that override the checkpoint's configuration.
+
+    Raises:
+        ValueError: weights that the model needs are not in the checkpoint.
+    """
+    if checkpoint.weight_files()[0].suffix != ".safetensors":
+        return paddlenlp_models.load_model(checkpoint, dtype, **config)
+    model = paddlenlp_models.new_model(checkpoint, dtype, **config)
+    weights, torch_layout = onednn.read_weights(checkpoint), onednn.stores_torch_layout(checkpoint)
+    names = torch_names(model)
+    own = model.state_dict()
+    state, missing = {}, []
+    for name, parameter in own.items():
+        torch_name, transposed = names.get(name, (name, False))
+        wanted = torch_name if torch_layout else name
+        found = wanted if wanted in weights else _with_prefix(wanted, weights)
+        if found is None:
+            missing.append(wanted)
+            continue
+        values = weights[found].T if transposed and torch_layout else weights[found]
+        if list(values.shape) != parameter.shape:
+            raise ValueError(f"{checkpoint.folder}: {found} has shape {list(values.shape)}; expected {parameter.shape}")
+        state[name] = np.ascontiguousarray(values)
+    missing = [name for name in missing if not name.startswith(_UNUSED)]
+    if missing:
+        raise ValueError(f"{checkpoint.folder}: the weights {', '.join(missing[:3])} are not there")
+    model.set_state_dict(state)
+    return model
+
+
+def torch_names(model: "nn.Layer") -> dict[str, tuple[str, bool]]:
+    """Hugging Face's name of each of the model's weights, and whether it is stored transposed there.
+
+    Raises:
+        ValueError: PaddleNLP does not know.
+    """
+    if "_get_name_mappings" not in {name for cls in type(model).__mro__[:2] for name in vars(cls)}:
+        raise ValueError(f"PaddleNLP has no Hugging Face names for {type(model).__name__}")
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    return {
+        mapping.target_name: (mapping.source_name, mapping.action == "transpose")
+        for mapping in type(model)._get_name_mappings(config)
+    }
+
+
+def to_torch(model: "nn.Layer", state: dict[str, "Tensor"]) -> dict[str, np.ndarray]:
+    """The model's weights ``state`` under Hugging Face's names, linear weights [out, in], float32."""
+    names = torch_names(model)
+    weights = {}
+    for name, value in state.items():
+        torch_name, transposed = names[name]
+        values = value.astype("float32").numpy()
+        weights[torch_name] = np.ascontiguousarray(values.T if transposed else values)
+    return weights
+
+
+def _with_prefix(name: str, weights: dict[str, np.ndarray]) -> str | None:
+    """A model with a head stores its body under a prefix, such as ``bert.`` or ``model.``."""
+    return next((key for key in weights if key.endswith("." + name) and key.count(".") == name.count(".") + 1), None)
