@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from utils.distributed import Ranks
-from utils.search import ExactIndex, Neighbors, largest_norm, merge, pair_scores, rounding_bound
+from utils.search import ExactIndex, Neighbors, largest_norm, merge, pair_scores, products, rounding_bound
 
 logger = logging.getLogger(__name__)
 
@@ -111,24 +111,21 @@ class _KeptRows:
 def _resolve_block(block: np.ndarray, rows: np.ndarray, best: Neighbors, threshold: float) -> list[Duplicate]:
     """Settle the rows of one block among themselves, given their best neighbours in earlier blocks (k = 1)."""
     slack = rounding_bound(block.shape[1], largest_norm(block) ** 2)
-    screened = block @ block.T
+    screened = products(block, block)
     near = np.tril(screened >= threshold - slack, -1)
-    kept = np.ones(len(block), bool)
-    duplicates = []
-    concerned = near.any(axis=1) | (best.rows[:, 0] >= 0)
-    for i in np.flatnonzero(concerned):
-        score, row = best.scores[i, 0], best.rows[i, 0]
-        inside = np.flatnonzero(near[i, :i] & kept[:i])
-        if len(inside):
-            inside = inside[screened[i, inside] >= screened[i, inside].max() - 2 * slack]
-            scores = pair_scores(np.broadcast_to(block[i], (len(inside), block.shape[1])), block[inside])
-            top = int(scores.argmax())  # the first of equals, so the lowest row
-            if scores[top] >= threshold and scores[top] > score:
-                score, row = scores[top], rows[inside[top]]
-        if row >= 0:
-            kept[i] = False
-            duplicates.append(Duplicate(int(rows[i]), int(row), float(score)))
-    return duplicates
+    scores, kept_rows = best.scores[:, 0].copy(), best.rows[:, 0].copy()
+    for i in np.flatnonzero(near.any(axis=1)):
+        inside = np.flatnonzero(near[i, :i] & (kept_rows[:i] < 0))  # those before it that stay
+        if len(inside) == 0:
+            continue
+        inside = inside[screened[i, inside] >= screened[i, inside].max() - 2 * slack]
+        exact = pair_scores(np.broadcast_to(block[i], (len(inside), block.shape[1])), block[inside])
+        top = int(exact.argmax())  # the first of equals, so the lowest row
+        if exact[top] >= threshold and exact[top] > scores[i]:
+            scores[i], kept_rows[i] = exact[top], rows[inside[top]]
+    gone = np.flatnonzero(kept_rows >= 0)
+    columns = (column[gone].tolist() for column in (rows, kept_rows, scores))
+    return [Duplicate(*values) for values in zip(*columns, strict=True)]
 
 
 def unrelated_scores(vectors: np.ndarray) -> np.ndarray:

@@ -24,7 +24,8 @@ def prepare() -> None:
     threads = str(cpu_threads())
     # Every worker runs its arithmetic on its share of the cores: more threads than cores crawl.
     os.environ.setdefault("OMP_NUM_THREADS", threads)
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", threads)
+    # Our own threads call NumPy, each with single-threaded products; see search.in_threads.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true" if int(threads) > 1 else "false")
     if "AuthenticAMD" in _cpu_info() and "avx2" in _cpu_info():
         # MKL 2019 takes its AVX2 kernels on AMD only when told to: 39 GFLOP/s a core becomes 105.
