@@ -23,6 +23,7 @@ from utils.encoder import Encoder, EncoderSettings
 from utils.gradients import GradientStep, reduce
 from utils.losses import Targets
 from utils.outputs import LOCK_PATIENCE_S, described, take_lock
+from utils.paddlenlp_models import import_paddlenlp
 from utils.trainable import TrainableEncoder, TrainableEngine, merged_state
 from utils.training_data import Collator, Loader, Plan, Preflight, TrainingRows
 
@@ -279,6 +280,7 @@ class _Job:
 
     def trainer_arguments(self):
         """PaddleNLP's TrainingArguments."""
+        import_paddlenlp()
         from paddlenlp.trainer import TrainingArguments
 
         given, options = self.given, self.given.trainer_options()
@@ -303,12 +305,11 @@ class _Job:
 
 def _trainer(job: _Job):
     """PaddleNLP's Trainer with our gradients, batches, checkpoints and evaluation."""
+    import_paddlenlp()
     paddle = runtime.import_paddle()
     from paddlenlp.trainer import Trainer
     from paddlenlp.trainer.trainer_callback import PrinterCallback, TrainerCallback
-    from paddlenlp.utils.log import logger as paddlenlp_logger
 
-    paddlenlp_logger.set_level("ERROR")
     given, ranks = job.given, job.ranks
     arguments = job.trainer_arguments()
     paddle.seed(given.seed)

@@ -6,6 +6,7 @@ it to the original, and refuses safetensors files without its kind of metadata.
 
 import copy
 import logging
+import warnings
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -52,7 +53,9 @@ def load_model(checkpoint: Checkpoint, dtype: str = "float32", **config) -> "nn.
     missing = [name for name in missing if not name.startswith(_UNUSED)]
     if missing:
         raise ValueError(f"{checkpoint.folder}: the weights {', '.join(missing[:3])} are not there")
-    model.set_state_dict(state)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the weights that are known to be missing
+        model.set_state_dict(state)
     return model
 
 
