@@ -10,6 +10,7 @@ HEAVY = {"numpy", "paddle", "paddlenlp", "faiss", "tqdm", "jinja2", "matplotlib"
 FORBIDDEN = {
     "records": HEAVY,
     "arguments": HEAVY,
+    "argument_parsing": HEAVY | {"arguments"},
     "outputs": HEAVY,
     "runtime": HEAVY - {"paddle"} | {"records", "outputs"},
     "distributed": {"faiss", "paddlenlp", "records", "search", "encoder"},

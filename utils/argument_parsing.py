@@ -1,0 +1,253 @@
+"""Dataclass fields as keyword arguments, JSON keys and command-line flags.
+
+A field's metadata holds its help text and its limits; ``check`` applies them wherever the values came
+from. Unknown names are refused with the nearest known one. A JSON ``null`` is None.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import json
+import math
+import numbers
+import os
+import types
+import typing
+from dataclasses import field
+from typing import Any, NoReturn, TypeVar
+
+
+class ArgumentError(ValueError):
+    """An argument that is unknown, of a wrong type or out of range."""
+
+
+def option(default: Any, help: str, choices: tuple = (), at_least=None, at_most=None, above=None) -> Any:
+    """A dataclass field with a help text and limits (``above`` excludes the bound itself)."""
+    limits = {"help": help, "choices": choices, "at_least": at_least, "at_most": at_most, "above": above}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=limits)
+    return field(default=default, metadata=limits)
+
+
+Arguments = TypeVar("Arguments")
+
+
+def parse(cls: type[Arguments], argv: list[str], description: str) -> Arguments:
+    """Command-line flags over an optional JSON file over the defaults.
+
+    Raises:
+        ArgumentError: an unknown name, a wrong type, or a value out of range.
+        SystemExit: ``--help`` was asked for.
+    """
+    parser = _Parser(description=description, allow_abbrev=False, formatter_class=_HelpFormatter)
+    parser.add_argument("config", nargs="?", help="a JSON file of the arguments below; flags override it")
+    for f in dataclasses.fields(cls):
+        text = f.metadata["help"].replace("%", "%%")
+        default = _default(f)
+        if default is not None:
+            text += f" (default: {default})"
+        names = [f"--{f.name}"] + ([f"--{f.name.replace('_', '-')}"] if "_" in f.name else [])
+        choices = f.metadata["choices"]
+        metavar = "{" + ",".join(map(str, choices)) + "}" if choices else _metavar(cls, f.name)
+        parser.add_argument(*names, dest=f.name, default=argparse.SUPPRESS, help=text, metavar=metavar)
+    given, unknown = parser.parse_known_args(argv)
+    known = [f"--{f.name}" for f in dataclasses.fields(cls)]
+    for name in unknown:
+        raise ArgumentError(f"unknown argument {name}{nearest(name.split('=')[0], known)}")
+    values = vars(given)
+    path = values.pop("config")
+    merged = _read_json(path, cls) if path is not None else {}
+    types_ = typing.get_type_hints(cls)
+    merged |= {name: _from_text(name, text, types_[name]) for name, text in values.items()}
+    return build(cls, **merged)
+
+
+def build(cls: type[Arguments], **values) -> Arguments:
+    """Keyword arguments as a checked dataclass.
+
+    Raises:
+        ArgumentError: an unknown name, a wrong type, or a value out of range.
+    """
+    known = {f.name for f in dataclasses.fields(cls)}
+    for name in values:
+        if name not in known:
+            raise ArgumentError(f"unknown argument {name!r}{nearest(name, known)}")
+    arguments = cls(**values)
+    check(arguments)
+    return arguments
+
+
+def check(arguments) -> None:
+    """Apply every field's type and limits, and the rules that tie fields together.
+
+    Raises:
+        ArgumentError: names the argument, the value and what was expected.
+    """
+    types_ = typing.get_type_hints(type(arguments))
+    for f in dataclasses.fields(arguments):
+        value = _checked_type(f.name, getattr(arguments, f.name), types_[f.name])
+        setattr(arguments, f.name, value)
+        for item in value if isinstance(value, list) else [value]:
+            _check_limits(f, item)
+    for name in ("template", "query_template", "passage_template"):
+        template = getattr(arguments, name, None)
+        if template is not None and template.count("{text}") != 1:
+            raise ArgumentError(f'{name} is {template!r}; expected exactly one "{{text}}" in it')
+    if getattr(arguments, "template", None) is not None:
+        for name in ("query_template", "passage_template"):
+            if getattr(arguments, name) is not None:
+                raise ArgumentError(f"template and {name} are both given; template already covers both sides")
+    if hasattr(arguments, "check"):
+        arguments.check()
+
+
+def _check_limits(f: dataclasses.Field, value) -> None:
+    if value is None:
+        return
+    limits = f.metadata
+    if limits["choices"] and value not in limits["choices"]:
+        expected = ", ".join(map(repr, limits["choices"]))
+        raise ArgumentError(f"{f.name} is {value!r}; expected one of {expected}{nearest(value, limits['choices'])}")
+    low, high, above = limits["at_least"], limits["at_most"], limits["above"]
+    too_low = (low is not None and value < low) or (above is not None and value <= above)
+    if too_low or (high is not None and value > high):
+        bounds = [f"at least {low}"] if low is not None else []
+        bounds += [f"more than {above}"] if above is not None else []
+        bounds += [f"at most {high}"] if high is not None else []
+        raise ArgumentError(f"{f.name} is {value!r}; expected {' and '.join(bounds)}")
+
+
+def _checked_type(name: str, value, hint) -> Any:
+    """The value as its field's type, an int where a float is wanted and no other leniency."""
+    options = _alternatives(hint)
+    if value is None and type(None) in options:
+        return None
+    (wanted,) = [t for t in options if t is not type(None)]
+    if isinstance(value, os.PathLike) and wanted is str:
+        return os.fspath(value)
+    if typing.get_origin(wanted) is list:
+        (item,) = typing.get_args(wanted)
+        if isinstance(value, list | tuple):
+            return [_checked_type(f"{name}[{i}]", v, item) for i, v in enumerate(value)]
+        return [_checked_type(name, value, item)]
+    kind = {int: numbers.Integral, float: numbers.Real}.get(wanted, ())
+    if isinstance(value, kind) and not isinstance(value, bool):
+        try:
+            value = wanted(value)  # NumPy's scalars, and whole numbers where any number is wanted
+        except OverflowError:
+            raise ArgumentError(f"{name} is out of range; expected {_type_name(wanted)}") from None
+    if type(value) is not wanted:
+        optional = " or null" if type(None) in options else ""
+        raise ArgumentError(f"{name} is {value!r}; expected {_type_name(wanted)}{optional}")
+    if wanted is float and not math.isfinite(value):
+        raise ArgumentError(f"{name} is {value!r}; expected a finite number")
+    if wanted is str:
+        _check_text(name, value)
+    return value
+
+
+def _check_text(name: str, value: str) -> None:
+    if not value:
+        raise ArgumentError(f"{name} is an empty string; expected some text")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ArgumentError(f"{name} is {value!r}; expected valid Unicode") from None
+    if "\0" in value:
+        raise ArgumentError(f"{name} is {value!r}; expected text without NUL")
+
+
+def _from_text(name: str, text: str, hint) -> Any:
+    """A command-line flag's text as its field's type."""
+    options = _alternatives(hint)
+    if type(None) in options and text.lower() in ("none", "null"):
+        return None
+    (wanted,) = [t for t in options if t is not type(None)]
+    if typing.get_origin(wanted) is list:
+        (item,) = typing.get_args(wanted)
+        return [_from_text(name, part.strip(), item) for part in text.split(",")]
+    if wanted is bool:
+        if text.lower() in ("true", "1", "yes"):
+            return True
+        if text.lower() in ("false", "0", "no"):
+            return False
+    elif wanted in (int, float):
+        try:
+            return wanted(text)
+        except ValueError:
+            pass
+    else:
+        return text
+    raise ArgumentError(f"{name} is {text!r}; expected {_type_name(wanted)}")
+
+
+def _read_json(path: str, cls: type) -> dict:
+    try:
+        with open(path, encoding="utf-8-sig") as stream:
+            values = json.load(stream)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file; expected a JSON file of arguments") from None
+    except OSError as error:
+        raise type(error)(f"{path}: cannot be read: {error.strerror}; expected a JSON file of arguments") from None
+    except UnicodeDecodeError:
+        raise ArgumentError(f"{path}: not UTF-8; expected a JSON file of arguments") from None
+    except json.JSONDecodeError as error:
+        raise ArgumentError(f"{path}:{error.lineno}: not JSON: {error.msg} at column {error.colno}") from None
+    except (ValueError, RecursionError) as error:
+        raise ArgumentError(f"{path}: not usable JSON ({error}); expected one flat JSON object") from None
+    if not isinstance(values, dict):
+        raise ArgumentError(f"{path}: expected one JSON object of arguments")
+    known = {f.name for f in dataclasses.fields(cls)}
+    for name in values:
+        if name not in known:
+            raise ArgumentError(f"{path}: unknown argument {name!r}{nearest(name, known)}")
+    return values
+
+
+def _alternatives(hint) -> tuple:
+    return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+
+
+def _type_name(wanted: type) -> str:
+    names = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
+    return names[wanted]
+
+
+def _metavar(cls: type, name: str) -> str:
+    (wanted,) = [t for t in _alternatives(typing.get_type_hints(cls)[name]) if t is not type(None)]
+    if typing.get_origin(wanted) is list:
+        return "A,B,..."
+    return {int: "N", float: "X", str: "TEXT", bool: "true|false"}[wanted]
+
+
+def _default(f: dataclasses.Field):
+    return f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+
+
+def nearest(name, known) -> str:
+    """The end of an error line: "; did you mean ...?", or nothing if no known name comes near."""
+    close = difflib.get_close_matches(str(name), [str(k) for k in known], n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=32, width=110)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        # One spelling is enough in the help; --with-dashes is accepted silently.
+        if action.option_strings[:1] and action.option_strings[0].startswith("--"):
+            return f"{action.option_strings[0]} {action.metavar or ''}".strip()
+        return super()._format_action_invocation(action)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ArgumentError(message)
+
+    def format_usage(self) -> str:
+        return f"usage: {self.prog} [config.json] [--name value ...]\n"
+
+    def format_help(self) -> str:
+        text = super().format_help()
+        return self.format_usage() + text[text.index("\n\n") :]
