@@ -80,3 +80,38 @@ def test_sharded_index_with_one_rank_is_the_plain_search():
     corpus, queries = unit(rng, 300, 16), unit(rng, 30, 16)
     found = ShardedIndex.of(Ranks(), corpus, 300, 16).search_all(queries, 30, 5)
     np.testing.assert_array_equal(found.rows, brute_force(queries, corpus, 5).rows)
+
+
+def test_a_gpu_is_used_only_where_faiss_has_one(caplog):
+    from utils import search
+
+    search.gpu_is_usable.cache_clear()
+    rng = np.random.default_rng(4)
+    corpus = unit(rng, 50, 8)
+    found = ExactIndex(8, vectors=corpus, device="gpu").search(corpus[:5], 3)
+    np.testing.assert_array_equal(found.rows, brute_force(corpus[:5], corpus, 3).rows)
+
+
+@pytest.mark.parametrize("floor", [-np.inf, 0.2])
+def test_what_a_gpu_finds_is_settled_like_the_rest(floor):
+    """faiss's CPU search stands in for its GPU twin, which takes the same arguments behind its resources."""
+    import faiss
+
+    from utils.search import _Gpu
+
+    rng = np.random.default_rng(5)
+    corpus = unit(rng, 400, 16)
+    corpus[200:] = corpus[:200]
+    corpus[300:] = corpus[0]  # more ties than are fetched: left to the CPU
+    queries = corpus[:30]
+    index = ExactIndex(16, vectors=corpus)
+    index._gpu = object.__new__(_Gpu)
+    index._gpu.resources = None
+    index._gpu.faiss = type("faiss", (), {
+        "knn_gpu": staticmethod(lambda resources, q, c, k, metric: faiss.knn(q, c, k, metric=metric)),
+        "METRIC_INNER_PRODUCT": faiss.METRIC_INNER_PRODUCT,
+    })  # fmt: skip
+    for k in (1, 7, 500):
+        found, expected = index.search(queries, k, floor), brute_force(queries, corpus, k, floor)
+        np.testing.assert_array_equal(found.rows, expected.rows)
+        np.testing.assert_array_equal(found.scores, expected.scores)

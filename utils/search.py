@@ -90,7 +90,7 @@ class ExactIndex:
         self._rows = np.empty((capacity, dim), np.float32) if vectors is None else vectors
         self._n = 0 if vectors is None else len(vectors)
         self._norm = 0.0 if vectors is None else largest_norm(vectors)
-        self._gpu = _Gpu() if device == "gpu" else None
+        self._gpu = _Gpu() if device == "gpu" and gpu_is_usable() else None
 
     def __len__(self) -> int:
         return self._n
@@ -507,8 +507,12 @@ class _Gpu:
         return np.flatnonzero(unsettled)
 
 
+@cache
 def gpu_is_usable() -> bool:
     """True if faiss was built for GPUs and sees one."""
     import faiss
 
-    return hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus() > 0
+    usable = hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus() > 0
+    if not usable:
+        logger.warning("faiss has no GPU support here; searching on the CPU (see requirements-gpu.txt)")
+    return usable
