@@ -24,6 +24,8 @@ FORBIDDEN = {
     "embedding": {"faiss", "records", "paddle", "paddlenlp", "search"},
     "embedding_store": {"paddle", "paddlenlp", "faiss", "encoder", "engines", "search"},
     "search": {"paddle", "paddlenlp", "records", "encoder", "engines"},
+    "screening": {"paddle", "paddlenlp", "faiss", "records", "encoder", "engines", "outputs", "distributed", "dedup"},
+    "threads": HEAVY - {"numpy"} | {"records", "distributed", "search"},
     "dedup": {"paddle", "paddlenlp", "records", "encoder", "engines", "outputs"},
     "metrics": {"paddle", "paddlenlp", "faiss", "records", "search", "encoder", "outputs"},
     "statistics": {"paddle", "paddlenlp", "faiss", "records", "search", "encoder", "outputs", "metrics"},

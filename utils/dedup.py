@@ -7,19 +7,25 @@ search among the rows kept so far, and then each block within itself.
 """
 
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
+from utils import screening
 from utils.distributed import Ranks
-from utils.search import ExactIndex, Neighbors, largest_norm, merge, pair_scores, products, rounding_bound
+from utils.screening import SAMPLE_ROWS, ScreenedIndex
+from utils.search import ExactIndex, Neighbors, largest_norm, merge, pair_scores, rounding_bound
+from utils.threads import products
 
 logger = logging.getLogger(__name__)
 
 # More rows a block means fewer, larger products among the kept rows, and more work within the block.
 _BLOCK_ROWS = 1024
+# Fewer rows are compared in less time than screening takes to set up.
+_SCREENED_ROWS = 16_384
 
 # Pairs that unrelated_scores draws.
 _SAMPLE_PAIRS = 4000
@@ -65,15 +71,16 @@ def remove_near_duplicates(
         The same result on every rank.
 
     The kept rows are dealt out to the ranks block by block, so each holds a part and searches it. In
-    memory: len(rows) x dim float32 over all ranks, at most.
+    memory: len(rows) x dim float32 over all ranks, at most; a single process that screens needs only the
+    sketches, at most two thirds of that.
     """
-    mine = _KeptRows(len(rows), dim, ranks, device)
+    mine = _index(vectors, rows, dim, threshold, ranks, device)
     kept: list[np.ndarray] = []
     duplicates: list[Duplicate] = []
     for number, start in enumerate(range(0, len(rows), _BLOCK_ROWS)):
         here = rows[start : start + _BLOCK_ROWS]
         block = ranks.broadcast(np.ascontiguousarray(vectors[here], np.float32) if vectors is not None else None)
-        decided = _resolve_block(block, here, mine.best(block, threshold), threshold)
+        decided = _resolve_block(block, here, _best_of_all(mine.search(block, threshold), ranks), threshold)
         duplicates += decided
         stays = ~np.isin(here, [duplicate.row for duplicate in decided])
         kept.append(here[stays])
@@ -83,29 +90,44 @@ def remove_near_duplicates(
     return DedupResult(np.concatenate(kept) if kept else np.zeros(0, np.int64), duplicates, threshold)
 
 
-class _KeptRows:
-    """This rank's part of the rows kept so far."""
+def _index(
+    vectors: np.ndarray | None, rows: np.ndarray, dim: int, threshold: float, ranks: Ranks, device: str
+) -> "ScreenedIndex | _FullIndex":
+    """This rank's part of the rows kept so far, still empty: screened where that is worth its set-up."""
+    # Blocks go round, so no rank gets more than its share rounded up to a block.
+    capacity = min(len(rows), math.ceil(len(rows) / _BLOCK_ROWS / ranks.size) * _BLOCK_ROWS)
+    if len(rows) >= _SCREENED_ROWS and device != "gpu":
+        drawn = np.sort(np.random.default_rng(0).choice(rows, min(len(rows), SAMPLE_ROWS), replace=False))
+        sample = ranks.broadcast(np.ascontiguousarray(vectors[drawn], np.float32) if vectors is not None else None)
+        sketcher = screening.fit(sample, threshold)
+        if sketcher is not None:
+            # A process of its own has all vectors at hand; among several, only rank 0 does.
+            return ScreenedIndex(sketcher, dim, capacity, vectors if ranks.size == 1 else None)
+    return _FullIndex(dim, capacity, device)
 
-    def __init__(self, n: int, dim: int, ranks: Ranks, device: str):
-        # Blocks go round, so no rank gets more than its share rounded up to a block.
-        blocks = -(-n // _BLOCK_ROWS)
-        capacity = min(n, -(-blocks // ranks.size) * _BLOCK_ROWS)
-        self.ranks = ranks
-        self.index = ExactIndex(dim, capacity, device=device)
-        self.row_numbers = np.empty(capacity, np.int64)
 
-    def add(self, vectors: np.ndarray, rows: np.ndarray) -> None:
-        self.row_numbers[len(self.index) : len(self.index) + len(rows)] = rows
-        self.index.add(vectors)
+class _FullIndex:
+    """``ScreenedIndex`` without the screening."""
 
-    def best(self, block: np.ndarray, threshold: float) -> Neighbors:
-        """Each row's best kept neighbour on any rank, at or above the threshold; k = 1."""
-        local = self.index.search(block, 1, threshold)
-        rows = np.where(local.rows < 0, -1, self.row_numbers[local.rows])
-        if self.ranks.size == 1:
-            return Neighbors(local.scores, rows)
-        packed = self.ranks.gather_rows(np.concatenate([local.scores, rows.view(np.float64)], axis=1))
-        return merge([Neighbors(p[:, :1].copy(), p[:, 1:].copy().view(np.int64)) for p in packed], 1)
+    def __init__(self, dim: int, capacity: int, device: str):
+        self._index = ExactIndex(dim, capacity, device=device)
+        self._numbers = np.empty(capacity, np.int64)
+
+    def add(self, vectors: np.ndarray, numbers: np.ndarray) -> None:
+        self._numbers[len(self._index) : len(self._index) + len(numbers)] = numbers
+        self._index.add(vectors)
+
+    def search(self, queries: np.ndarray, floor: float) -> Neighbors:
+        found = self._index.search(queries, 1, floor)
+        return Neighbors(found.scores, np.where(found.rows < 0, -1, self._numbers[found.rows]))
+
+
+def _best_of_all(local: Neighbors, ranks: Ranks) -> Neighbors:
+    """Each query's best row over all ranks' parts; k = 1."""
+    if ranks.size == 1:
+        return local
+    packed = ranks.gather_rows(np.concatenate([local.scores, local.rows.view(np.float64)], axis=1))
+    return merge([Neighbors(p[:, :1].copy(), p[:, 1:].copy().view(np.int64)) for p in packed], 1)
 
 
 def _resolve_block(block: np.ndarray, rows: np.ndarray, best: Neighbors, threshold: float) -> list[Duplicate]:

@@ -7,19 +7,16 @@ thread count, device and number of ranks.
 """
 
 import logging
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 
 from utils import runtime
 from utils.distributed import BLOCK_BYTES, Ranks
+from utils.threads import in_threads
 
 logger = logging.getLogger(__name__)
-
-Result = TypeVar("Result")
 
 # One screening product is at most this many queries by this many corpus rows: 8 MB of float32, which
 # stays in the cache while it is compared.
@@ -132,45 +129,6 @@ class ExactIndex:
         size = min(_QUERY_BLOCK, -(-len(queries) // runtime.cpu_threads()))
         parts = in_threads(work, range(0, len(queries), size))
         return Neighbors(np.concatenate([p.scores for p in parts]), np.concatenate([p.rows for p in parts]))
-
-
-def in_threads(work: Callable[[int], Result], starts: Iterable[int]) -> list[Result]:
-    """``work(start)`` of each start, on as many threads as we have cores, each with single-threaded products.
-
-    NumPy's comparisons run on one core while they last; giving each core its own block keeps all of them
-    busy. NumPy's matrix library must not start threads of its own, not even between two searches: they
-    go on spinning for a while and take the cores from ours.
-    """
-    _single_threaded_products()
-    starts = list(starts)
-    if runtime.cpu_threads() == 1 or len(starts) == 1:
-        return [work(start) for start in starts]
-    return list(_pool().map(work, starts))
-
-
-@cache
-def _pool() -> ThreadPoolExecutor:
-    """Threads that stay, so that each one's memory is not given back and faulted in again."""
-    return ThreadPoolExecutor(runtime.cpu_threads())
-
-
-@cache
-def _single_threaded_products() -> None:
-    from threadpoolctl import threadpool_limits
-
-    threadpool_limits(1, user_api="blas")
-
-
-def products(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """All inner products, float32 [a, d] by [b, d] to [a, b], on all our threads."""
-    result = np.empty((len(left), len(right)), np.float32)
-    size = max(1, -(-len(left) // runtime.cpu_threads()))
-
-    def work(start: int) -> None:
-        np.matmul(left[start : start + size], right.T, out=result[start : start + size])
-
-    in_threads(work, range(0, len(left), size))
-    return result
 
 
 def _search_block(queries: np.ndarray, corpus: np.ndarray, k: int, floor: float, slack: float) -> Neighbors:

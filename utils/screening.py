@@ -1,0 +1,199 @@
+"""Pairs that cannot reach a score, told apart by a few leading directions.
+
+Split every vector along an orthonormal basis of a subspace: v = p + r, p inside it, r across it. Then
+<v, w> = <p, q> + <r, s> <= <p, q> + |r| |s| (Cauchy-Schwarz), and the right side is the inner product of
+two short vectors, p's coordinates with |r| appended. Where the subspace holds most of what tells the
+vectors apart, that bound already lies below the threshold for nearly all pairs, at a fraction of the
+full product's cost; the pairs that it leaves are scored canonically. The answer is the full search's.
+"""
+
+import logging
+
+import numpy as np
+
+from utils import runtime
+from utils.search import Neighbors, largest_norm, pair_scores, rounding_bound
+from utils.threads import in_threads
+
+logger = logging.getLogger(__name__)
+
+# Rows that a basis is fitted to, and directions that it has at most.
+SAMPLE_ROWS = 4096
+_MOST_DIRECTIONS = 256
+# Numbers of directions that are tried.
+_STEP = 16
+# What a pair of sketches costs besides its product's flops, and what scoring a pair costs, in units of one
+# more dimension of the product (measured at 384 dimensions; only speed depends on them).
+_PASS_COST, _PAIR_COST = 36, 60_000
+# Screening must promise to take at most this share of the full product's time.
+_WORTHWHILE = 0.8
+# One product of sketches is at most this many queries by this many rows: 2 MB, about a core's own cache.
+_QUERY_BLOCK, _ROW_BLOCK = 512, 1024
+# Pairs that are scored at a time.
+_PAIRS = 2048
+
+
+class Sketcher:
+    """Makes the short vectors: float32 [n, d] to float32 [n, k + 1].
+
+    Args:
+        basis: float64 [d, k], orthonormal columns.
+    """
+
+    def __init__(self, basis: np.ndarray):
+        self._basis = basis
+        self.width = basis.shape[1] + 1
+
+    def __call__(self, vectors: np.ndarray) -> np.ndarray:
+        sketches = np.empty((len(vectors), self.width), np.float32)
+        for start in range(0, len(vectors), SAMPLE_ROWS):
+            block = vectors[start : start + SAMPLE_ROWS].astype(np.float64)
+            inside = block @ self._basis
+            across = np.einsum("ij,ij->i", block, block) - np.einsum("ij,ij->i", inside, inside)
+            sketches[start : start + SAMPLE_ROWS, :-1] = inside
+            # Float64 loses at most about 1e-15 of |v|^2 to cancellation: 1e-7 |v| covers its root.
+            norms = np.sqrt(np.einsum("ij,ij->i", block, block))
+            sketches[start : start + SAMPLE_ROWS, -1] = np.sqrt(np.maximum(across, 0)) + 1e-7 * norms
+        return sketches
+
+    def slack(self, norms: float) -> float:
+        """How far a computed product, of sketches or of vectors, may lie from the true one.
+
+        For norms that multiply to ``norms``: the product's own rounding, that of the sketches to float32
+        (2^-24 of each coordinate), and that of a threshold.
+        """
+        return rounding_bound(max(self.width, len(self._basis)) + 4, norms * 1.001)
+
+
+def fit(sample: np.ndarray, threshold: float) -> Sketcher | None:
+    """The sketcher that should find pairs at or above ``threshold`` soonest; None if the full product should.
+
+    Args:
+        sample: float32 [m, d], drawn from the vectors that will be compared. Only speed depends on it.
+    """
+    d = sample.shape[1]
+    # Judged by other rows than it is fitted to, which it suits better than it suits the rest.
+    fitted, sample = sample[::2], sample[1::2]
+    most = min(_MOST_DIRECTIONS, int(_WORTHWHILE * d), len(fitted))
+    if most < _STEP:
+        return None
+    basis = _leading_directions(fitted, most)
+    inside = (sample.astype(np.float64) @ basis).astype(np.float32)
+    squares = np.einsum("ij,ij->i", sample, sample, dtype=np.float64)
+    m, half = len(sample), len(sample) // 2
+    bounds = np.zeros((half, m - half), np.float32)
+    best, cheapest = None, _WORTHWHILE * (d + _PASS_COST)
+    for k in range(_STEP, most + 1, _STEP):
+        bounds += inside[:half, k - _STEP : k] @ inside[half:, k - _STEP : k].T
+        rest = np.sqrt(np.maximum(squares - np.einsum("ij,ij->i", inside[:, :k], inside[:, :k]), 0)).astype(np.float32)
+        left = np.mean(bounds + np.outer(rest[:half], rest[half:]) >= threshold)
+        cost = k + 1 + _PASS_COST + _PAIR_COST * left
+        if cost < cheapest:
+            best, cheapest = k, cost
+    if best is None:
+        return None
+    logger.info("screening pairs by %d of %d dimensions", best, d)
+    return Sketcher(basis[:, :best])
+
+
+def _leading_directions(sample: np.ndarray, k: int) -> np.ndarray:
+    """An orthonormal basis of about the k leading directions of rows [m, d], the leading ones first; float64 [d, k].
+
+    A randomised range finder with two power iterations (Halko, Martinsson and Tropp, 2011), seeded.
+    """
+    rows = sample.astype(np.float64)
+    start = np.random.default_rng(0).standard_normal((rows.shape[1], min(k + 16, rows.shape[1])))
+    basis = np.linalg.qr(rows.T @ (rows @ start))[0]
+    basis = np.linalg.qr(rows.T @ (rows @ basis))[0]
+    _, _, turned = np.linalg.svd(rows @ basis, full_matrices=False)
+    return np.linalg.qr(basis @ turned.T[:, :k])[0]
+
+
+class ScreenedIndex:
+    """Rows added in blocks, searched for the single best one at or above a floor.
+
+    Holds the sketches only, and the vectors where ``source`` is None.
+
+    Args:
+        capacity: room for rows.
+        source: float32 [n, d] that holds every row which will be added; its row numbers are then ``add``'s.
+    """
+
+    def __init__(self, sketcher: Sketcher, dim: int, capacity: int, source: np.ndarray | None):
+        self._sketcher, self._source = sketcher, source
+        self._sketches = np.empty((capacity, sketcher.width), np.float32)
+        self._vectors = np.empty((capacity if source is None else 0, dim), np.float32)
+        self._numbers = np.empty(capacity, np.int64)
+        self._n, self._norm = 0, 0.0
+
+    def add(self, vectors: np.ndarray, numbers: np.ndarray) -> None:
+        """Append rows, float32 [m, d], known as ``numbers``, int64 [m] ascending."""
+        new = slice(self._n, self._n + len(vectors))
+        self._sketches[new] = self._sketcher(vectors)
+        if self._source is None:
+            self._vectors[new] = vectors
+        self._numbers[new] = numbers
+        self._n = new.stop
+        self._norm = max(self._norm, largest_norm(vectors))
+
+    def search(self, queries: np.ndarray, floor: float) -> Neighbors:
+        """The best row of each query by canonical score, if that is at least ``floor``; k = 1."""
+        best = Neighbors(np.full((len(queries), 1), -np.inf), np.full((len(queries), 1), -1, np.int64))
+        if self._n == 0 or len(queries) == 0:
+            return best
+        sketches = self._sketcher(queries)
+        slack = self._sketcher.slack(self._norm * largest_norm(queries))
+        size = min(_QUERY_BLOCK, -(-len(queries) // runtime.cpu_threads()))
+
+        def work(start: int) -> None:
+            part = slice(start, start + size)
+            self._search_block(queries[part], sketches[part], floor, slack, best.scores[part, 0], best.rows[part, 0])
+
+        in_threads(work, range(0, len(queries), size))
+        return best
+
+    def _search_block(
+        self, queries: np.ndarray, sketches: np.ndarray, floor: float, slack: float, score: np.ndarray, row: np.ndarray
+    ) -> None:
+        """Fills in ``score`` and ``row`` of one block of queries."""
+        product = np.empty(len(queries) * _ROW_BLOCK, np.float32)
+        waiting: list[tuple[np.ndarray, np.ndarray]] = []
+        n_waiting, cut = 0, np.float32(floor - slack)
+        for start in range(0, self._n, _ROW_BLOCK):
+            block = self._sketches[start : min(start + _ROW_BLOCK, self._n)]
+            bounds = product[: len(queries) * len(block)].reshape(len(queries), len(block))
+            np.matmul(sketches, block.T, out=bounds)
+            # Few queries find anything, and looking at each one's maximum first takes a third of the time.
+            touched = np.flatnonzero(bounds.max(axis=1) >= cut)
+            if len(touched):
+                place, column = np.nonzero(bounds[touched] >= cut)
+                waiting.append((touched[place], column + start))
+                n_waiting += len(place)
+                if n_waiting > _PAIRS:
+                    self._take(queries, waiting, floor, slack, score, row)
+                    waiting, n_waiting = [], 0
+        if waiting:
+            self._take(queries, waiting, floor, slack, score, row)
+
+    def _take(
+        self,
+        queries: np.ndarray,
+        pairs: list[tuple[np.ndarray, np.ndarray]],
+        floor: float,
+        slack: float,
+        score: np.ndarray,
+        row: np.ndarray,
+    ) -> None:
+        """Score pairs and keep each query's best; of equals, the one with the lower row."""
+        query, place = (np.concatenate(part) for part in zip(*pairs, strict=True))
+        for first in range(0, len(query), _PAIRS):
+            part = slice(first, first + _PAIRS)
+            left, numbers = queries[query[part]], self._numbers[place[part]]
+            right = self._vectors[place[part]] if self._source is None else self._source[numbers]
+            near = np.flatnonzero(np.einsum("ij,ij->i", left, right) >= floor - slack)
+            exact = pair_scores(left[near], right[near])
+            order = np.lexsort((numbers[near], -exact, query[part][near]))
+            exact, owner, numbers = exact[order], query[part][near][order], numbers[near][order]
+            leads = np.diff(owner, prepend=-1) > 0
+            leads &= (exact >= floor) & (exact > score[owner])
+            score[owner[leads]], row[owner[leads]] = exact[leads], numbers[leads]
