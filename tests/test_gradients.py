@@ -125,23 +125,76 @@ def test_the_lean_forward_pass_is_paddlenlps(tiny_model):
     np.testing.assert_allclose(lean, encoder.embed(ids, lengths).numpy(), rtol=1e-5, atol=1e-5)
 
 
-def test_the_cpu_linear_layer_is_paddles():
+def test_the_cpu_layers_are_paddles(monkeypatch):
     import paddle
     from paddle.nn import functional
 
     from utils import cpu_layers
 
+    monkeypatch.setattr(cpu_layers, "_ROWS", 3)
     paddle.seed(0)
-    x, weight, bias = paddle.randn([5, 4, 7]), paddle.randn([7, 3]), paddle.randn([3])
+    pairs = [
+        (functional.linear, cpu_layers.linear, ([5, 4, 7], [7, 3], [3])),
+        (functional.gelu, cpu_layers.gelu, ([5, 4, 7],)),
+        (
+            lambda x, gain, bias: functional.layer_norm(x, [6], gain, bias, 1e-5),
+            lambda x, gain, bias: cpu_layers.layer_norm(x, gain, bias, 1e-5),
+            ([7, 6], [6], [6]),
+        ),
+    ]
+    for theirs, ours, shapes in pairs:
+        inputs = [paddle.randn(shape) * 2 for shape in shapes]
+        results = []
+        for layer in (theirs, ours):
+            tensors = [tensor.clone().detach() for tensor in inputs]
+            for tensor in tensors:
+                tensor.stop_gradient = False
+            y = layer(*tensors)
+            (y**2).sum().backward()
+            results.append([y.numpy(), *(tensor.grad.numpy() for tensor in tensors)])
+        for expected, found in zip(*results, strict=True):
+            np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3])
+def test_the_cpu_attention_is_the_textbooks(share, monkeypatch):
+    """Against softmax(QK^T)V text by text in Paddle, with the same dropout mask."""
+    import paddle
+    from paddle.nn import functional
+
+    from utils import cpu_layers
+
+    monkeypatch.setattr(cpu_layers, "_SCORES", 200)  # so that some texts are cut by heads and some are not
+    lengths, heads, width = [7, 1, 13, 4], 4, 6
+    paddle.seed(1)
+    inputs = [paddle.randn([sum(lengths), heads * width]) for _ in range(3)]
+    outer = paddle.randn(inputs[0].shape)
+    texts = cpu_layers._Texts(lengths, heads, share, [5])
     results = []
-    for layer in (functional.linear, cpu_layers.linear):
-        tensors = [tensor.clone().detach() for tensor in (x, weight, bias)]
+    for own in (True, False):
+        q, k, v = tensors = [tensor.clone().detach() for tensor in inputs]
         for tensor in tensors:
             tensor.stop_gradient = False
-        y = layer(*tensors)
-        (y**2).sum().backward()
+        if own:
+            y = cpu_layers.attention(q, k, v, lengths, heads, share, [5])
+        else:
+            rows = []
+            for text, start in enumerate(np.cumsum([0, *lengths[:-1]])):
+                stop = start + lengths[text]
+                parts = [t[start:stop].reshape([-1, heads, width]).transpose([1, 0, 2]) for t in (q, k, v)]
+                weights = functional.softmax(paddle.matmul(parts[0], parts[1], transpose_y=True))
+                pieces = [n for n, (number, _, _) in enumerate(texts.parts) if number == text]
+                if share:
+                    masks = [
+                        texts.dropped(n, [texts.parts[n][2].stop - texts.parts[n][2].start, *weights.shape[1:]])
+                        for n in pieces
+                    ]
+                    weights = weights * paddle.to_tensor(np.concatenate(masks))
+                rows.append(paddle.matmul(weights, parts[2]).transpose([1, 0, 2]).reshape([-1, heads * width]))
+            y = paddle.concat(rows)
+        (y * outer).sum().backward()
         results.append([y.numpy(), *(tensor.grad.numpy() for tensor in tensors)])
-    for expected, found in zip(*results, strict=True):
+    for found, expected in zip(*results, strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -151,13 +204,13 @@ def test_cpu_dropout_keeps_the_mean():
     from utils import cpu_layers
 
     x = paddle.ones([400, 500])
-    dropped = cpu_layers.dropout(x, 0.1, np.random.default_rng(0)).numpy()
+    dropped = cpu_layers.dropout(x, 0.1, [0]).numpy()
     assert (dropped == 0).mean() == pytest.approx(0.1, abs=0.005)
     assert dropped.mean() == pytest.approx(1, abs=0.005)
 
 
 def test_recomputing_replays_dropout(tiny_model):
-    """Twice the same seed: once with Paddle's recompute, once without, drawing from Paddle's generator."""
+    """Twice the same seed: once with Paddle's recompute, once without."""
     import paddle
 
     from utils.trainable import TrainableEncoder
@@ -166,8 +219,6 @@ def test_recomputing_replays_dropout(tiny_model):
     for recompute in (False, True):
         encoder = TrainableEncoder(checkpoint.resolve(tiny_model), "mean", recompute)
         encoder.model.train()
-        hidden = encoder._lean
-        hidden.draws_itself = False
         encoder.seed_dropout(1, 0, 0, 0)
         vectors = encoder.embed(np.random.default_rng(0).integers(4, 40, (5, 9)), np.array([9, 1, 4, 7, 2]))
         (vectors**2).sum().backward()

@@ -186,6 +186,24 @@ def test_frozen_word_embeddings_stay(run, tmp_path, tiny_model):
     assert any(not np.array_equal(base[key], frozen[key]) for key in base)
 
 
+def test_frozen_layers_stay_and_the_others_learn(run, tmp_path):
+    run("base", max_steps=1, learning_rate=0.0)
+    run("frozen", max_steps=2, freeze_layers=1)
+    base, frozen = weights(tmp_path / "base"), weights(tmp_path / "frozen")
+    changed = {key for key in base if not np.array_equal(base[key], frozen[key])}
+    assert changed and all("layers.1." in key or "layer.1." in key for key in changed)
+    with pytest.raises(ValueError, match=r"freeze_layers is 2; .* has only 2 layers to train"):
+        run("none", freeze_layers=2)
+
+
+def test_dropout_is_the_models_unless_it_is_given(run, tmp_path):
+    for name, options in (("own", {}), ("same", {"dropout": 0.1}), ("none", {"dropout": 0.0})):
+        run(name, max_steps=2, **options)
+    own, same, none = (weights(tmp_path / folder) for folder in ("own", "same", "none"))
+    assert all(np.array_equal(own[key], same[key]) for key in own)
+    assert any(not np.array_equal(own[key], none[key]) for key in own)
+
+
 def test_a_failed_write_leaves_the_last_checkpoint(run, tmp_path, monkeypatch):
     import paddle
 
@@ -226,7 +244,10 @@ def test_two_ranks_train_as_one(run, tiny_model, data, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     one, two = weights(tmp_path / "alone"), weights(tmp_path / "two")
     for name in one:
-        np.testing.assert_allclose(two[name], one[name], atol=2e-4, err_msg=name)
+        # A key's bias adds the same to all scores of a query, so its gradient is 0 but for rounding, which Adam's
+        # division by the gradient's size makes into steps.
+        if not name.endswith("k_proj.bias"):
+            np.testing.assert_allclose(two[name], one[name], atol=2e-4, err_msg=name)
     report = json.loads((tmp_path / "two" / "report.json").read_text())
     assert report["world_size"] == 2
     assert report["metrics"]["ndcg@10"] == pytest.approx(alone.metrics["ndcg@10"], abs=0.02)

@@ -378,6 +378,15 @@ class TrainArguments:
     )  # fmt: skip
     group_by_source: bool = option(False, "fill each batch from one file, so that negatives are of the same kind")
     word_embeddings: str = option("train", "train the word embeddings, or freeze them", choices=WORD_EMBEDDINGS)
+    freeze_layers: int = option(
+        0, "train neither the embeddings nor this many of the lowest layers: less time and memory", at_least=0
+    )
+    dropout: float | None = option(
+        None,
+        "share of values that dropout sets to 0 while training; default: as the model says",
+        at_least=0,
+        at_most=0.9,
+    )
     per_device_train_batch_size: int = option(32, "queries a rank and step", at_least=1)
     gradient_accumulation_steps: int = option(
         1, "batches whose gradients are added up before an update; adds no negatives", at_least=1

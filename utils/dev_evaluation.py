@@ -9,7 +9,7 @@ import numpy as np
 from utils import engines, metrics
 from utils.distributed import Ranks
 from utils.encoder import TextEncoder
-from utils.records import Source, fold
+from utils.records import Source
 from utils.search import ShardedIndex
 
 logger = logging.getLogger(__name__)
@@ -22,7 +22,7 @@ _DEEPEST = 10
 class DevSet:
     """Queries, the corpus, and each query's relevant passages, by number.
 
-    Texts that are equal after folding are one text; a query's positives are those of all its rows.
+    Equal texts are one text, as in ``collection``; a query's positives are those of all its rows.
     """
 
     queries: list[str]
@@ -41,13 +41,13 @@ class DevSet:
         dev = cls([], [], [])
 
         def number(text: str) -> int:
-            found = passages.setdefault(fold(text), len(dev.corpus))
+            found = passages.setdefault(text, len(dev.corpus))
             if found == len(dev.corpus):
                 dev.corpus.append(text)
             return found
 
         for record in Source(path, ("query", "pos_passage"), on_bad_row):
-            query = queries.setdefault(fold(record.query), len(dev.queries))
+            query = queries.setdefault(record.query, len(dev.queries))
             if query == len(dev.queries):
                 dev.queries.append(record.query)
                 dev.positives.append(set())

@@ -6,6 +6,7 @@ by a lean forward pass over those same parameters; every other model by PaddleNL
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -33,6 +34,9 @@ _PARTS = {
     ),
 }  # fmt: skip
 
+# What configurations call the shares of dropout in an encoder and in a decoder.
+_DROPOUT = ("hidden_dropout_prob", "attention_probs_dropout_prob"), ("attention_dropout",)
+
 # The linear sublayers that adapters go into, by the ends of their names in PaddleNLP's models.
 _ADAPTED = (
     r".*q_proj", r".*k_proj", r".*v_proj", r".*out_proj", r".*o_proj", r"linear1", r"linear2",
@@ -47,6 +51,7 @@ class TrainableEncoder:
         pooling: ``cls``, ``mean`` or ``last``.
         recompute: recompute activations in the backward pass.
         lora: rank and alpha of low-rank adapters, which then are all that is trained.
+        dropout: instead of the checkpoint's own shares.
     """
 
     def __init__(
@@ -56,6 +61,7 @@ class TrainableEncoder:
         recompute: bool = False,
         flash_attention: bool = False,
         lora: tuple[int, int] | None = None,
+        dropout: float | None = None,
     ):
         self.checkpoint, self.pooling, self.recompute = checkpoint, pooling, recompute
         paddle = runtime.import_paddle()
@@ -64,10 +70,32 @@ class TrainableEncoder:
             # Transposes as views are copied element by element when they are used: five times as slow.
             paddle.set_flags({"FLAGS_use_stride_kernel": False})
         extra = {"use_flash_attention": True} if flash_attention and checkpoint.is_decoder else {}
+        if dropout is not None:
+            shares = dict.fromkeys(_DROPOUT[checkpoint.is_decoder], dropout)
+            extra, checkpoint = extra | shares, replace(checkpoint, config=checkpoint.config | shares)
         self.model = weights.load_model(checkpoint, **extra)
         if lora is not None:
             self.model = _with_adapters(self.model, checkpoint, *lora)
         self._lean = _LeanForward(self.model, checkpoint) if onednn.supports(checkpoint) else None
+
+    def freeze(self, layers: int = 0) -> None:
+        """Train neither the word embeddings nor, if ``layers`` is not 0, any embeddings and that many lowest layers.
+
+        Raises:
+            ValueError: the model has no more layers than that.
+        """
+        from paddle import nn
+
+        n_layers = self.checkpoint.config["num_hidden_layers"]
+        if layers >= n_layers:
+            raise ValueError(f"freeze_layers is {layers}; {self.checkpoint.folder} has only {n_layers} layers to train")
+        frozen = [self.model.get_input_embeddings()]
+        if layers:
+            stacks = (s for s in self.model.sublayers() if isinstance(s, nn.LayerList) and len(s) == n_layers)
+            frozen += [*next(stacks)[:layers], getattr(self.model, "embeddings", frozen[0])]
+        for layer in frozen:
+            for parameter in layer.parameters():
+                parameter.stop_gradient = True
 
     def seed_dropout(self, seed: int, step: int, position: int, side: int) -> None:
         """Settle what the next forward pass draws.
@@ -78,10 +106,9 @@ class TrainableEncoder:
         import paddle
 
         words = np.random.SeedSequence([seed, step, position, side]).generate_state(2)
-        number = int(words[0]) << 20 ^ int(words[1])
-        paddle.seed(number)
+        paddle.seed(int(words[0]) << 20 ^ int(words[1]))
         if self._lean is not None:
-            self._lean.generator = np.random.Generator(np.random.SFC64(number))
+            self._lean.seed = words.tolist()
 
     def embed(self, ids: np.ndarray, lengths: np.ndarray) -> "Tensor":
         """Pooled vectors, not normalised, float32 [b, hidden].
@@ -92,16 +119,20 @@ class TrainableEncoder:
         """
         import paddle
 
-        shares = paddle.to_tensor(pooling_weights(lengths, ids.shape[1], self.pooling))
+        shares = pooling_weights(lengths, ids.shape[1], self.pooling)
         mask = np.arange(ids.shape[1]) < lengths[:, None]
+        if self._lean is not None and engines.device() == "cpu":
+            packed = np.zeros((len(ids), int(mask.sum())), np.float32)
+            packed[np.nonzero(mask)[0], np.arange(packed.shape[1])] = shares[mask]
+            return paddle.matmul(paddle.to_tensor(packed), self._lean(_Packed(ids, mask), self.recompute))
         if self._lean is not None:
-            hidden = self._lean(ids, mask, self.recompute and self.model.training)
+            hidden = self._lean(_Padded(ids, mask), self.recompute)
         else:
             if self.recompute:
                 self.model.apply(_turn_recompute_on)
             output = self.model(paddle.to_tensor(ids), attention_mask=paddle.to_tensor(mask.astype(np.int64)))
             hidden = output[0] if isinstance(output, list | tuple) else output
-        return paddle.bmm(shares.unsqueeze(1), hidden.astype("float32")).squeeze(1)
+        return paddle.bmm(paddle.to_tensor(shares).unsqueeze(1), hidden.astype("float32")).squeeze(1)
 
 
 def _turn_recompute_on(layer: "nn.Layer") -> None:
@@ -184,10 +215,59 @@ class TrainableEngine:
                 model.train()
 
 
+class _Padded:
+    """A batch as a GPU likes it: texts padded to one length, ids [b, t]."""
+
+    def __init__(self, ids: np.ndarray, mask: np.ndarray):
+        import paddle
+
+        self.ids, self.positions = ids, np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
+        # Adding a mask to every score takes as long as their softmax, so it is left out where nothing is padded.
+        self._additive = None
+        if not mask.all():
+            self._additive = paddle.to_tensor(np.where(mask, np.float32(0), np.float32(_MASKED))[:, None, None, :])
+
+    def attention(self, query: "Tensor", key: "Tensor", value: "Tensor", heads: int, share: float, _) -> "Tensor":
+        import paddle
+        import paddle.nn.functional as functional
+
+        b, t, width = query.shape
+
+        def split(y: "Tensor") -> "Tensor":
+            return y.reshape([b, t, heads, width // heads]).transpose([0, 2, 1, 3])
+
+        scores = paddle.matmul(split(query), split(key), transpose_y=True)
+        if self._additive is not None:
+            scores = scores + self._additive.astype(scores.dtype)
+        weights = functional.dropout(functional.softmax(scores), share)
+        return paddle.matmul(weights, split(value)).transpose([0, 2, 1, 3]).reshape([b, t, width])
+
+    def dropout(self, x: "Tensor", share: float, _) -> "Tensor":
+        import paddle.nn.functional as functional
+
+        return functional.dropout(x, share)
+
+
+class _Packed:
+    """A batch as a CPU likes it: texts one after another, ids [tokens]."""
+
+    def __init__(self, ids: np.ndarray, mask: np.ndarray):
+        self.ids, self.positions = ids[mask], np.nonzero(mask)[1]
+        self._lengths = mask.sum(axis=1).tolist()
+
+    def attention(
+        self, query: "Tensor", key: "Tensor", value: "Tensor", heads: int, share: float, seed: list[int]
+    ) -> "Tensor":
+        return cpu_layers.attention(query, key, value, self._lengths, heads, share, seed)
+
+    def dropout(self, x: "Tensor", share: float, seed: list[int]) -> "Tensor":
+        return cpu_layers.dropout(x, share, seed) if share else x
+
+
 class _LeanForward:
     """The forward pass of a post-layer-norm encoder over the sublayers of PaddleNLP's model.
 
-    Plain products instead of PaddleNLP's attention, no casts, no masks of masks: the same numbers in less time.
+    No casts, no masks of masks, and attention as the device likes it: the same numbers in less time.
     """
 
     def __init__(self, model: "nn.Layer", checkpoint: Checkpoint):
@@ -201,70 +281,53 @@ class _LeanForward:
         family = next(names for first, names in _PARTS.items() if _sublayer(layers[0], first) is not None)
         self.layers = [[_sublayer(layer, name) for name in family] for layer in layers]
         self.norm = getattr(model.embeddings, "layer_norm", None) or model.embeddings.LayerNorm
-        self.generator = np.random.default_rng()
-        # Recomputing replays Paddle's generator only, so it must draw from that.
-        self.draws_itself = engines.device() == "cpu"
+        # With a place in the model, settles what dropout draws there (packed batches).
+        self.seed: list[int] = [0]
 
-    def __call__(self, ids: np.ndarray, mask: np.ndarray, recompute: bool) -> "Tensor":
-        import paddle
+    def __call__(self, batch: _Padded | _Packed, recompute: bool) -> "Tensor":
         from paddle.distributed.fleet.utils import recompute as recomputed
 
-        # Adding a mask to every score takes as long as their softmax, so it is left out where nothing is padded.
-        additive = None
-        if not mask.all():
-            additive = paddle.to_tensor(np.where(mask, np.float32(0), np.float32(_MASKED))[:, None, None, :])
-        self.draws_itself &= not recompute
-        x = self._embedded(ids)
-        for parts in self.layers:
+        x = self._embedded(batch)
+        for number, parts in enumerate(self.layers):
 
-            def layer(x: "Tensor", additive: "Tensor | None", parts: list = parts) -> "Tensor":
-                return self._layer(x, additive, parts)
+            def layer(x: "Tensor", number: int = number, parts: list = parts) -> "Tensor":
+                return self._layer(x, batch, number, parts)
 
-            x = recomputed(layer, x, additive) if recompute else layer(x, additive)
+            x = recomputed(layer, x) if recompute and self.model.training else layer(x)
         return x
 
-    def _embedded(self, ids: np.ndarray) -> "Tensor":
+    def _embedded(self, batch: _Padded | _Packed) -> "Tensor":
         import paddle
 
         embeddings = self.model.embeddings
-        positions = embeddings.position_embeddings.weight[self.offset : self.offset + ids.shape[1]]
-        x = embeddings.word_embeddings(paddle.to_tensor(ids)) + positions
+        positions = paddle.to_tensor(batch.positions + self.offset)
+        x = embeddings.word_embeddings(paddle.to_tensor(batch.ids)) + embeddings.position_embeddings(positions)
         if getattr(embeddings, "token_type_embeddings", None) is not None:
             x = x + embeddings.token_type_embeddings.weight[0]
-        return self._dropped(self.norm(x), self.hidden_dropout)
+        return batch.dropout(_normed(self.norm, x), self._share(self.hidden_dropout), [*self.seed, len(self.layers)])
 
-    def _layer(self, x: "Tensor", additive: "Tensor | None", parts: list) -> "Tensor":
-        import paddle
-        import paddle.nn.functional as functional
-
+    def _layer(self, x: "Tensor", batch: _Padded | _Packed, number: int, parts: list) -> "Tensor":
         query, key, value, out, norm1, up, down, norm2 = parts
-        b, t, width = x.shape
+        hidden, places = self._share(self.hidden_dropout), [[*self.seed, number, place] for place in range(3)]
+        scale = (x.shape[-1] // self.heads) ** -0.5
+        context = batch.attention(
+            _linear(query, x) * scale, _linear(key, x), _linear(value, x), self.heads,
+            self._share(self.attention_dropout), places[0],
+        )  # fmt: skip
+        x = _normed(norm1, x + batch.dropout(_linear(out, context), hidden, places[1]))
+        return _normed(norm2, x + batch.dropout(_linear(down, self._activated(_linear(up, x))), hidden, places[2]))
 
-        def split(y: "Tensor") -> "Tensor":
-            return y.reshape([b, t, self.heads, width // self.heads]).transpose([0, 2, 1, 3])
-
-        scale = (width // self.heads) ** -0.5
-        scores = paddle.matmul(split(_linear(query, x) * scale), split(_linear(key, x)), transpose_y=True)
-        if additive is not None:
-            scores = scores + additive.astype(scores.dtype)
-        attention = self._dropped(functional.softmax(scores), self.attention_dropout)
-        context = paddle.matmul(attention, split(_linear(value, x))).transpose([0, 2, 1, 3]).reshape([b, t, width])
-        x = norm1(x + self._dropped(_linear(out, context), self.hidden_dropout))
-        return norm2(x + self._dropped(_linear(down, self._activated(_linear(up, x))), self.hidden_dropout))
+    def _share(self, share: float) -> float:
+        return share if self.model.training else 0.0
 
     def _activated(self, x: "Tensor") -> "Tensor":
         import paddle.nn.functional as functional
 
         if self.activation == "relu":
             return functional.relu(x)
+        if self.activation == "gelu" and engines.device() == "cpu":
+            return cpu_layers.gelu(x)
         return functional.gelu(x, approximate=self.activation != "gelu")
-
-    def _dropped(self, x: "Tensor", share: float) -> "Tensor":
-        import paddle.nn.functional as functional
-
-        if not share or not self.model.training:
-            return x
-        return cpu_layers.dropout(x, share, self.generator) if self.draws_itself else functional.dropout(x, share)
 
 
 def _linear(layer: "nn.Layer", x: "Tensor") -> "Tensor":
@@ -273,6 +336,13 @@ def _linear(layer: "nn.Layer", x: "Tensor") -> "Tensor":
 
     if type(layer) is nn.Linear and engines.device() == "cpu" and layer.bias is not None:
         return cpu_layers.linear(x, layer.weight, layer.bias)
+    return layer(x)
+
+
+def _normed(layer: "nn.Layer", x: "Tensor") -> "Tensor":
+    """The layer norm of x, on a CPU by our own backward pass."""
+    if engines.device() == "cpu":
+        return cpu_layers.layer_norm(x, layer.weight, layer.bias, layer._epsilon)
     return layer(x)
 
 

@@ -315,9 +315,9 @@ def _trainer(job: _Job):
     paddle.seed(given.seed)
     lora = (given.lora_rank, given.lora_alpha) if given.lora else None
     flash_attention = bool(given.use_flash_attention) and engines.device() == "gpu"
-    job.encoder = TrainableEncoder(job.base, job.pooling, given.recompute, flash_attention, lora)
-    if given.word_embeddings == "freeze":
-        job.encoder.model.get_input_embeddings().weight.stop_gradient = True
+    job.encoder = TrainableEncoder(job.base, job.pooling, given.recompute, flash_attention, lora, given.dropout)
+    if given.word_embeddings == "freeze" or given.freeze_layers:
+        job.encoder.freeze(given.freeze_layers)
 
     class EmbeddingTrainer(Trainer):
         def __init__(self) -> None:
