@@ -15,7 +15,7 @@ from utils import arguments, runtime
 
 
 def main() -> None:
-    runtime.prepare(mixed_threads=True)
+    runtime.prepare()
     given = arguments.parse(arguments.training_arguments(), sys.argv[1:], "Train an embedding model.")
     from utils import report, training
 

@@ -28,7 +28,7 @@ def our_step(model: str, dropout: float | None) -> Callable[[], None]:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     from utils import runtime
 
-    runtime.prepare(mixed_threads=True)
+    runtime.prepare()
     paddle = runtime.import_paddle()
     import numpy as np
 

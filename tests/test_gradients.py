@@ -125,7 +125,40 @@ def test_the_lean_forward_pass_is_paddlenlps(tiny_model):
     np.testing.assert_allclose(lean, encoder.embed(ids, lengths).numpy(), rtol=1e-5, atol=1e-5)
 
 
-def test_the_cpu_layers_are_paddles(monkeypatch):
+def both_ways(inputs, ours, theirs, tolerance=1e-5):
+    """Values and gradients of two functions of the same tensors agree."""
+    outer, results = None, []
+    for function in (theirs, ours):
+        tensors = [tensor.clone().detach() for tensor in inputs]
+        for tensor in tensors:
+            tensor.stop_gradient = False
+        y = function(*tensors)
+        outer = paddle_randn_like(y) if outer is None else outer
+        (y * outer).sum().backward()
+        results.append([y.numpy(), *(tensor.grad.numpy() for tensor in tensors)])
+    for expected, found in zip(*results, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=tolerance, atol=tolerance)
+
+
+def paddle_randn_like(tensor):
+    import paddle
+
+    return paddle.randn(tensor.shape)
+
+
+def dropped_by(shape, settled):
+    """The mask of a kernel's dropout, as a tensor."""
+    import paddle
+
+    from utils import cpu_kernels
+
+    mask = np.empty(shape, np.float32)
+    cpu_kernels.dropout(np.ones(shape, np.float32), 0, *settled, mask)
+    return paddle.to_tensor(mask)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3])
+def test_the_cpu_layers_are_paddles(share, monkeypatch):
     import paddle
     from paddle.nn import functional
 
@@ -133,32 +166,23 @@ def test_the_cpu_layers_are_paddles(monkeypatch):
 
     monkeypatch.setattr(cpu_layers, "_ROWS", 3)
     paddle.seed(0)
-    pairs = [
-        (functional.linear, cpu_layers.linear, ([5, 4, 7], [7, 3], [3])),
-        (functional.gelu, cpu_layers.gelu, ([5, 4, 7],)),
-        (
-            lambda x, gain, bias: functional.layer_norm(x, [6], gain, bias, 1e-5),
-            lambda x, gain, bias: cpu_layers.layer_norm(x, gain, bias, 1e-5),
-            ([7, 6], [6], [6]),
-        ),
-    ]
-    for theirs, ours, shapes in pairs:
-        inputs = [paddle.randn(shape) * 2 for shape in shapes]
-        results = []
-        for layer in (theirs, ours):
-            tensors = [tensor.clone().detach() for tensor in inputs]
-            for tensor in tensors:
-                tensor.stop_gradient = False
-            y = layer(*tensors)
-            (y**2).sum().backward()
-            results.append([y.numpy(), *(tensor.grad.numpy() for tensor in tensors)])
-        for expected, found in zip(*results, strict=True):
-            np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+    x, z, bias, gain, offset = (paddle.randn(shape) * 2 for shape in ([20, 7], [20, 7], [7], [7], [7]))
+    drop = cpu_layers.Drop(share, [3])
+    mask = dropped_by([20, 7], drop.settled())
+    both_ways([x, bias], cpu_layers.gelu, lambda x, bias: functional.gelu(x + bias))
+    both_ways([x], cpu_layers.gelu, functional.gelu)
+    both_ways([x], lambda x: cpu_layers.dropout(x, drop), lambda x: x * mask)
+    both_ways(
+        [x, z, bias, gain, offset],
+        lambda *tensors: cpu_layers.add_norm(*tensors, 1e-5, drop),
+        lambda x, z, bias, gain, offset: functional.layer_norm(x + (z + bias) * mask, [7], gain, offset, 1e-5),
+    )
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3])
-def test_the_cpu_attention_is_the_textbooks(share, monkeypatch):
-    """Against softmax(QK^T)V text by text in Paddle, with the same dropout mask."""
+@pytest.mark.parametrize("size", [1, 30])
+def test_the_cpu_attention_is_the_textbooks(share, size, monkeypatch):
+    """Against softmax(QK^T)V text by text in Paddle, with the same dropout; with huge scores too."""
     import paddle
     from paddle.nn import functional
 
@@ -167,46 +191,71 @@ def test_the_cpu_attention_is_the_textbooks(share, monkeypatch):
     monkeypatch.setattr(cpu_layers, "_SCORES", 200)  # so that some texts are cut by heads and some are not
     lengths, heads, width = [7, 1, 13, 4], 4, 6
     paddle.seed(1)
-    inputs = [paddle.randn([sum(lengths), heads * width]) for _ in range(3)]
-    outer = paddle.randn(inputs[0].shape)
-    texts = cpu_layers._Texts(lengths, heads, share, [5])
-    results = []
-    for own in (True, False):
-        q, k, v = tensors = [tensor.clone().detach() for tensor in inputs]
-        for tensor in tensors:
-            tensor.stop_gradient = False
-        if own:
-            y = cpu_layers.attention(q, k, v, lengths, heads, share, [5])
-        else:
-            rows = []
-            for text, start in enumerate(np.cumsum([0, *lengths[:-1]])):
-                stop = start + lengths[text]
-                parts = [t[start:stop].reshape([-1, heads, width]).transpose([1, 0, 2]) for t in (q, k, v)]
-                weights = functional.softmax(paddle.matmul(parts[0], parts[1], transpose_y=True))
-                pieces = [n for n, (number, _, _) in enumerate(texts.parts) if number == text]
-                if share:
-                    masks = [
-                        texts.dropped(n, [texts.parts[n][2].stop - texts.parts[n][2].start, *weights.shape[1:]])
-                        for n in pieces
-                    ]
-                    weights = weights * paddle.to_tensor(np.concatenate(masks))
-                rows.append(paddle.matmul(weights, parts[2]).transpose([1, 0, 2]).reshape([-1, heads * width]))
-            y = paddle.concat(rows)
-        (y * outer).sum().backward()
-        results.append([y.numpy(), *(tensor.grad.numpy() for tensor in tensors)])
-    for found, expected in zip(*results, strict=True):
-        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    inputs = [paddle.randn([sum(lengths), heads * width]) * size for _ in range(3)]
+    inputs += [paddle.randn([heads * width]) for _ in range(3)]
+    drop = cpu_layers.Drop(share, [5])
+
+    def textbook(*tensors):
+        rows = []
+        for text, start in enumerate(np.cumsum([0, *lengths[:-1]])):
+            t = lengths[text]
+            query, key, value = (
+                (product[start : start + t] + bias).reshape([t, heads, width]).transpose([1, 0, 2])
+                for product, bias in zip(tensors[:3], tensors[3:], strict=True)
+            )
+            weights = functional.softmax(paddle.matmul(query, key, transpose_y=True) * width**-0.5)
+            weights = weights * dropped_by([heads * t, t], drop.settled(text)).reshape([heads, t, t])
+            rows.append(paddle.matmul(weights, value).transpose([1, 0, 2]).reshape([t, heads * width]))
+        return paddle.concat(rows)
+
+    both_ways(
+        inputs, lambda *t: cpu_layers.attention(t[:3], t[3:], lengths, heads, drop), textbook, 1e-5 * size**2
+    )  # fmt: skip
 
 
-def test_cpu_dropout_keeps_the_mean():
+def test_cpu_dropout_draws_evenly():
+    """Its share, its mean, and no likeness between neighbours, rows, keys."""
     import paddle
 
     from utils import cpu_layers
 
     x = paddle.ones([400, 500])
-    dropped = cpu_layers.dropout(x, 0.1, [0]).numpy()
-    assert (dropped == 0).mean() == pytest.approx(0.1, abs=0.005)
-    assert dropped.mean() == pytest.approx(1, abs=0.005)
+    first, second = (cpu_layers.dropout(x, cpu_layers.Drop(0.1, [seed])).numpy() for seed in (0, 1))
+    assert (first == 0).mean() == pytest.approx(0.1, abs=0.003)
+    assert first.mean() == pytest.approx(1, abs=0.003)
+    for other in (second, np.roll(first, 1, axis=1), np.roll(first, 1, axis=0)):
+        assert abs(np.corrcoef(first.ravel(), other.ravel())[0, 1]) < 0.01
+
+
+def test_nan_comes_through_the_cpu_layers():
+    import paddle
+
+    from utils import cpu_layers
+
+    x = paddle.randn([6, 8])
+    x[2, 3] = float("nan")
+    gain = paddle.ones([8])
+    assert np.isnan(cpu_layers.gelu(x).numpy()).sum() == 1
+    assert np.isnan(cpu_layers.add_norm(x, x, None, gain, gain, 1e-5, cpu_layers.Drop()).numpy()).any(axis=1).sum() == 1
+    assert np.isnan(cpu_layers.attention([x] * 3, [None] * 3, [4, 2], 2).numpy()[2]).any()
+
+
+def test_padded_batches_are_packed_ones(tiny_model, monkeypatch):
+    """What a GPU computes, computed here: texts padded to one length, in Paddle's own operators."""
+    from utils import trainable
+
+    encoder = trainable.TrainableEncoder(checkpoint.resolve(tiny_model), "mean")
+    encoder.model.eval()
+    ids, lengths = np.random.default_rng(0).integers(4, 40, (5, 9)), np.array([9, 1, 4, 7, 2])
+    found = []
+    for device in ("cpu", "gpu"):
+        monkeypatch.setattr(trainable.engines, "device", lambda device=device: device)
+        vectors = encoder.embed(ids, lengths)
+        (vectors**2).sum().backward()
+        own = {n: p.grad.numpy() for n, p in encoder.model.named_parameters() if p.grad is not None}
+        found.append(own | {"vectors": vectors.numpy()})
+        encoder.model.clear_gradients()
+    assert relative_error(found[1], found[0]) < TOLERANCE
 
 
 def test_recomputing_replays_dropout(tiny_model):

@@ -19,20 +19,13 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _PR_SET_PDEATHSIG = 1
 
 
-def prepare(mixed_threads: bool = False) -> None:
-    """Set the process up for Paddle. Call before the first ``import paddle``; safe to call again.
-
-    Args:
-        mixed_threads: True if Paddle's threads and our own will take turns all the time (training).
-    """
+def prepare() -> None:
+    """Set the process up for Paddle. Call before the first ``import paddle``; safe to call again."""
     threads = str(cpu_threads())
     # Every worker runs its arithmetic on its share of the cores: more threads than cores crawl.
     os.environ.setdefault("OMP_NUM_THREADS", threads)
-    # Our own threads call NumPy, each with single-threaded products; see threads.in_threads.
+    # Our own threads call NumPy and SciPy, each with single-threaded products; see threads.in_threads.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    if mixed_threads:
-        # Paddle's threads spin for 0.2 s after each of its operations, on the cores of ours.
-        os.environ.setdefault("KMP_BLOCKTIME", "0")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true" if int(threads) > 1 else "false")
     if "AuthenticAMD" in _cpu_info() and "avx2" in _cpu_info():
         # MKL 2019 takes its AVX2 kernels on AMD only when told to: 39 GFLOP/s a core becomes 105.

@@ -13,10 +13,14 @@ import numpy as np
 
 from utils import cpu_layers, engines, onednn, runtime, weights
 from utils.checkpoint import Checkpoint
+from utils.cpu_layers import Drop
 from utils.encoder import pooling_weights
 
 if TYPE_CHECKING:
     from paddle import Tensor, nn
+
+    # What a linear layer makes of its input, and its bias if that is still to be added.
+    Product = tuple[Tensor, Tensor | None]
 
 logger = logging.getLogger(__name__)
 
@@ -227,47 +231,75 @@ class _Padded:
         if not mask.all():
             self._additive = paddle.to_tensor(np.where(mask, np.float32(0), np.float32(_MASKED))[:, None, None, :])
 
-    def attention(self, query: "Tensor", key: "Tensor", value: "Tensor", heads: int, share: float, _) -> "Tensor":
+    def product(self, layer: "nn.Layer", x: "Tensor") -> "Product":
+        """The layer of x, and its bias if that is still to be added."""
+        return layer(x), None
+
+    def attention(self, products: list["Product"], heads: int, drop: Drop) -> "Tensor":
+        """Attention within each text, of queries, keys and values."""
         import paddle
         import paddle.nn.functional as functional
 
-        b, t, width = query.shape
-
-        def split(y: "Tensor") -> "Tensor":
-            return y.reshape([b, t, heads, width // heads]).transpose([0, 2, 1, 3])
-
-        scores = paddle.matmul(split(query), split(key), transpose_y=True)
+        b, t, width = products[0][0].shape
+        query, key, value = (
+            y.reshape([b, t, heads, width // heads]).transpose([0, 2, 1, 3]) for y, _ in products
+        )  # fmt: skip
+        scores = paddle.matmul(query * (width // heads) ** -0.5, key, transpose_y=True)
         if self._additive is not None:
             scores = scores + self._additive.astype(scores.dtype)
-        weights = functional.dropout(functional.softmax(scores), share)
-        return paddle.matmul(weights, split(value)).transpose([0, 2, 1, 3]).reshape([b, t, width])
+        weights = functional.dropout(functional.softmax(scores), drop.share)
+        return paddle.matmul(weights, value).transpose([0, 2, 1, 3]).reshape([b, t, width])
 
-    def dropout(self, x: "Tensor", share: float, _) -> "Tensor":
+    def add_norm(self, norm: "nn.Layer", x: "Tensor", product: "Product", drop: Drop) -> "Tensor":
+        """The norm of x plus dropout of the product."""
+        y, bias = product
+        return norm(x + self.dropout(y if bias is None else y + bias, drop))
+
+    def gelu(self, product: "Product") -> "Tensor":
+        """The exact GELU."""
         import paddle.nn.functional as functional
 
-        return functional.dropout(x, share)
+        return functional.gelu(product[0])
+
+    def dropout(self, x: "Tensor", drop: Drop) -> "Tensor":
+        """As Paddle draws it; ``seed_dropout`` has seeded it."""
+        import paddle.nn.functional as functional
+
+        return functional.dropout(x, drop.share)
 
 
 class _Packed:
-    """A batch as a CPU likes it: texts one after another, ids [tokens]."""
+    """A batch as a CPU likes it: texts one after another, ids [tokens]. The same operations by ``cpu_layers``."""
 
     def __init__(self, ids: np.ndarray, mask: np.ndarray):
         self.ids, self.positions = ids[mask], np.nonzero(mask)[1]
         self._lengths = mask.sum(axis=1).tolist()
 
-    def attention(
-        self, query: "Tensor", key: "Tensor", value: "Tensor", heads: int, share: float, seed: list[int]
-    ) -> "Tensor":
-        return cpu_layers.attention(query, key, value, self._lengths, heads, share, seed)
+    def product(self, layer: "nn.Layer", x: "Tensor") -> "Product":
+        """A layer with adapters adds its own bias."""
+        import paddle
 
-    def dropout(self, x: "Tensor", share: float, seed: list[int]) -> "Tensor":
-        return cpu_layers.dropout(x, share, seed) if share else x
+        if type(layer) is paddle.nn.Linear:
+            return paddle.matmul(x, layer.weight), layer.bias
+        return layer(x), None
+
+    def attention(self, products: list["Product"], heads: int, drop: Drop) -> "Tensor":
+        return cpu_layers.attention(*zip(*products, strict=True), self._lengths, heads, drop)
+
+    def add_norm(self, norm: "nn.Layer", x: "Tensor", product: "Product", drop: Drop) -> "Tensor":
+        return cpu_layers.add_norm(x, *product, norm.weight, norm.bias, norm._epsilon, drop)
+
+    def gelu(self, product: "Product") -> "Tensor":
+        return cpu_layers.gelu(*product)
+
+    def dropout(self, x: "Tensor", drop: Drop) -> "Tensor":
+        return cpu_layers.dropout(x, drop)
 
 
 class _LeanForward:
     """The forward pass of a post-layer-norm encoder over the sublayers of PaddleNLP's model.
 
-    No casts, no masks of masks, and attention as the device likes it: the same numbers in less time.
+    No casts, no masks of masks, and the operations as the device likes them: the same numbers in less time.
     """
 
     def __init__(self, model: "nn.Layer", checkpoint: Checkpoint):
@@ -301,49 +333,30 @@ class _LeanForward:
 
         embeddings = self.model.embeddings
         positions = paddle.to_tensor(batch.positions + self.offset)
-        x = embeddings.word_embeddings(paddle.to_tensor(batch.ids)) + embeddings.position_embeddings(positions)
-        if getattr(embeddings, "token_type_embeddings", None) is not None:
-            x = x + embeddings.token_type_embeddings.weight[0]
-        return batch.dropout(_normed(self.norm, x), self._share(self.hidden_dropout), [*self.seed, len(self.layers)])
+        types = getattr(embeddings, "token_type_embeddings", None)
+        added = embeddings.position_embeddings(positions), None if types is None else types.weight[0]
+        x = batch.add_norm(self.norm, embeddings.word_embeddings(paddle.to_tensor(batch.ids)), added, Drop())
+        return batch.dropout(x, self._drop(self.hidden_dropout, len(self.layers), 0))
 
     def _layer(self, x: "Tensor", batch: _Padded | _Packed, number: int, parts: list) -> "Tensor":
-        query, key, value, out, norm1, up, down, norm2 = parts
-        hidden, places = self._share(self.hidden_dropout), [[*self.seed, number, place] for place in range(3)]
-        scale = (x.shape[-1] // self.heads) ** -0.5
-        context = batch.attention(
-            _linear(query, x) * scale, _linear(key, x), _linear(value, x), self.heads,
-            self._share(self.attention_dropout), places[0],
-        )  # fmt: skip
-        x = _normed(norm1, x + batch.dropout(_linear(out, context), hidden, places[1]))
-        return _normed(norm2, x + batch.dropout(_linear(down, self._activated(_linear(up, x))), hidden, places[2]))
+        *projections, out, norm1, up, down, norm2 = parts
+        drops = [
+            self._drop(share, number, place)
+            for place, share in enumerate((self.attention_dropout, self.hidden_dropout, self.hidden_dropout))
+        ]
+        context = batch.attention([batch.product(layer, x) for layer in projections], self.heads, drops[0])
+        x = batch.add_norm(norm1, x, batch.product(out, context), drops[1])
+        return batch.add_norm(norm2, x, batch.product(down, self._activated(batch, up, x)), drops[2])
 
-    def _share(self, share: float) -> float:
-        return share if self.model.training else 0.0
+    def _drop(self, share: float, layer: int, place: int) -> Drop:
+        return Drop(share, [*self.seed, layer, place]) if self.model.training else Drop()
 
-    def _activated(self, x: "Tensor") -> "Tensor":
+    def _activated(self, batch: _Padded | _Packed, up: "nn.Layer", x: "Tensor") -> "Tensor":
         import paddle.nn.functional as functional
 
-        if self.activation == "relu":
-            return functional.relu(x)
-        if self.activation == "gelu" and engines.device() == "cpu":
-            return cpu_layers.gelu(x)
-        return functional.gelu(x, approximate=self.activation != "gelu")
-
-
-def _linear(layer: "nn.Layer", x: "Tensor") -> "Tensor":
-    """The layer of x; plain linear ones on a CPU by our own backward pass."""
-    from paddle import nn
-
-    if type(layer) is nn.Linear and engines.device() == "cpu" and layer.bias is not None:
-        return cpu_layers.linear(x, layer.weight, layer.bias)
-    return layer(x)
-
-
-def _normed(layer: "nn.Layer", x: "Tensor") -> "Tensor":
-    """The layer norm of x, on a CPU by our own backward pass."""
-    if engines.device() == "cpu":
-        return cpu_layers.layer_norm(x, layer.weight, layer.bias, layer._epsilon)
-    return layer(x)
+        if self.activation == "gelu":
+            return batch.gelu(batch.product(up, x))
+        return functional.relu(up(x)) if self.activation == "relu" else functional.gelu(up(x), approximate=True)
 
 
 def _sublayer(layer: "nn.Layer", path: str) -> "nn.Layer | None":

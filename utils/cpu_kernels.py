@@ -1,0 +1,264 @@
+"""Compiled loops of the training step on a CPU: what NumPy and Paddle do in many passes, in one.
+
+Each works on the rows that it is given, on one core and without Python's lock, so that blocks of rows run
+in threads beside each other. All arrays are float32 and C-contiguous unless said otherwise.
+
+Dropout draws nothing: whether a value stays is a hash of its place and of a key, so that the backward
+pass, a replayed forward pass and a resumed training find the same decisions and nothing need be kept.
+"""
+
+import numba
+import numpy as np
+
+_F, _U = np.float32, np.uint32
+# No flag that would let the compiler assume away infinities and NaN: a training that went wrong must show.
+_MATHS = {"reassoc", "contract", "arcp", "nsz"}
+_compiled = numba.njit(fastmath=_MATHS, nogil=True, cache=True, error_model="numpy")
+_inlined = numba.njit(fastmath=_MATHS, inline="always", error_model="numpy")
+
+
+@_inlined
+def _exp(x):
+    """exp(x) to 1e-7 of its value, never below exp(-87): a power of two times a polynomial (Cephes, Moshier)."""
+    x = _F(-87.0) if x < _F(-87.0) else x
+    power = np.floor(x * _F(1.44269504) + _F(0.5))
+    rest = (x - power * _F(0.693359375)) + power * _F(2.12194440e-4)
+    series = _F(1.9875691500e-4)
+    series = series * rest + _F(1.3981999507e-3)
+    series = series * rest + _F(8.3334519073e-3)
+    series = series * rest + _F(4.1665795894e-2)
+    series = series * rest + _F(1.6666665459e-1)
+    series = series * rest + _F(5.0000001201e-1)
+    series = series * rest * rest + rest + _F(1.0)
+    # A float32 whose exponent is the power.
+    bits = np.int32((np.int32(power) + np.int32(127)) << np.int32(23))
+    return series * bits.view(np.float32)
+
+
+@_inlined
+def _kept(place, key, rarest):
+    """Whether dropout keeps the value at a place; a share of ``rarest`` / 2**32 is not (MurmurHash3's finaliser)."""
+    mixed = _U(_U(place) * _U(0x9E3779B1) + key)
+    mixed = _U(_U(mixed ^ _U(mixed >> _U(16))) * _U(0x85EBCA6B))
+    mixed = _U(_U(mixed ^ _U(mixed >> _U(13))) * _U(0xC2B2AE35))
+    return _U(mixed ^ _U(mixed >> _U(16))) >= rarest
+
+
+@_inlined
+def _ordered(bits):
+    """The bits of a float32 as an integer that compares as it does, and back; compilers vectorise only its maximum."""
+    return np.int32(bits ^ (np.int32(bits >> np.int32(31)) & np.int32(0x7FFFFFFF)))
+
+
+@_compiled
+def dropout(x, first, key, rarest, raised, result):
+    """Values of x [n, h] times ``raised``, or 0; ``first`` is the number of its first row."""
+    n, h = x.shape
+    for i in range(n):
+        for j in range(h):
+            place = (first + i) * h + j
+            result[i, j] = x[i, j] * raised if _kept(place, key, rarest) else _F(0.0)
+
+
+@_compiled
+def gelu(x, bias, result, slope):
+    """The GELU of x [n, h] plus bias [h], and its derivative there.
+
+    The error function is Abramowitz and Stegun's 7.1.26, good to 1.5e-7.
+    """
+    n, h = x.shape
+    for i in range(n):
+        for j in range(h):
+            value = x[i, j] + bias[j]
+            bell = _exp(value * value * _F(-0.5))
+            t = _F(1.0) / (_F(1.0) + _F(0.23164189) * abs(value))
+            tail = _F(1.061405429) * t - _F(1.453152027)
+            tail = tail * t + _F(1.421413741)
+            tail = tail * t - _F(0.284496736)
+            tail = tail * t + _F(0.254829592)
+            tail = tail * t * bell * _F(0.5)
+            below = _F(1.0) - tail if value >= _F(0.0) else tail
+            result[i, j] = value * below
+            slope[i, j] = below + value * bell * _F(0.39894228)
+
+
+@_compiled
+def scaled(gradient, slope, result, sums):
+    """``result`` [n, h] becomes gradient times slope, and its column sums are added to ``sums`` [h]."""
+    n, h = gradient.shape
+    for i in range(n):
+        for j in range(h):
+            value = gradient[i, j] * slope[i, j]
+            result[i, j] = value
+            sums[j] += value
+
+
+@_compiled
+def add_columns(x, sums):
+    """The column sums of x [n, h], added to ``sums`` [h]."""
+    n, h = x.shape
+    for i in range(n):
+        for j in range(h):
+            sums[j] += x[i, j]
+
+
+@_compiled
+def add_norm(x, z, bias, gain, offset, epsilon, first, key, rarest, raised, y, unit, scales):
+    """y = layer norm of x + dropout(z + bias), all [n, h]; keeps the normed rows and what scaled them [n]."""
+    n, h = x.shape
+    for i in range(n):
+        total = _F(0.0)
+        for j in range(h):
+            value = z[i, j] + bias[j]
+            if rarest > _U(0):
+                value = value * raised if _kept((first + i) * h + j, key, rarest) else _F(0.0)
+            value += x[i, j]
+            unit[i, j] = value
+            total += value
+        mean = total / _F(h)
+        total = _F(0.0)
+        for j in range(h):
+            value = unit[i, j] - mean
+            total += value * value
+        scale = _F(1.0) / np.sqrt(total / _F(h) + epsilon)
+        scales[i] = scale
+        for j in range(h):
+            value = (unit[i, j] - mean) * scale
+            unit[i, j] = value
+            y[i, j] = value * gain[j] + offset[j]
+
+
+@_compiled
+def add_norm_backward(gradient, unit, scales, gain, first, key, rarest, raised, d_x, d_z, sums):
+    """The gradients of ``add_norm``: of x, of z, and added to ``sums`` [3, h] of gain, offset and bias."""
+    n, h = gradient.shape
+    for i in range(n):
+        total, along = _F(0.0), _F(0.0)
+        for j in range(h):
+            own = gradient[i, j] * gain[j]
+            total += own
+            along += own * unit[i, j]
+        total /= _F(h)
+        along /= _F(h)
+        scale = scales[i]
+        for j in range(h):
+            own = gradient[i, j]
+            value = (own * gain[j] - total - unit[i, j] * along) * scale
+            d_x[i, j] = value
+            if rarest > _U(0):
+                value = value * raised if _kept((first + i) * h + j, key, rarest) else _F(0.0)
+            d_z[i, j] = value
+            sums[0, j] += own * unit[i, j]
+            sums[1, j] += own
+            sums[2, j] += value
+
+
+@_compiled
+def _softmax(scores, first, key, rarest, raised, dropped):
+    """Rows of scores [n, t] become their softmax; ``dropped``, if dropout is on, the same after it."""
+    n, t = scores.shape
+    for i in range(n):
+        highest = np.int32(-(2**31))
+        for j in range(t):
+            highest = max(highest, _ordered(_F(scores[i, j]).view(np.int32)))
+        largest = np.int32(_ordered(highest)).view(np.float32)
+        total = _F(0.0)
+        for j in range(t):
+            value = _exp(scores[i, j] - largest)
+            scores[i, j] = value
+            total += value
+        total = _F(1.0) / total
+        for j in range(t):
+            scores[i, j] *= total
+        if rarest > _U(0):
+            for j in range(t):
+                dropped[i, j] = scores[i, j] * raised if _kept((first + i) * t + j, key, rarest) else _F(0.0)
+
+
+@_compiled
+def _softmax_backward(weights, first, key, rarest, raised, gradient):
+    """``gradient`` [n, t] of the weights after dropout becomes that of the scores."""
+    n, t = weights.shape
+    for i in range(n):
+        total = _F(0.0)
+        for j in range(t):
+            value = gradient[i, j]
+            if rarest > _U(0):
+                value = value * raised if _kept((first + i) * t + j, key, rarest) else _F(0.0)
+                gradient[i, j] = value
+            total += value * weights[i, j]
+        for j in range(t):
+            gradient[i, j] = (gradient[i, j] - total) * weights[i, j]
+
+
+@_inlined
+def _empty(n, h):
+    return np.empty((n, h), np.float32)
+
+
+@_inlined
+def _take(rows, bias, scale, column, result):
+    """A head's columns of rows, plus bias, times scale."""
+    for i in range(result.shape[0]):
+        for j in range(result.shape[1]):
+            result[i, j] = (rows[i, column + j] + bias[column + j]) * scale
+
+
+@_inlined
+def _put(result, scale, column, rows):
+    """The reverse of ``_take``, without a bias."""
+    for i in range(result.shape[0]):
+        for j in range(result.shape[1]):
+            rows[i, column + j] = result[i, j] * scale
+
+
+@_compiled
+def attention(query, key, value, biases, width, heads, settled, result):
+    """Attention within one text, for the heads from ``heads[0]`` to before ``heads[1]``.
+
+    Args:
+        query, key, value, result: [t, all heads * width].
+        biases: [3, all heads * width], added to the first three.
+        settled: key, rarest and raised of the dropout of the weights.
+    """
+    t = len(query)
+    scale, one = _F(1.0) / np.sqrt(_F(width)), _F(1.0)
+    q, k, v, own = _empty(t, width), _empty(t, width), _empty(t, width), _empty(t, width)
+    weights = _empty(t, t)
+    dropped = _empty(t, t) if settled[1] > _U(0) else weights
+    for head in range(heads[0], heads[1]):
+        column = head * width
+        _take(query, biases[0], scale, column, q)
+        _take(key, biases[1], one, column, k)
+        _take(value, biases[2], one, column, v)
+        np.dot(q, k.T, weights)
+        _softmax(weights, head * t, settled[0], settled[1], settled[2], dropped)
+        np.dot(dropped, v, own)
+        _put(own, one, column, result)
+
+
+@_compiled
+def attention_backward(query, key, value, biases, width, heads, settled, gradient, d_query, d_key, d_value):
+    """The gradients of ``attention``'s first three arguments, given that of its result."""
+    t = len(query)
+    scale, one = _F(1.0) / np.sqrt(_F(width)), _F(1.0)
+    no_bias = np.zeros(query.shape[1], np.float32)
+    q, k, v, outer, own = _empty(t, width), _empty(t, width), _empty(t, width), _empty(t, width), _empty(t, width)
+    weights, d_weights = _empty(t, t), _empty(t, t)
+    dropped = _empty(t, t) if settled[1] > _U(0) else weights
+    for head in range(heads[0], heads[1]):
+        column = head * width
+        _take(query, biases[0], scale, column, q)
+        _take(key, biases[1], one, column, k)
+        _take(value, biases[2], one, column, v)
+        _take(gradient, no_bias, one, column, outer)
+        np.dot(q, k.T, weights)
+        _softmax(weights, head * t, settled[0], settled[1], settled[2], dropped)
+        np.dot(dropped.T, outer, own)
+        _put(own, one, column, d_value)
+        np.dot(outer, v.T, d_weights)
+        _softmax_backward(weights, head * t, settled[0], settled[1], settled[2], d_weights)
+        np.dot(d_weights, k, own)
+        _put(own, scale, column, d_query)
+        np.dot(d_weights.T, q, own)
+        _put(own, one, column, d_key)
