@@ -40,14 +40,20 @@ FORBIDDEN = {
     "mining_inputs": {"paddle", "paddlenlp", "faiss", "encoder", "engines", "distributed", "search"},
     "losses": {"numpy", "arguments", "records", "training_data", "tokenizing"},
     "training_data": {"paddle", "paddlenlp", "faiss", "dedup", "trainable", "training"},
+    "cpu_kernels": HEAVY - {"numpy"} | {"records", "distributed", "trainable", "training"},
+    "cpu_layers": {"faiss", "paddlenlp", "records", "distributed", "trainable", "training"},
     "trainable": {"faiss", "records", "distributed", "search", "training"},
     "gradients": {"faiss", "records", "search", "training", "paddlenlp"},
     "dev_evaluation": {"paddle", "paddlenlp", "faiss", "trainable", "training"},
+    "trainer": {"faiss", "dedup", "search", "records"},
     "training": {"faiss", "dedup", "search"},
     "report": {"paddle", "paddlenlp", "faiss", "dedup", "search"},
 }
 # These cost seconds, so no module may import them before it needs them.
-LAZY = {"paddle", "paddlenlp", "faiss", "tqdm", "safetensors", "tokenizers", "sentencepiece", "bm25s", "jieba"}
+LAZY = {
+    "paddle", "paddlenlp", "faiss", "tqdm", "safetensors", "tokenizers", "sentencepiece", "bm25s", "jieba",
+    "cpu_kernels",  # for numba
+}  # fmt: skip
 
 
 def imported(tree: ast.AST) -> set[str]:

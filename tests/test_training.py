@@ -141,7 +141,7 @@ def test_another_runs_checkpoints_are_not_taken_over(run):
 def test_the_best_checkpoint_and_early_stopping(run, tmp_path, monkeypatch):
     values = iter([0.3, 0.5, 0.4, 0.5, 0.9])
     monkeypatch.setattr(
-        training._Job, "evaluate", lambda job: dict.fromkeys(training.METRICS, next(values))
+        training.Job, "evaluate", lambda job: dict.fromkeys(training.METRICS, next(values))
     )  # fmt: skip
     run(
         evaluation_strategy="steps", eval_steps=3, num_train_epochs=3, load_best_model_at_end=True,

@@ -158,6 +158,20 @@ def take_lock(folder: Path, patience_s: float) -> IO | None:
         lock.close()
 
 
+def write_whole(path: Path, content: bytes) -> None:
+    """A small file that appears by rename, all of it or none.
+
+    Raises:
+        OSError: it cannot be written; the message names it.
+    """
+    draft = path.with_name(path.name + ".part")
+    try:
+        draft.write_bytes(content)
+        os.replace(draft, path)
+    except OSError as error:
+        raise described(error, f"{path}: cannot write") from None
+
+
 def described(error: OSError, what: str) -> OSError:
     """The same kind of error, its message opening with what was being done."""
     return type(error)(f"{what}: {error.strerror or error}")
