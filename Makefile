@@ -38,8 +38,7 @@ demo: setup
 	@echo; echo "4. train it for a few steps on the mined rows"
 	@$(RUN) run_embedding.py config/multilingual-e5-small/emb_argument.json --dataset_name_or_path output/toy_mined.json \
 	  --output_dir output/demo_model --overwrite_output_dir true --max_steps 5 --per_device_train_batch_size 16 \
-	  --group_size 2 --max_passage_len 128 --gradcache_chunk_size null --evaluation_strategy no --save_strategy no \
-	  --logging_steps 1
+	  --max_passage_len 128 --evaluation_strategy no --save_strategy no --logging_steps 1
 	@echo; echo "5. judge it again, against step 3: five steps show that it runs, not that it helps"
 	@$(RUN) embedding_evaluate.py --model_path output/demo_model --compare_with output/toy_evaluation.jsonl \
 	  --output_data_path output/toy_evaluation_trained.jsonl

@@ -1,6 +1,7 @@
 """Training rows, the batch plan, masks and the preflight."""
 
 import gzip
+import itertools
 import json
 
 import numpy as np
@@ -139,6 +140,26 @@ def test_weights_and_grouping_by_source(tmp_path):
     assert len(halves[0]) == 10 and halves[0] != halves[1]
     mixed = Plan(rows, 5, 2, seed=0).epoch(0)
     assert any(len({int(rows.sources[e.row]) for e in batch}) == 2 for batch in mixed)
+
+
+def test_hard_batches_bring_each_others_negatives_together(tmp_path):
+    """Eight topics of eight passages, each a negative of the topic's other queries; the file is shuffled."""
+    made = [
+        row(f"q{topic}-{i}", [f"p{topic}-{i}"], [f"p{topic}-{j}" for j in range(8) if j != i])
+        for i, topic in itertools.product(range(8), range(8))
+    ]
+    rows = read([write_jsonl(tmp_path / "a.jsonl", made)], None, "error", False)
+    met = {}
+    for hard in (False, True):
+        plan = Plan(rows, 8, 1, seed=0, hard_batches=hard)
+        batches = plan.epoch(0)
+        assert sorted(e.row for batch in batches for e in batch) == list(range(64)) and len(batches) == len(plan)
+        orders = [[e.row for batch in plan.epoch(epoch) for e in batch] for epoch in (0, 0, 1)]
+        assert orders[0] == orders[1] != orders[2]
+        found = preflight(plan, (Words(), Words()), ("{text}", "{text}"), (64, 64), True, 1)
+        met[hard] = found.facts["own_negatives_a_query_sees"]
+        assert any("hard_batches" in warning for warning in found.warnings) is not hard
+    assert met[False] < 2 and met[True] > 6
 
 
 def test_known_positives_are_ignored_and_own_ones_are_not(tmp_path):

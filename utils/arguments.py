@@ -377,6 +377,9 @@ class TrainArguments:
         at_least=1,
     )  # fmt: skip
     group_by_source: bool = option(False, "fill each batch from one file, so that negatives are of the same kind")
+    hard_batches: bool = option(
+        False, "fill batches with queries whose positives are each other's mined negatives: hard negatives at no cost"
+    )
     word_embeddings: str = option("train", "train the word embeddings, or freeze them", choices=WORD_EMBEDDINGS)
     freeze_layers: int = option(
         0, "train neither the embeddings nor this many of the lowest layers: less time and memory", at_least=0

@@ -144,6 +144,7 @@ class Job:
             seed=given.seed,
             n_ranks=ranks.size,
             group_by_source=given.group_by_source,
+            hard_batches=given.hard_batches,
             drop_last=bool(getattr(given, "dataloader_drop_last", None)),
             multiple=given.gradient_accumulation_steps,
         )
@@ -165,9 +166,10 @@ class Job:
             logger.warning("warning: %s", message)
         facts = found.facts
         logger.info(
-            "%s rows, %s batches of %d queries an epoch; a query sees %.0f negatives (%.1f pairs masked a batch)",
+            "%s rows, %s batches of %d queries an epoch; a query sees %.0f negatives, %.1f of them named in its row "
+            "(%.1f pairs masked a batch)",
             f"{len(self.rows):,}", f"{len(self.plan):,}", self.plan.batch_size, facts["negatives_a_query_sees"],
-            facts["masked_pairs_a_batch"],
+            facts["own_negatives_a_query_sees"], facts["masked_pairs_a_batch"],
         )  # fmt: skip
         return found
 

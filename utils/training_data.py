@@ -22,6 +22,9 @@ _TRAIN_NAMES = ("train.json", "train.jsonl", "train.json.gz", "train.jsonl.gz")
 _DEV_NAMES = ("dev.json", "dev.jsonl", "dev.json.gz", "dev.jsonl.gz")
 # Entries put aside for a later batch that are looked at again for the next one, in batches.
 _LOOK_BACK = 16
+# Negatives of each member of a chain that the chain takes in first: more of one member's would leave less room for
+# those of the others.
+_CHAINED = 3
 # Texts of each side whose lengths the preflight measures, and batches that it looks through.
 _SAMPLE_TEXTS, _SAMPLE_BATCHES = 2000, 50
 # Warn when more than this share of the passages is cut.
@@ -191,6 +194,8 @@ class Plan:
         batch_size: queries in a batch, over all ranks.
         n_ranks: a last batch that is too small to give every rank a query is left out.
         multiple: the number of batches is cut to a multiple of this (gradient accumulation).
+        hard_batches: queries meet whose positives are each other's negatives. They are hard negatives that cost
+            nothing, as topic-aware sampling's are (Hofstaetter et al., 2021).
     """
 
     rows: TrainingRows
@@ -201,6 +206,7 @@ class Plan:
     group_by_source: bool = False
     drop_last: bool = False
     multiple: int = 1
+    hard_batches: bool = False
 
     def __len__(self) -> int:
         """Batches in an epoch."""
@@ -213,9 +219,12 @@ class Plan:
         batches = []
         for group in self._groups(number, rng):
             examples = [self._example(number, row, copy) for row, copy in group]
+            if self.hard_batches:
+                examples = self._chained(examples)
             dealt = self._deal(examples)
             batches += dealt[: self._n_batches(len(group))]
-        if self.group_by_source:
+        if self.group_by_source or self.hard_batches:
+            # Neither should the files take turns, nor the rows that no chain took all come last.
             batches = [batches[i] for i in rng.permutation(len(batches))]
         return batches[: len(self)]
 
@@ -270,6 +279,30 @@ class Plan:
         while len(found) < count:
             found.append(found[0] if found else int(pool[0]))
         return np.array(found, np.int64)
+
+    def _chained(self, examples: list[Example]) -> list[Example]:
+        """The examples in chains of a batch's length.
+
+        A chain begins at the first example that is left, and takes in, for each of its members in turn, examples
+        whose positives are the row's first negatives (mining writes the nearest first), and then its others.
+        """
+        waiting: dict[int, list[Example]] = {}
+        for example in reversed(examples):
+            waiting.setdefault(int(example.passages[0]), []).append(example)
+        ordered: list[Example] = []
+        for first in examples:
+            own = waiting[int(first.passages[0])]
+            if not own or own[-1] is not first:
+                continue  # an earlier chain took it
+            chain, met = [own.pop()], {int(first.passages[0])}
+            for part in (slice(_CHAINED), slice(_CHAINED, None)):
+                for member in chain:  # which grows meanwhile
+                    for passage in self.rows.negatives[member.row][part].tolist():
+                        if len(chain) < self.batch_size and passage not in met and waiting.get(passage):
+                            chain.append(waiting[passage].pop())
+                            met.add(passage)
+            ordered += chain
+        return ordered
 
     def _deal(self, examples: list[Example]) -> list[list[Example]]:
         """Batches in which no query and no positive comes twice, as far as possible."""
@@ -396,8 +429,11 @@ def preflight(
     counts = np.array([len(row) for row in rows.negatives])
     wanted = plan.group_size - 1
     facts |= {"rows_without_negatives": int((counts == 0).sum()), "negatives_that_are_positives": rows.n_false}
-    if wanted == 0 and counts.any():
-        warnings.append(f"group_size is 1, so the hard negatives of {int((counts > 0).sum()):,} rows go unused")
+    if wanted == 0 and counts.any() and not plan.hard_batches:
+        warnings.append(
+            f"group_size is 1, so the hard negatives of {int((counts > 0).sum()):,} rows go unused; hard_batches uses "
+            "those that are other rows' positives"
+        )
     short = int((counts < wanted).sum())
     if short:
         warnings.append(
@@ -410,16 +446,19 @@ def preflight(
         raise ValueError(
             f"{len(rows)} rows make no batch of {plan.batch_size} over {plan.n_ranks} ranks; expected more"
         )
-    duplicates, seen = 0, []
+    duplicates, seen, own = 0, [], []
     for batch in plan.epoch(0)[:_SAMPLE_BATCHES]:
         for part in np.array_split(np.arange(len(batch)), n_parts):
             mask = ignored(rows, [batch[i] for i in part])
             duplicates += int(mask.sum())
             seen.append((~mask).sum(1) - 1 if loss_takes_batch else np.full(len(part), wanted))
+            present = np.concatenate([batch[i].passages if loss_takes_batch else () for i in part])
+            own += [np.isin(rows.negatives[batch[i].row], present).sum() for i in part]
     facts |= {
         "batches_an_epoch": len(plan),
         "masked_pairs_a_batch": round(duplicates / min(len(plan), _SAMPLE_BATCHES), 2),
         "negatives_a_query_sees": round(float(np.concatenate(seen).mean()), 1),
+        "own_negatives_a_query_sees": round(float(np.mean(own)), 1) if loss_takes_batch else wanted,
     }
     return Preflight(facts, warnings)
 
