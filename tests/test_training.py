@@ -131,6 +131,18 @@ def test_a_killed_run_ends_with_the_same_weights(run, tmp_path, monkeypatch, opt
     assert not list((tmp_path / "broken").glob("*.work"))
 
 
+@pytest.mark.parametrize("options", [{}, {"max_steps": 6, "save_steps": 3}])
+def test_an_ended_run_is_not_gone_on_with(run, tmp_path, options):
+    """As after a kill between the last checkpoint and the model."""
+    first = run("once", **options)
+    before = weights(tmp_path / "once")
+    (tmp_path / "once" / "model_state.pdparams").unlink()
+    again = run("once", **options)
+    after = weights(tmp_path / "once")
+    assert all(np.array_equal(before[name], after[name]) for name in before)
+    assert (again.steps, again.loss) == (first.steps, pytest.approx(first.loss))
+
+
 def test_another_runs_checkpoints_are_not_taken_over(run):
     run()
     with pytest.raises(ValueError, match="a run with other learning_rate"):
@@ -139,7 +151,7 @@ def test_another_runs_checkpoints_are_not_taken_over(run):
 
 
 def test_the_best_checkpoint_and_early_stopping(run, tmp_path, monkeypatch):
-    values = iter([0.3, 0.5, 0.4, 0.5, 0.9])
+    values = iter([0.3, 0.5, 0.4, 0.5, 0.9, 0.9])
     monkeypatch.setattr(
         training.Job, "evaluate", lambda job: dict.fromkeys(training.METRICS, next(values))
     )  # fmt: skip
@@ -148,6 +160,12 @@ def test_the_best_checkpoint_and_early_stopping(run, tmp_path, monkeypatch):
         early_stopping_patience=2, save_total_limit=1,
     )  # fmt: skip
     assert sorted(p.name for p in (tmp_path / "out").glob("checkpoint-*")) == ["checkpoint-12", "checkpoint-6"]
+    # What early stopping ended stays ended.
+    result = run(
+        evaluation_strategy="steps", eval_steps=3, num_train_epochs=3, load_best_model_at_end=True,
+        early_stopping_patience=2, save_total_limit=1,
+    )  # fmt: skip
+    assert result.steps == 12 and next(values, None) is None
     assert_same_weights(tmp_path / "out", tmp_path / "out" / "checkpoint-6")
 
 

@@ -83,6 +83,29 @@ def make(job: "Job"):
             loss = loss / self.args.gradient_accumulation_steps
             return self.scaler.scale(loss) if self.do_grad_scaling else loss
 
+        def run(self, resume: str | None) -> None:
+            """Train, from a checkpoint on if one is given; a training that had ended is not gone on with."""
+            ended = resume is not None and ranks.broadcast_object(ranks.on_first(lambda: self._ended_at(resume)))
+            if not ended:
+                self.train(resume_from_checkpoint=resume)
+                return
+            logger.info("%s: the training had ended there", resume)
+            self._load_from_checkpoint(resume)
+            self._agree(self.model)
+            self.state.global_step, standing = ended
+            self._standing = _Standing(**standing)
+
+        def _ended_at(self, checkpoint: str) -> tuple[int, dict] | None:
+            """Of a checkpoint with which a training ended: its step and standing."""
+            step = json.loads((Path(checkpoint) / "trainer_state.json").read_text())["global_step"]
+            standing = json.loads((Path(checkpoint) / "standing.json").read_text())
+            ended = standing["stopped"] or 0 < self.args.max_steps <= step
+            return (step, standing) if ended else None
+
+        def mean_loss(self) -> float:
+            """Over all steps, of a resumed training too."""
+            return self._standing.loss_sum / max(1, self.state.global_step)
+
         def get_train_dataloader(self) -> Loader:
             return Loader(job.plan, job.collate)
 
@@ -101,6 +124,8 @@ def make(job: "Job"):
             model.train()
             outcome = self.step(inputs)
             self._guard(outcome)
+            if math.isfinite(outcome.loss):
+                self._standing.loss_sum += outcome.loss / self.args.gradient_accumulation_steps
             return paddle.to_tensor(outcome.loss / self.args.gradient_accumulation_steps, "float32")
 
         def _guard(self, outcome) -> None:
@@ -133,7 +158,7 @@ def make(job: "Job"):
                 logger.info(
                     "stopping early: no better %s in %d evaluations", metric(given), self._standing.without_gain
                 )
-                self.control.should_training_stop = True
+                self.control.should_training_stop = self._standing.stopped = True
             return logs
 
         def finish(self) -> None:
@@ -228,11 +253,15 @@ def make(job: "Job"):
 
 @dataclass
 class _Standing:
-    """The best dev metric so far, at which step, and how many evaluations have not bettered it since."""
+    """What a training knows about its past: the best dev metric so far, at which step, and how many evaluations have
+    not bettered it since; whether they ended it; the sum of all steps' losses.
+    """
 
     best: float | None = None
     best_step: int | None = None
     without_gain: int = 0
+    stopped: bool = False
+    loss_sum: float = 0.0
 
     def note(self, value: float, step: int) -> None:
         """An evaluation's metric; higher is better."""

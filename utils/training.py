@@ -95,16 +95,15 @@ def train(given: TrainArguments) -> TrainingResult:
         resume = ranks.broadcast_object(ranks.on_first(job.resumed))
         with run.stage("train"):
             loop = trainer.make(job)
-            outcome = loop.train(resume_from_checkpoint=resume)
+            loop.run(resume)
             loop.finish()
         with run.stage("write"):
             ranks.on_first(lambda: job.write_model(Path(given.output_dir)))
         metrics = loop.final_metrics
-        run.results |= {"steps": outcome.global_step, "loss": outcome.training_loss, "metrics": metrics}
+        steps, loss = loop.state.global_step, loop.mean_loss()
+        run.results |= {"steps": steps, "loss": loss, "metrics": metrics}
         ranks.on_first(lambda: write_whole(Path(given.output_dir) / "report.json", run.to_json()))
-        return TrainingResult(
-            given.output_dir, outcome.global_step, outcome.training_loss, metrics, run.as_dict()
-        )  # fmt: skip
+        return TrainingResult(given.output_dir, steps, loss, metrics, run.as_dict())
     finally:
         if lock is not None:
             lock.close()
