@@ -211,7 +211,9 @@ def test_preflight_says_what_is_wrong(tmp_path):
     assert found.facts["masked_pairs_a_batch"] > 0
     found = warnings(1)
     assert "group_size is 1, so the hard negatives of 5 rows go unused" in " ".join(found.warnings)
-    assert warnings(2, loss_takes_batch=False).facts["negatives_a_query_sees"] == 1
+    facts = warnings(2, loss_takes_batch=False).facts
+    assert facts["negatives_a_query_sees"] == 1
+    assert facts["own_negatives_a_query_sees"] == round(5 / 17, 1)  # the others' are drawn at random
 
 
 def test_preflight_counts_the_negatives_that_a_query_sees(tmp_path):

@@ -452,13 +452,16 @@ def preflight(
             mask = ignored(rows, [batch[i] for i in part])
             duplicates += int(mask.sum())
             seen.append((~mask).sum(1) - 1 if loss_takes_batch else np.full(len(part), wanted))
-            present = np.concatenate([batch[i].passages if loss_takes_batch else () for i in part])
-            own += [np.isin(rows.negatives[batch[i].row], present).sum() for i in part]
+            passages = [set(batch[i].passages.tolist()) for i in part]
+            present = set().union(*passages)
+            for i, group in zip(part, passages, strict=True):
+                seen_by_it = present if loss_takes_batch else group
+                own.append(sum(passage in seen_by_it for passage in rows.negatives[batch[i].row].tolist()))
     facts |= {
         "batches_an_epoch": len(plan),
         "masked_pairs_a_batch": round(duplicates / min(len(plan), _SAMPLE_BATCHES), 2),
         "negatives_a_query_sees": round(float(np.concatenate(seen).mean()), 1),
-        "own_negatives_a_query_sees": round(float(np.mean(own)), 1) if loss_takes_batch else wanted,
+        "own_negatives_a_query_sees": round(float(np.mean(own)), 1),
     }
     return Preflight(facts, warnings)
 
