@@ -99,7 +99,7 @@ def make(job: "Job"):
             """Of a checkpoint with which a training ended: its step and standing."""
             step = json.loads((Path(checkpoint) / "trainer_state.json").read_text())["global_step"]
             standing = json.loads((Path(checkpoint) / "standing.json").read_text())
-            ended = standing["stopped"] or 0 < self.args.max_steps <= step
+            ended = _Standing(**standing).ends(given.early_stopping_patience) or 0 < self.args.max_steps <= step
             return (step, standing) if ended else None
 
         def mean_loss(self) -> float:
@@ -154,11 +154,11 @@ def make(job: "Job"):
             self.log(dict(logs))
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)
             self._standing.note(self.final_metrics[metric(given)], self.state.global_step)
-            if given.early_stopping_patience and self._standing.without_gain >= given.early_stopping_patience:
+            if self._standing.ends(given.early_stopping_patience):
                 logger.info(
                     "stopping early: no better %s in %d evaluations", metric(given), self._standing.without_gain
                 )
-                self.control.should_training_stop = self._standing.stopped = True
+                self.control.should_training_stop = True
             return logs
 
         def finish(self) -> None:
@@ -254,13 +254,12 @@ def make(job: "Job"):
 @dataclass
 class _Standing:
     """What a training knows about its past: the best dev metric so far, at which step, and how many evaluations have
-    not bettered it since; whether they ended it; the sum of all steps' losses.
+    not bettered it since; the sum of all steps' losses.
     """
 
     best: float | None = None
     best_step: int | None = None
     without_gain: int = 0
-    stopped: bool = False
     loss_sum: float = 0.0
 
     def note(self, value: float, step: int) -> None:
@@ -269,6 +268,10 @@ class _Standing:
             self.best, self.best_step, self.without_gain = value, step, 0
         else:
             self.without_gain += 1
+
+    def ends(self, patience: int | None) -> bool:
+        """Whether early stopping ends the training here."""
+        return bool(patience) and self.without_gain >= patience
 
 
 def _renamed(state: dict, names: dict[str, str]) -> dict:
