@@ -220,6 +220,17 @@ def _put(result, scale, column, rows):
             rows[i, column + j] = result[i, j] * scale
 
 
+@_inlined
+def _weigh(query, key, value, biases, scale, head, settled, q, k, v, weights, dropped):
+    """A head's queries, keys and values, and its attention weights before and after dropout."""
+    t, width = q.shape
+    _take(query, biases[0], scale, head * width, q)
+    _take(key, biases[1], _F(1.0), head * width, k)
+    _take(value, biases[2], _F(1.0), head * width, v)
+    np.dot(q, k.T, weights)
+    _softmax(weights, head * t, settled[0], settled[1], settled[2], dropped)
+
+
 @_compiled
 def attention(query, key, value, biases, width, heads, settled, result):
     """Attention within one text, for the heads from ``heads[0]`` to before ``heads[1]``.
@@ -236,11 +247,7 @@ def attention(query, key, value, biases, width, heads, settled, result):
     dropped = _empty(t, t) if settled[1] > _U(0) else weights
     for head in range(heads[0], heads[1]):
         column = head * width
-        _take(query, biases[0], scale, column, q)
-        _take(key, biases[1], one, column, k)
-        _take(value, biases[2], one, column, v)
-        np.dot(q, k.T, weights)
-        _softmax(weights, head * t, settled[0], settled[1], settled[2], dropped)
+        _weigh(query, key, value, biases, scale, head, settled, q, k, v, weights, dropped)
         np.dot(dropped, v, own)
         _put(own, one, column, result)
 
@@ -256,12 +263,8 @@ def attention_backward(query, key, value, biases, width, heads, settled, gradien
     dropped = _empty(t, t) if settled[1] > _U(0) else weights
     for head in range(heads[0], heads[1]):
         column = head * width
-        _take(query, biases[0], scale, column, q)
-        _take(key, biases[1], one, column, k)
-        _take(value, biases[2], one, column, v)
+        _weigh(query, key, value, biases, scale, head, settled, q, k, v, weights, dropped)
         _take(gradient, no_bias, one, column, outer)
-        np.dot(q, k.T, weights)
-        _softmax(weights, head * t, settled[0], settled[1], settled[2], dropped)
         np.dot(dropped.T, outer, own)
         _put(own, one, column, d_value)
         np.dot(outer, v.T, d_weights)
