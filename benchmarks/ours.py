@@ -68,7 +68,8 @@ def clean(vectors: str, n: int, threshold: float, output: str) -> dict:
 
 def mine(queries: str, passages: str, positives: str, depth: int, wanted: int, output: str) -> dict:
     """The first ``wanted`` of each query's ``depth`` nearest passages that are not its positive, as texts."""
-    query_vectors, passage_vectors = np.load(queries), np.load(passages)
+    # As the script holds them.
+    query_vectors, passage_vectors = np.load(queries, mmap_mode="r"), np.load(passages, mmap_mode="r")
     n, n_passages, dim = len(query_vectors), len(passage_vectors), query_vectors.shape[1]
     own = negatives.Groups.of([[row] for row in np.load(positives).tolist()])
     texts = [f"passage {row}" for row in range(n_passages)]
@@ -83,11 +84,11 @@ def mine(queries: str, passages: str, positives: str, depth: int, wanted: int, o
     scores = negatives.positive_scores(problem)
     background, _ = negatives.measure_background(problem, scores)
     screened = negatives.screen(problem, found, scores, rules, background)
+    np.save(output, found.rows)
+    del found
     chosen = negatives.choose(problem, screened, rules, background).negatives
     mined = [[texts[negative.row] for negative in row] for row in chosen]
     seconds = time.perf_counter() - started
-
-    np.save(output, found.rows)
     return {
         "seconds": seconds,
         "search_seconds": searched,

@@ -6,7 +6,7 @@ import pytest
 from utils import dedup
 from utils.dedup import find_threshold, remove_near_duplicates
 from utils.distributed import Ranks
-from utils.search import pair_scores
+from utils.scores import pair_scores
 
 
 def one_by_one(vectors, threshold):

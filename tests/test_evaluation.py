@@ -11,7 +11,7 @@ from embedding_evaluate import Embedding_Evaluation
 from utils import arguments, trec
 from utils.arguments import EvaluateArguments
 from utils.embedding import build_encoders
-from utils.search import pair_scores
+from utils.scores import pair_scores
 
 KEYS = ["hit_rate@10", "hit_rate@5", "hit_rate@3", "hit_rate@1", "mrr@10", "mrr@5", "mrr@3", "ndcg@10", "ndcg@5"]
 KEYS += ["ndcg@3"]

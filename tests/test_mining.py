@@ -11,7 +11,8 @@ from mining_negative_samples import MiningNegativeSamples
 from utils import arguments, candidates, embedding, mining, reranker
 from utils.arguments import ArgumentError, MiningArguments
 from utils.records import fold
-from utils.search import ExactIndex, pair_scores
+from utils.scores import pair_scores
+from utils.search import ExactIndex
 
 
 def mining_rows() -> list[dict]:

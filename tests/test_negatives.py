@@ -5,7 +5,8 @@ import pytest
 
 from utils import negatives
 from utils.negatives import Background, Groups, Problem, Rules, choose, measure_background, positive_scores, screen
-from utils.search import ExactIndex, Neighbors, pair_scores
+from utils.scores import Neighbors, pair_scores
+from utils.search import ExactIndex
 
 
 def make_problem(n_queries=60, n_passages=200, dim=16, seed=0) -> Problem:

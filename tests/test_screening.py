@@ -5,8 +5,9 @@ import pytest
 from test_dedup import clean, clustered, one_by_one
 
 from utils import dedup, screening
+from utils.scores import largest_norm
 from utils.screening import ScreenedIndex, Sketcher, fit
-from utils.search import ExactIndex, largest_norm
+from utils.search import ExactIndex
 
 
 def anisotropic(n, dim=48, seed=0, spread=0.5):

@@ -1,10 +1,25 @@
 """Exact search against one-by-one float64 scoring, with ties and near-ties planted."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+from utils import matmul
 from utils.distributed import Ranks
-from utils.search import ExactIndex, Neighbors, ShardedIndex, merge, pair_scores, rounding_bound
+from utils.mapped import release
+from utils.scores import Neighbors, merge, pair_scores, rounding_bound
+from utils.search import ExactIndex, ShardedIndex, _Bfloat16Screen, _Float32Screen, _Shape
+
+
+@pytest.fixture(params=["float32", "bfloat16"])
+def arithmetic(request, monkeypatch) -> str:
+    """What the screening products are made in."""
+    if request.param == "bfloat16" and not matmul.bfloat16_is_fast():
+        pytest.skip("this processor has no bfloat16 products")
+    monkeypatch.setattr(matmul, "bfloat16_is_fast", lambda: request.param == "bfloat16")
+    return request.param
 
 
 def brute_force(queries, corpus, k, floor=-np.inf) -> Neighbors:
@@ -26,7 +41,7 @@ def unit(rng, n, dim) -> np.ndarray:
 @pytest.mark.parametrize(
     ("n", "dim", "n_queries", "k"), [(9000, 8, 600, 20), (1000, 64, 100, 5), (3, 4, 5, 10), (9000, 32, 40, 300)]
 )
-def test_equals_brute_force_with_ties(n, dim, n_queries, k, floor):
+def test_equals_brute_force_with_ties(n, dim, n_queries, k, floor, arithmetic):
     rng = np.random.default_rng(n)
     corpus = unit(rng, n, dim)
     corpus[n // 2 :] = corpus[: n - n // 2]  # every score occurs twice
@@ -37,7 +52,7 @@ def test_equals_brute_force_with_ties(n, dim, n_queries, k, floor):
     np.testing.assert_array_equal(found.scores, expected.scores)
 
 
-def test_scores_a_few_units_apart_are_settled_in_float64():
+def test_scores_a_few_units_apart_are_settled_in_float64(arithmetic):
     rng = np.random.default_rng(0)
     base = unit(rng, 1, 384)
     noise = rng.standard_normal((6000, 384)).astype(np.float32) * np.float32(1e-8)
@@ -45,6 +60,62 @@ def test_scores_a_few_units_apart_are_settled_in_float64():
     found = ExactIndex(384, vectors=corpus).search(base, 50)
     expected = brute_force(base, corpus, 50)
     np.testing.assert_array_equal(found.rows, expected.rows)
+
+
+@pytest.mark.parametrize(("common", "scale"), [(3.0, 1.0), (0.0, 1e3), (0.0, 1e-18)])
+def test_vectors_about_a_common_mean_and_of_any_length(common, scale, arithmetic):
+    rng = np.random.default_rng(5)
+    corpus = (unit(rng, 5000, 48) + np.float32(common) * unit(rng, 1, 48)) * np.float32(scale)
+    corpus *= rng.uniform(0.1, 1, (len(corpus), 1)).astype(np.float32)
+    queries = corpus[:70] + unit(rng, 70, 48) * np.float32(0.1 * scale)
+    found, expected = ExactIndex(48, vectors=corpus).search(queries, 30), brute_force(queries, corpus, 30)
+    np.testing.assert_array_equal(found.rows, expected.rows)
+    np.testing.assert_array_equal(found.scores, expected.scores)
+
+
+def test_a_screened_score_lies_within_its_slack(arithmetic):
+    rng = np.random.default_rng(6)
+    mean = unit(rng, 1, 64)
+    corpus, queries = (vectors + mean for vectors in (unit(rng, 900, 64), unit(rng, 50, 64)))
+    screen = (_Bfloat16Screen if arithmetic == "bfloat16" else _Float32Screen)(queries, _Shape.of(corpus))
+    scores = np.empty((50, 900), np.float32)
+    screen.take(corpus)
+    screen.multiply(slice(0, 50), scores)
+    exact = queries.astype(np.float64) @ corpus.T.astype(np.float64)
+    apart = np.abs(scores + screen.offset[:, None] - exact)
+    assert (apart <= screen.slack[:, None]).all()
+    assert apart.max() > 0.01 * screen.slack.max()  # and the bound is not idle
+
+
+def test_a_mapped_corpus_is_searched_alike_and_handed_back(tmp_path, arithmetic):
+    rng = np.random.default_rng(7)
+    corpus = unit(rng, 20_000, 64)
+    np.save(tmp_path / "corpus.npy", corpus)
+    mapped = np.load(tmp_path / "corpus.npy", mmap_mode="r")
+    queries = corpus[::100] + unit(rng, 200, 64) * np.float32(0.2)
+    index = ExactIndex(64, vectors=mapped)
+    before = resident_file_bytes()
+    found, expected = index.search(queries, 10), ExactIndex(64, vectors=corpus).search(queries, 10)
+    np.testing.assert_array_equal(found.rows, expected.rows)
+    assert resident_file_bytes() - before < corpus.nbytes / 2
+    total = mapped.sum()
+    assert resident_file_bytes() - before > corpus.nbytes / 2
+    release(mapped[100:])
+    assert resident_file_bytes() - before < corpus.nbytes / 2
+    assert mapped.sum() == total
+
+
+def resident_file_bytes() -> int:
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"RssFile:\s+(\d+)", status)[1]) * 1024
+
+
+def test_changes_of_a_private_map_are_not_thrown_away(tmp_path):
+    np.save(tmp_path / "x.npy", np.zeros((2000, 8), np.float32))
+    private = np.load(tmp_path / "x.npy", mmap_mode="c")
+    private[:] = 1
+    release(private)
+    assert (private == 1).all()
 
 
 def test_rounding_bound_holds():

@@ -10,19 +10,13 @@ pass, a replayed forward pass and a resumed training find the same decisions and
 import numba
 import numpy as np
 
+from utils.compiled import compiled
+
 _F, _U = np.float32, np.uint32
 # No flag that would let the compiler assume away infinities and NaN: a training that went wrong must show.
 _MATHS = {"reassoc", "contract", "arcp", "nsz"}
 _inlined = numba.njit(fastmath=_MATHS, inline="always", error_model="numpy")
-
-
-def _compiled(function):
-    """The function, compiled at its first call; the machine code is kept for other processes, if it can be."""
-    options = {"fastmath": _MATHS, "nogil": True, "error_model": "numpy"}
-    try:
-        return numba.njit(cache=True, **options)(function)
-    except RuntimeError:  # neither this folder nor the user's cache can be written
-        return numba.njit(**options)(function)
+_compiled = compiled(_MATHS)
 
 
 @_inlined

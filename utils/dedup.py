@@ -16,8 +16,9 @@ import numpy as np
 
 from utils import screening
 from utils.distributed import Ranks
+from utils.scores import Neighbors, largest_norm, merge, pair_scores, rounding_bound
 from utils.screening import SAMPLE_ROWS, ScreenedIndex
-from utils.search import ExactIndex, Neighbors, largest_norm, merge, pair_scores, rounding_bound
+from utils.search import ExactIndex
 from utils.threads import products
 
 logger = logging.getLogger(__name__)

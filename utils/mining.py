@@ -9,18 +9,20 @@ from pathlib import Path
 
 import numpy as np
 
-from utils import candidates, engines, mining_formats, negatives, report
+from utils import candidates, engines, mining_formats, negatives, report, runtime
 from utils.arguments import MiningArguments
 from utils.distributed import Ranks
 from utils.embedding import build_encoders, embed
 from utils.embedding_store import EmbeddingStore, derive, fingerprint
+from utils.faiss_search import FactoryIndex, check_factory
 from utils.mining_formats import MinedRow
 from utils.mining_inputs import Inputs
 from utils.negatives import Background, MiningResult, Problem, Rules, Screened
 from utils.outputs import Outputs, write_rejected
 from utils.records import to_line
 from utils.reranker import Reranker, rerank
-from utils.search import FactoryIndex, Neighbors, ShardedIndex, check_factory, pair_scores
+from utils.scores import Neighbors, scores_of
+from utils.search import ShardedIndex
 
 logger = logging.getLogger(__name__)
 
@@ -173,9 +175,8 @@ def _fused(given: MiningArguments, inputs: Inputs | None, vectors: _Vectors, den
         lists.append(candidates.padded(inputs.run_lists, depth))
     rows = candidates.fuse(lists, depth)
     scores = np.full(rows.shape, -np.inf)
-    for number in range(len(rows)):
-        there = rows[number] >= 0
-        scores[number, there] = pair_scores(vectors.queries[number : number + 1], vectors.passages[rows[number, there]])
+    query, place = np.nonzero(rows >= 0)
+    scores[query, place] = scores_of(vectors.queries, query, vectors.passages, rows[query, place])
     return Neighbors(scores, rows)
 
 
@@ -276,6 +277,7 @@ def _fill(
                 ranks.on_first(partial(_note, store, number, np.arange(start, stop), packed))
                 searched += stop - start
             progress.update(stop - start)
+    runtime.give_back_memory()
     ranks.on_first(lambda: store.finish() if store is not None else None)
     return searched
 

@@ -1,7 +1,7 @@
 """Which neighbours become negatives: window, forbidden passages, margins, near-copies, sampling.
 
 A candidate passes through the tests in the order of ``REASONS`` and is counted under the first that
-it fails. Every score is canonical (``search.pair_scores``), so the same candidates are dropped for any
+it fails. Every score is canonical (``scores.pair_scores``), so the same candidates are dropped for any
 block size and any number of ranks.
 """
 
@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from utils.search import Neighbors, pair_scores, rounding_bound
+from utils.mapped import release
+from utils.scores import Neighbors, rounding_bound, scores_of
 
 # Why a candidate is dropped. "forbidden" ones are known positives or the query itself and take up no
 # place in the window; the others are counted among the window's candidates.
@@ -97,9 +98,13 @@ class Problem:
 
     def cosines(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
         """Cosines between passages, by their rows, float64."""
-        a, b = self.passage_vectors[left], self.passage_vectors[right]
-        scores = pair_scores(a, b)
-        return scores if self.unit else scores / np.sqrt(pair_scores(a, a) * pair_scores(b, b))
+
+        def products(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+            return scores_of(self.passage_vectors, a, self.passage_vectors, b)
+
+        if self.unit:
+            return products(left, right)
+        return products(left, right) / np.sqrt(products(left, left) * products(right, right))
 
 
 @dataclass(frozen=True)
@@ -165,13 +170,7 @@ class Screened:
 def positive_scores(problem: Problem) -> np.ndarray:
     """The score of each query with each of its positives, float64, in the order of ``problem.positives.rows``."""
     queries = np.repeat(np.arange(len(problem.positives.lims) - 1), problem.positives.sizes())
-    scores = np.empty(len(queries))
-    for start in range(0, len(queries), _BLOCK_ROWS):
-        part = slice(start, start + _BLOCK_ROWS)
-        scores[part] = pair_scores(
-            problem.query_vectors[queries[part]], problem.passage_vectors[problem.positives.rows[part]]
-        )
-    return scores
+    return scores_of(problem.query_vectors, queries, problem.passage_vectors, problem.positives.rows)
 
 
 def lowest_of_each(groups: Groups, values: np.ndarray) -> np.ndarray:
@@ -194,7 +193,7 @@ def measure_background(problem: Problem, positives: np.ndarray) -> tuple[Backgro
     n = min(_BACKGROUND_PAIRS, n_queries * n_passages)
     queries, passages = rng.integers(0, n_queries, n), rng.integers(0, n_passages, n)
     allowed = ~_is_member(problem.forbidden, queries, passages[:, None])[:, 0]
-    pairs = pair_scores(problem.query_vectors[queries[allowed]], problem.passage_vectors[passages[allowed]])
+    pairs = scores_of(problem.query_vectors, queries[allowed], problem.passage_vectors, passages[allowed])
     left, right = rng.integers(0, n_passages, n), rng.integers(0, n_passages, n)
     different = left != right
     cosines = problem.cosines(left[different], right[different])
@@ -245,8 +244,8 @@ def screen(
     lowest = lowest_of_each(problem.positives, positives)
     limit = score_limit(lowest, rules, background)
     drops = dict.fromkeys(REASONS, 0)
-    kept: list[tuple[np.ndarray, ...]] = []
-    presumed: list[tuple[np.ndarray, np.ndarray]] = []
+    n_left, rows_left, scores_left, ranks_left = [], [], [], []
+    n_near, rows_near = [], []
     n_window = 0
     for start in range(0, len(problem.query_of_row), _BLOCK_ROWS):
         queries = problem.query_of_row[start : start + _BLOCK_ROWS]
@@ -265,16 +264,22 @@ def screen(
             open_ &= ~failing
             if reason != "min_score":
                 near |= failing
-        row_number, place = np.nonzero(open_)
-        kept.append((row_number + start, rows[row_number, place], scores[row_number, place], rank[row_number, place]))
-        row_number, place = np.nonzero(near)
-        presumed.append((row_number + start, rows[row_number, place]))
+        n_left.append(open_.sum(axis=1))
+        rows_left.append(rows[open_].astype(np.int32))
+        scores_left.append(scores[open_])
+        ranks_left.append(rank[open_].astype(np.int32))
+        n_near.append(near.sum(axis=1))
+        rows_near.append(rows[near].astype(np.int32))
         progress(len(queries))
-    n_rows = len(problem.query_of_row)
-    of_row, rows, scores, ranks = (np.concatenate(column) for column in zip(*kept, strict=True))
-    near_of, near_rows = (np.concatenate(column) for column in zip(*presumed, strict=True))
-    left = Candidates(_lims(of_row, n_rows), rows.astype(np.int32), scores, ranks.astype(np.int32))
-    return Screened(left, Groups(_lims(near_of, n_rows), near_rows.astype(np.int32)), drops, n_window)
+    left = Candidates(_lims(_joined(n_left)), _joined(rows_left), _joined(scores_left), _joined(ranks_left))
+    return Screened(left, Groups(_lims(_joined(n_near)), _joined(rows_near)), drops, n_window)
+
+
+def _joined(blocks: list[np.ndarray]) -> np.ndarray:
+    """The blocks as one array; they are let go of at once, before the next column is joined."""
+    joined = np.concatenate(blocks)
+    blocks.clear()
+    return joined
 
 
 def _tests(
@@ -308,11 +313,8 @@ def _near_a_positive(
     near = np.zeros_like(open_)
     where, place = np.nonzero(open_)
     which, positive = problem.positives.members(queries[where])
-    for start in range(0, len(which), 1 << 14):
-        part = slice(start, start + (1 << 14))
-        pairs = which[part]
-        close = problem.cosines(rows[where[pairs], place[pairs]], positive[part]) >= cut
-        near[where[pairs[close]], place[pairs[close]]] = True
+    close = which[problem.cosines(rows[where[which], place[which]], positive) >= cut]
+    near[where[close], place[close]] = True
     return near
 
 
@@ -328,8 +330,9 @@ def _is_member(groups: Groups, queries: np.ndarray, rows: np.ndarray) -> np.ndar
     return (known[place] == wanted) & (rows >= 0)
 
 
-def _lims(of_row: np.ndarray, n_rows: int) -> np.ndarray:
-    return np.concatenate([[0], np.cumsum(np.bincount(of_row, minlength=n_rows))]).astype(np.int64)
+def _lims(sizes: np.ndarray) -> np.ndarray:
+    """Where each group begins, and where the last one ends; int64 [groups + 1]."""
+    return np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
 
 
 def apply_reranker(
@@ -349,7 +352,7 @@ def apply_reranker(
     of = np.concatenate([presumed_of, of_row[near]])
     order = np.argsort(of, kind="stable")
     rows = np.concatenate([screened.presumed.rows, left.rows[near]])[order]
-    presumed = Groups(_lims(of, len(left.lims) - 1), rows)
+    presumed = Groups(_lims(np.bincount(of, minlength=len(left.lims) - 1)), rows)
     drops = screened.drops | {"reranker_margin": int(near.sum())}
     return Screened(left.keep(~near), presumed, drops, screened.n_window)
 
@@ -379,6 +382,7 @@ def choose(
                 negatives += _backfill(problem, row, screened, negatives, rules)
         chosen.append(negatives)
         if row % _BLOCK_ROWS == _BLOCK_ROWS - 1:
+            release(problem.passage_vectors)
             progress(_BLOCK_ROWS)
     progress(len(chosen) % _BLOCK_ROWS)
     return MiningResult(chosen, np.array(short, np.int64), drops)
@@ -479,6 +483,5 @@ def _backfill(
         drawn = drawn[np.sort(first)]
         drawn = drawn[~np.isin(drawn, banned)]
     drawn = drawn[:need]
-    query_vector = np.broadcast_to(problem.query_vectors[query], (len(drawn), problem.query_vectors.shape[1]))
-    scores = pair_scores(query_vector, problem.passage_vectors[drawn])
+    scores = scores_of(problem.query_vectors, np.full(len(drawn), query), problem.passage_vectors, drawn)
     return [Negative(int(passage), float(score), -1) for passage, score in zip(drawn, scores, strict=True)]

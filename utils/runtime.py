@@ -98,6 +98,12 @@ def _keep_large_blocks() -> None:
     mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
+def give_back_memory() -> None:
+    """Hand the blocks that malloc has kept back to the system, after work that needed many (glibc only)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def _die_with_parent() -> None:
     """A worker whose launcher was killed must not go on writing beside the next run's workers."""
     parent = os.getppid()

@@ -11,8 +11,8 @@ import logging
 
 import numpy as np
 
-from utils import runtime
-from utils.search import Neighbors, largest_norm, pair_scores, rounding_bound
+from utils import matmul, runtime
+from utils.scores import Neighbors, largest_norm, pair_scores, rounding_bound
 from utils.threads import in_threads
 
 logger = logging.getLogger(__name__)
@@ -23,8 +23,9 @@ _MOST_DIRECTIONS = 256
 # Numbers of directions that are tried.
 _STEP = 16
 # What a pair of sketches costs besides its product's flops, and what scoring a pair costs, in units of one
-# more dimension of the product (measured at 384 dimensions; only speed depends on them).
-_PASS_COST, _PAIR_COST = 36, 60_000
+# more dimension of the product (measured at 384 dimensions; only speed depends on them). And what a dimension
+# of the full product costs where it is one of bfloat16.
+_PASS_COST, _PAIR_COST, _BFLOAT16_COST = 36, 60_000, 0.3
 # Screening must promise to take at most this share of the full product's time.
 _WORTHWHILE = 0.8
 # One product of sketches is at most this many queries by this many rows: 2 MB, about a core's own cache.
@@ -82,7 +83,8 @@ def fit(sample: np.ndarray, threshold: float) -> Sketcher | None:
     squares = np.einsum("ij,ij->i", sample, sample, dtype=np.float64)
     m, half = len(sample), len(sample) // 2
     bounds = np.zeros((half, m - half), np.float32)
-    best, cheapest = None, _WORTHWHILE * (d + _PASS_COST)
+    full = d * (_BFLOAT16_COST if matmul.bfloat16_is_fast() else 1.0)
+    best, cheapest = None, _WORTHWHILE * (full + _PASS_COST)
     for k in range(_STEP, most + 1, _STEP):
         bounds += inside[:half, k - _STEP : k] @ inside[half:, k - _STEP : k].T
         rest = np.sqrt(np.maximum(squares - np.einsum("ij,ij->i", inside[:, :k], inside[:, :k]), 0)).astype(np.float32)

@@ -1,0 +1,47 @@
+"""oneDNN's product against NumPy's in float64, and the rounding to bfloat16 against its definition."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from utils import matmul
+
+needs_bfloat16 = pytest.mark.skipif(not matmul.bfloat16_is_fast(), reason="no bfloat16 products here")
+
+
+def as_float(rounded: np.ndarray) -> np.ndarray:
+    return (rounded.astype(np.uint32) << 16).view(np.float32)
+
+
+def test_rounding_takes_the_nearest_bfloat16_and_of_two_the_even_one():
+    rng = np.random.default_rng(0)
+    values = (rng.standard_normal((200, 33)) * 10.0 ** rng.integers(-30, 30, (200, 33))).astype(np.float32)
+    near = as_float(matmul.to_bfloat16(values))
+    step = 2.0 ** (np.floor(np.log2(np.abs(values.astype(np.float64)))) - 7)
+    assert (np.abs(near.astype(np.float64) - values) <= step / 2).all()
+    ties = np.array([[1 + 2**-8, 1 + 3 * 2**-8, -(1 + 2**-8), 0.0, -0.0]], np.float32)
+    assert as_float(matmul.to_bfloat16(ties)).tolist() == [[1.0, 1 + 2**-6, -1.0, 0.0, 0.0]]
+
+
+def test_what_is_too_small_for_a_normal_number_becomes_zero():
+    tiny = np.array([[1e-39, -1e-40, 2.0**-126]], np.float32)
+    assert as_float(matmul.to_bfloat16(tiny)).tolist() == [[0.0, 0.0, 2.0**-126]]
+
+
+@needs_bfloat16
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 1, 1), (3, 5, 7), (130, 70, 384), (64, 1, 33)])
+def test_products_in_any_number_of_threads(m, n, k):
+    rng = np.random.default_rng(m)
+    left, right = (matmul.to_bfloat16(rng.standard_normal(shape).astype(np.float32)) for shape in ((m, k), (n, k)))
+    bias = rng.standard_normal(n).astype(np.float32)
+    expected = as_float(left).astype(np.float64) @ as_float(right).T.astype(np.float64) + bias
+
+    def product(_: int) -> np.ndarray:
+        result = np.empty((m, n), np.float32)
+        matmul.matmul(left, right.T, result, bias)
+        return result
+
+    with ThreadPoolExecutor(3) as pool:
+        for result in pool.map(product, range(9)):
+            np.testing.assert_allclose(result, expected, rtol=0, atol=1e-5 * k)

@@ -1,0 +1,219 @@
+"""Compiled loops of the search: which scores of a block count, and the canonical score of a pair.
+
+Strict arithmetic: numbers are added up in the order that is written here, on every machine.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from utils.compiled import compiled
+
+# Scores that are compared at once before any is looked at alone.
+_CHUNK = 64
+
+
+class Problem(NamedTuple):
+    """What a block of queries is searched for.
+
+    queries, corpus: float32 [q, d] and [n, d]. k: how many rows a query is to get. offset: float64 [q], what
+    a screened score lacks of the canonical one. slack: float64 [q], how far the two may lie apart besides.
+    """
+
+    queries: np.ndarray
+    corpus: np.ndarray
+    k: int
+    offset: np.ndarray
+    slack: np.ndarray
+
+
+class State(NamedTuple):
+    """Each query's candidates so far.
+
+    cut: float32 [q], the screened score below which nothing can be among the k best any more. count: int64
+    [q]. scores, rows: float32 and int64 [q, width], the candidates.
+    """
+
+    cut: np.ndarray
+    count: np.ndarray
+    scores: np.ndarray
+    rows: np.ndarray
+
+
+@compiled()
+def canonical(left, right, terms):
+    """The inner product of left float64 [d], holding float32 values, and right float32 [d].
+
+    The product of two float32 is exact in float64. The products are added up by halves, the second half to
+    the first until one is left: an order that a processor can follow several at a time. ``terms``, float64
+    [d], is overwritten.
+    """
+    n = len(left)
+    if n == 0:
+        return 0.0
+    for j in range(n):
+        terms[j] = left[j] * np.float64(right[j])
+    while n > 1:
+        half = n // 2
+        for j in range(half):
+            terms[j] += terms[n - half + j]
+        n -= half
+    return terms[0]
+
+
+@compiled()
+def score_pairs(left, left_rows, right, right_rows):
+    """The canonical scores, float64 [n], of pairs of rows (int64 [n]) of two float32 [any, d] arrays."""
+    scores = np.empty(len(right_rows))
+    row, terms = np.empty(right.shape[1]), np.empty(right.shape[1])
+    for i in range(len(scores)):
+        row[:] = left[left_rows[i]]
+        scores[i] = canonical(row, right[right_rows[i]], terms)
+    return scores
+
+
+@compiled()
+def sizes(vectors, centre, rounded):
+    """Of each float32 row [n, d] less the centre [d]: its norm, and that of its difference from ``rounded``.
+
+    rounded: bfloat16, as uint16 [n, d]. Returns float64 [n] twice.
+    """
+    n, d = vectors.shape
+    norms, residuals = np.empty(n), np.empty(n)
+    bits, whole, rest = np.empty(d, np.uint32), np.empty(d), np.empty(d)
+    near = bits.view(np.float32)
+    for i in range(n):
+        for j in range(d):
+            bits[j] = np.uint32(rounded[i, j]) << np.uint32(16)
+        for j in range(d):
+            whole[j] = np.float64(vectors[i, j]) - np.float64(centre[j])
+            rest[j] = whole[j] - np.float64(near[j])
+        norms[i], residuals[i] = np.sqrt(np.dot(whole, whole)), np.sqrt(np.dot(rest, rest))
+    return norms, residuals
+
+
+@compiled()
+def collect(scores, first_query, first_row, problem, state):
+    """Take a block of screened scores, float32 [q, n], into the candidates, clearing them when they are full.
+
+    The block is of queries from ``first_query`` and of corpus rows from ``first_row`` on.
+    """
+    width = state.scores.shape[1]
+    for i in range(len(scores)):
+        query, row = first_query + i, scores[i]
+        for start in range(0, len(row), _CHUNK):
+            stop = min(start + _CHUNK, len(row))
+            if stop == start + _CHUNK and not _any_reaches(row, start, state.cut[query]):
+                continue
+            for j in range(start, stop):
+                if row[j] >= state.cut[query]:
+                    if state.count[query] == width:
+                        _clear(query, problem, state)
+                        if row[j] < state.cut[query]:
+                            continue
+                    place = state.count[query]
+                    state.scores[query, place] = row[j]
+                    state.rows[query, place] = first_row + j
+                    state.count[query] = place + 1
+
+
+@compiled()
+def _any_reaches(row, start, cut):
+    """Whether one of the scores of the chunk from ``start`` is at least the cut; counted, which vectorises."""
+    near = np.int32(0)
+    for j in range(_CHUNK):
+        near = np.int32(near + np.int32(row[start + j] >= cut))
+    return near > 0
+
+
+@compiled()
+def _clear(query, problem, state):
+    """Raise a query's cut to what its k-th best candidate allows, and drop what falls below."""
+    scores, rows, m = state.scores[query], state.rows[query], state.count[query]
+    slack = problem.slack[query]
+    best_scores, best_rows = np.empty(problem.k), np.empty(problem.k, np.int64)
+    found = 0
+    for place in range(m):
+        found = _offer(scores[place], rows[place], best_scores, best_rows, found)
+    if found == problem.k:
+        state.cut[query] = max(state.cut[query], np.float32(best_scores[0] - 2 * slack))
+    left = 0
+    for place in range(m):
+        if scores[place] >= state.cut[query]:
+            scores[left], rows[left] = scores[place], rows[place]
+            left += 1
+    state.count[query] = left
+    if left > max(problem.k, 3 * len(scores) // 4):
+        # So many near-ties that the bound cannot part them: settle them now, canonically.
+        vector, terms, found = problem.queries[query].astype(np.float64), np.empty(problem.queries.shape[1]), 0
+        for place in range(left):
+            score = canonical(vector, problem.corpus[rows[place]], terms)
+            found = _offer(score, rows[place], best_scores, best_rows, found)
+        for place in range(found):
+            scores[place], rows[place] = best_scores[place] - problem.offset[query], best_rows[place]
+        state.count[query] = found
+        state.cut[query] = max(state.cut[query], np.float32(best_scores[0] - problem.offset[query] - slack))
+
+
+@compiled()
+def clear_all(problem, state):
+    """Drop every candidate that a query's k best leave no hope."""
+    for query in range(len(state.count)):
+        if state.count[query] > problem.k:
+            _clear(query, problem, state)
+
+
+@compiled()
+def take_best(query, row, scores, floor, best_scores, best_rows):
+    """Each query's best pairs, at or above the floor, into float64 and int64 [q, k], best first.
+
+    query, row, scores: int64 twice and float64 [pairs], in any order.
+    """
+    found = np.zeros(len(best_scores), np.int64)
+    for i in range(len(query)):
+        if scores[i] >= floor:
+            own = query[i]
+            found[own] = _offer(scores[i], row[i], best_scores[own], best_rows[own], found[own])
+    for own in range(len(found)):
+        # The worst of what is left goes behind it, until the best is first.
+        heap, rows = best_scores[own], best_rows[own]
+        for last in range(found[own] - 1, 0, -1):
+            heap[0], heap[last] = heap[last], heap[0]
+            rows[0], rows[last] = rows[last], rows[0]
+            _sift(heap, rows, last)
+
+
+@compiled()
+def _offer(score, row, scores, rows, count):
+    """Put a row into a heap of the best, whose root is the worst of them, if it is good enough; the new size."""
+    if count < len(scores):
+        place = count
+        while place > 0 and _is_worse(score, row, scores[(place - 1) // 2], rows[(place - 1) // 2]):
+            scores[place], rows[place] = scores[(place - 1) // 2], rows[(place - 1) // 2]
+            place = (place - 1) // 2
+        scores[place], rows[place] = score, row
+        return count + 1
+    if _is_worse(scores[0], rows[0], score, row):
+        scores[0], rows[0] = score, row
+        _sift(scores, rows, count)
+    return count
+
+
+@compiled()
+def _sift(scores, rows, count):
+    """Let a heap's root sink to where it belongs among the first ``count``."""
+    score, row, place = scores[0], rows[0], 0
+    while 2 * place + 1 < count:
+        child = 2 * place + 1
+        if child + 1 < count and _is_worse(scores[child + 1], rows[child + 1], scores[child], rows[child]):
+            child += 1
+        if not _is_worse(scores[child], rows[child], score, row):
+            break
+        scores[place], rows[place] = scores[child], rows[child]
+        place = child
+    scores[place], rows[place] = score, row
+
+
+@compiled()
+def _is_worse(score, row, other_score, other_row):
+    return score < other_score or (score == other_score and row > other_row)
