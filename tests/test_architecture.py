@@ -20,6 +20,7 @@ FORBIDDEN = {
     "engines": {"faiss", "records", "distributed", "search"},
     "tokenizing": {"faiss", "records", "distributed", "encoder"},
     "onednn": {"faiss", "records", "distributed", "search", "encoder"},
+    "weight_files": {"paddle", "paddlenlp", "faiss", "records", "distributed", "encoder", "engines"},
     "paddlenlp_models": {"faiss", "records", "distributed", "encoder"},
     "embedding": {"faiss", "records", "paddle", "paddlenlp", "search"},
     "embedding_store": {"paddle", "paddlenlp", "faiss", "encoder", "engines", "search"},

@@ -14,6 +14,37 @@ def as_float(rounded: np.ndarray) -> np.ndarray:
     return (rounded.astype(np.uint32) << 16).view(np.float32)
 
 
+@pytest.mark.skipif(not matmul.is_usable(), reason="oneDNN's C interface is not there")
+@pytest.mark.parametrize("dtype", ["float32"] + ["bfloat16"] * matmul.bfloat16_is_fast())
+def test_products_of_all_shapes(dtype):
+    """Shapes that could be taken for one another: equal sides, sides of one, batches a multiple of a side."""
+    rng = np.random.default_rng(3)
+
+    def random(*shape: int) -> tuple[np.ndarray, np.ndarray]:
+        """An array to multiply, and its values."""
+        values = rng.standard_normal(shape).astype(np.float32)
+        if dtype == "float32":
+            return values, values
+        return matmul.to_bfloat16(values), as_float(matmul.to_bfloat16(values))
+
+    for _ in range(150):
+        b, m, n, k = (int(rng.choice([1, 2, 3, 8, 16, 17, 24, 48, 64])) for _ in range(4))
+        left, left_values = random(b, m, k)
+        for shape, axes in (((b, n, k), (0, 2, 1)), ((b, k, n), (0, 1, 2))):
+            right, right_values = random(*shape)
+            result = np.full((b, m, n), np.nan, np.float32)
+            matmul.matmul(left, right.transpose(axes), result)
+            np.testing.assert_allclose(result, left_values @ right_values.transpose(axes), rtol=0, atol=1e-4)
+        single, bias = np.full((m, n), np.nan, np.float32), rng.standard_normal(n).astype(np.float32)
+        matmul.matmul(left[0], matmul.Packed(right[0]), single, bias, "relu")
+        np.testing.assert_allclose(single, np.maximum(left_values[0] @ right_values[0] + bias, 0), rtol=0, atol=1e-4)
+
+
+def test_gaps_between_rows_are_refused():
+    with pytest.raises(AssertionError, match="gaps"):
+        matmul.matmul(np.zeros((4, 8), np.float32)[:, :3], np.zeros((3, 2), np.float32), np.zeros((4, 2), np.float32))
+
+
 def test_rounding_takes_the_nearest_bfloat16_and_of_two_the_even_one():
     rng = np.random.default_rng(0)
     values = (rng.standard_normal((200, 33)) * 10.0 ** rng.integers(-30, 30, (200, 33))).astype(np.float32)

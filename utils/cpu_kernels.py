@@ -1,4 +1,4 @@
-"""Compiled loops of the training step on a CPU: what NumPy and Paddle do in many passes, in one.
+"""Compiled loops of a transformer on a CPU, trained or run: what NumPy and Paddle do in many passes, in one.
 
 Each works on the rows that it is given, on one core and without Python's lock, so that blocks of rows run
 in threads beside each other. All arrays are float32 and C-contiguous unless said otherwise.
@@ -33,6 +33,21 @@ def _exp(x):
     series = series * rest + _F(5.0000001201e-1)
     series = series * rest * rest + rest + _F(1.0)
     # A float32 whose exponent is the power.
+    bits = np.int32((np.int32(power) + np.int32(127)) << np.int32(23))
+    return series * bits.view(np.float32)
+
+
+@_inlined
+def _coarse_exp(x):
+    """exp(x) to 6e-5 of its value, for what is rounded to bfloat16: 2**f by its Taylor series to f**4."""
+    x = _F(-87.0) if x < _F(-87.0) else x
+    x *= _F(1.44269504)
+    power = np.floor(x + _F(0.5))
+    rest = x - power
+    series = _F(0.00961812911) * rest + _F(0.0555041087)
+    series = series * rest + _F(0.240226507)
+    series = series * rest + _F(0.693147181)
+    series = series * rest + _F(1.0)
     bits = np.int32((np.int32(power) + np.int32(127)) << np.int32(23))
     return series * bits.view(np.float32)
 
@@ -267,3 +282,105 @@ def attention_backward(query, key, value, biases, width, heads, settled, gradien
         _put(own, scale, column, d_query)
         np.dot(d_weights.T, q, own)
         _put(own, one, column, d_key)
+
+
+@_inlined
+def _highest(row, length):
+    highest = np.int32(-(2**31))
+    for j in range(length):
+        highest = max(highest, _ordered(_F(row[j]).view(np.int32)))
+    return np.int32(_ordered(highest)).view(np.float32)
+
+
+@_compiled
+def split_heads(qkv, parts):
+    """Queries, keys and values of texts, [b, t, 3 * width], to [3, b * heads, t, head width]; of any one type."""
+    b, t, _ = qkv.shape
+    _, batch, _, width = parts.shape
+    heads = batch // b
+    for which in range(3):
+        for text in range(b):
+            for head in range(heads):
+                column = (which * heads + head) * width
+                for i in range(t):
+                    for j in range(width):
+                        parts[which, text * heads + head, i, j] = qkv[text, i, column + j]
+
+
+@_compiled
+def join_heads(parts, rows):
+    """The reverse for one of them: [b * heads, t, head width] to [b, t, width]."""
+    b, t, _ = rows.shape
+    batch, _, width = parts.shape
+    heads = batch // b
+    for text in range(b):
+        for head in range(heads):
+            for i in range(t):
+                for j in range(width):
+                    rows[text, i, head * width + j] = parts[text * heads + head, i, j]
+
+
+@_compiled
+def masked_softmax(scores, lengths):
+    """Scores of attention [b, rows, t] become weights, with none past each one's length, int64 [b]."""
+    b, n, t = scores.shape
+    for number in range(b):
+        length = lengths[number]
+        for i in range(n):
+            row = scores[number, i]
+            largest, total = _highest(row, length), _F(0.0)
+            for j in range(length):
+                row[j] = _exp(row[j] - largest)
+                total += row[j]
+            total = _F(1.0) / total
+            for j in range(length):
+                row[j] *= total
+            for j in range(length, t):
+                row[j] = _F(0.0)
+
+
+@_compiled
+def masked_softmax_to_bfloat16(scores, lengths, weights):
+    """The same in lower precision, to bfloat16 ``weights`` (uint16 [at least b, rows, t])."""
+    b, n, t = scores.shape
+    own = np.empty(t, np.float32)
+    bits = own.view(np.uint32)
+    for number in range(b):
+        length = lengths[number]
+        for i in range(n):
+            row, rounded = scores[number, i], weights[number, i]
+            largest, total = _highest(row, length), _F(0.0)
+            for j in range(length):
+                value = _coarse_exp(row[j] - largest)
+                own[j] = value
+                total += value
+            total = _F(1.0) / total
+            for j in range(length):
+                own[j] *= total
+            for j in range(length):
+                rounded[j] = np.uint16(_U(bits[j] + _U(0x8000)) >> _U(16))
+            for j in range(length, t):
+                rounded[j] = np.uint16(0)
+
+
+@_compiled
+def add_and_norm(x, z, gain, offset, epsilon, rounded):
+    """x [n, h] becomes the layer norm of x + z; and, if ``rounded`` (uint16 [n, h]) is not empty, so does that."""
+    n, h = x.shape
+    for i in range(n):
+        total = _F(0.0)
+        for j in range(h):
+            x[i, j] += z[i, j]
+            total += x[i, j]
+        mean = total / _F(h)
+        total = _F(0.0)
+        for j in range(h):
+            value = x[i, j] - mean
+            total += value * value
+        scale = _F(1.0) / np.sqrt(total / _F(h) + epsilon)
+        for j in range(h):
+            x[i, j] = (x[i, j] - mean) * scale * gain[j] + offset[j]
+        if len(rounded):
+            bits = x[i].view(np.uint32)
+            for j in range(h):
+                rounded[i, j] = np.uint16(_U(bits[j] + _U(0x7FFF) + (_U(bits[j] >> _U(16)) & _U(1))) >> _U(16))

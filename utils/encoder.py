@@ -8,7 +8,7 @@ lengths alone, and are never split: whoever encodes a batch, on whichever rank, 
 import logging
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import islice
@@ -25,7 +25,11 @@ DEFAULT_LENGTH = 512
 # Rows of a batch at most, whatever their length.
 _MAX_BATCH_ROWS = 1024
 # Part of every fingerprint: raise it when ``plan`` changes, or stores would hold batches of another plan.
-_PLAN = 1
+_PLAN = 2
+# Tokens that are kept from counting them to encoding them: 16 MiB.
+_REMEMBERED_TOKENS = 4 << 20
+# Texts tokenised at a time when they are counted, so that memory stays bounded.
+_COUNTED_TEXTS = 4096
 # Batches tokenised before they are needed.
 _BATCHES_AHEAD = 4
 
@@ -79,6 +83,8 @@ class Encoder:
         self.pooling = settings.pooling or model.pooling
         wanted = settings.max_src_len or min(model.default_length, DEFAULT_LENGTH)
         self.max_length = min(wanted, model.max_length or wanted)
+        # Token ids of texts that have been counted and will soon be encoded.
+        self._remembered: dict[str, np.ndarray] = {}
         if self.max_length < wanted:
             logger.info("texts are cut to %d tokens, the longest that the model takes", self.max_length)
 
@@ -101,7 +107,16 @@ class Encoder:
 
     def token_lengths(self, texts: Sequence[str]) -> np.ndarray:
         """Token counts with template and special tokens, after the cut, int32 [n]."""
-        return tokenizing.lengths(self._tokenizer, [self._filled(text) for text in texts])
+        counts = np.empty(len(texts), np.int32)
+        self._remembered, kept = {}, 0
+        for start in range(0, len(texts), _COUNTED_TEXTS):
+            block = texts[start : start + _COUNTED_TEXTS]
+            tokens = self._tokenizer([self._filled(text) for text in block])
+            counts[start : start + len(block)] = [len(ids) for ids in tokens]
+            if kept < _REMEMBERED_TOKENS:
+                kept += int(counts[start : start + len(block)].sum())
+                self._remembered |= {text: np.array(ids, np.int32) for text, ids in zip(block, tokens, strict=True)}
+        return counts
 
     def plan(self, lengths: np.ndarray) -> list[np.ndarray]:
         """Rows of each batch, int64: longest texts first, each batch within the token budget."""
@@ -127,31 +142,36 @@ class Encoder:
     def encode_batches(self, texts: Sequence[str], batches: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
         """Vectors of each batch in turn, float32 [b, dim].
 
-        Batches are tokenised ahead of the forward pass, on a thread of their own.
+        Batches are tokenised ahead of the forward pass, on threads of their own; these also run an engine
+        of which a call keeps one core busy.
         """
         engine = self._engine.loaded()
-        with ThreadPoolExecutor(1) as ahead:
 
-            def tokenise(rows: np.ndarray) -> Future:
-                return ahead.submit(self._tokenised, [texts[row] for row in rows])
+        def prepare(rows: np.ndarray) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
+            tokens = self._tokenised([texts[row] for row in rows])
+            return self._forward(engine, *tokens) if engine.threads > 1 else tokens
 
+        with ThreadPoolExecutor(engine.threads) as ahead:
             waiting = iter(batches)
-            ready = deque(tokenise(rows) for rows in islice(waiting, _BATCHES_AHEAD))
+            ready = deque(ahead.submit(prepare, rows) for rows in islice(waiting, engine.threads + _BATCHES_AHEAD))
             try:
                 while ready:
-                    tokens = ready.popleft().result()
-                    ready += [tokenise(rows) for rows in islice(waiting, 1)]
-                    yield self._forward(engine, *tokens)
+                    prepared = ready.popleft().result()
+                    ready += [ahead.submit(prepare, rows) for rows in islice(waiting, 1)]
+                    yield prepared if engine.threads > 1 else self._forward(engine, *prepared)
             finally:
                 for future in ready:
                     future.cancel()
+                self._remembered = {}
 
     def _filled(self, text: str) -> str:
         return self.template.replace("{text}", text)
 
     def _tokenised(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """Padded ids int64 [b, t] and lengths int64 [b], padding to the right."""
-        tokens = self._tokenizer([self._filled(text) for text in texts])
+        new = [text for text in texts if text not in self._remembered]
+        fresh = dict(zip(new, self._tokenizer([self._filled(text) for text in new]), strict=True))
+        tokens = [fresh[text] if text in fresh else self._remembered[text] for text in texts]
         lengths = np.array([len(ids) for ids in tokens], np.int64)
         padded = np.full((len(tokens), self._width(int(lengths.max()))), self._tokenizer.pad_id, np.int64)
         for row, ids in zip(padded, tokens, strict=True):

@@ -11,14 +11,20 @@ from typing import Protocol
 
 import numpy as np
 
-from utils import onednn, runtime, weights
+from utils import matmul, onednn, runtime, weights
 from utils.checkpoint import Checkpoint
 
 logger = logging.getLogger(__name__)
 
 
 class Engine(Protocol):
-    """A model in memory."""
+    """A model in memory.
+
+    Attributes:
+        threads: calls of ``forward`` that may run, and are worth running, side by side.
+    """
+
+    threads: int
 
     def forward(self, ids: np.ndarray, lengths: np.ndarray, weights: np.ndarray) -> np.ndarray:
         """Pooled vectors, float32 [b, hidden].
@@ -44,10 +50,9 @@ def device() -> str:
 def padded_length(length: int) -> int:
     """The width of a batch whose longest text has ``length`` tokens.
 
-    Few widths mean few shapes to prepare. Sixteen is what the matrix kernels work in, too: with it, a
-    text's vector was seen not to depend on the rest of its batch, to the last bit.
+    Few widths mean few shapes to prepare, and eight is what matrix kernels like.
     """
-    return -(-length // 16) * 16
+    return -(-length // 8) * 8
 
 
 class LazyEngine:
@@ -56,7 +61,7 @@ class LazyEngine:
     def __init__(self, model: Checkpoint, dtype: str):
         self.model = model
         self.device = device()
-        self.name = "onednn" if self.device == "cpu" and onednn.supports(model) else "paddle"
+        self.name = "onednn" if self.device == "cpu" and onednn.supports(model) and matmul.is_usable() else "paddle"
         self.dtype = dtype
         self._engine: Engine | None = None
         if dtype == "auto":
@@ -93,7 +98,9 @@ class LazyEngine:
 
 
 class PaddleEngine:
-    """PaddleNLP's AutoModel in dynamic graph mode."""
+    """PaddleNLP's AutoModel in dynamic graph mode, which takes all cores or the GPU for each call."""
+
+    threads = 1
 
     def __init__(self, model: Checkpoint, dtype: str, device_name: str):
         paddle = runtime.import_paddle()

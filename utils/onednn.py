@@ -1,37 +1,31 @@
-"""The CPU engine for encoders: a lean encoder stack, exported once, run by Paddle Inference on oneDNN.
+"""The CPU engine for encoders: token ids to pooled vectors, with oneDNN's products and compiled loops between them.
 
 BERT, RoBERTa, XLM-RoBERTa and ERNIE are one architecture (post-layer-norm transformer encoders) under
-different weight names. Only the stack of layers is exported; the embedding look-up, pooling and
-normalisation stay outside, in float32, which is what lets the stack run in bfloat16. Measured against
-PaddleNLP's own layers in the same predictor, this stack is 1.5 times as fast in bfloat16: separate
-query, key and value products let oneDNN fold the transposes into their strides.
+different weight names. In bfloat16, what is multiplied is rounded, and weights of attention too; sums, layer
+norms, scores of attention and the stream between the layers stay float32.
+
+One call runs on one thread, and calls may run side by side.
 """
 
-import importlib.metadata
-import json
 import logging
-import os
 import re
-import shutil
-import tempfile
-from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from utils import bundled_model, runtime
+from utils import matmul, runtime, weight_files
 from utils.checkpoint import Checkpoint
-from utils.outputs import take_lock
+from utils.weight_files import Parameters
 
 logger = logging.getLogger(__name__)
 
 MODEL_TYPES = ("bert", "roberta", "xlm-roberta", "camembert", "ernie")
-_ACTIVATIONS = ("gelu", "relu", "gelu_new", "gelu_pytorch_tanh")
-# Part of the cache's name: raise it when what is exported changes.
-_LAYOUT = 1
-# Added to attention scores at padding.
-_MASKED = -1e4
-# Every shape that oneDNN remembers keeps its own copy of the packed weights.
-_REMEMBERED_SHAPES = 8
+# Tokens that go through the layers together, and the bytes of attention scores that are made at once: what
+# the products and the loops between them hand each other should stay in a core's cache.
+_TOKENS, _SCORE_BYTES = 768, 4 << 20
+# Rows that are multiplied at once, and what a last, smaller part is filled up to a multiple of: preparing a
+# product takes longer than running it, so there should be few sizes.
+_ROWS, _FEWEST_ROWS = 384, 64
 
 # Our short names to Hugging Face's and to PaddleNLP's. Hugging Face stores linear weights [out, in].
 _LAYER_PARTS = {
@@ -45,17 +39,14 @@ _LAYER_PARTS = {
     "norm2": ("output.LayerNorm", "norm2"),
 }
 _LINEAR = ("q", "k", "v", "o", "up", "down")
-_FLOAT_TYPES = {"F32": "<f4", "F16": "<f2", "F64": "<f8"}
-
-Parameters = dict[str, np.ndarray]
 
 
 def supports(model: Checkpoint) -> bool:
-    """True for the encoders that this engine can run."""
+    """True for the encoders that this engine can run, where ``matmul.is_usable()``."""
     config = model.config
     return (
         model.model_type in MODEL_TYPES
-        and config.get("hidden_act", "gelu") in _ACTIVATIONS
+        and config.get("hidden_act", "gelu") in matmul.ACTIVATIONS
         and config.get("position_embedding_type", "absolute") == "absolute"
         and not config.get("use_task_id", False)
     )
@@ -63,187 +54,144 @@ def supports(model: Checkpoint) -> bool:
 
 def best_dtype() -> str:
     """bfloat16 where the processor multiplies it natively, else float32."""
-    return "bfloat16" if runtime.cpu_has("avx512_bf16") or runtime.cpu_has("amx_bf16") else "float32"
+    return "bfloat16" if matmul.bfloat16_is_fast() else "float32"
+
+
+class _Layer(NamedTuple):
+    """One layer's parameters: weights [in, out], and float32 for the rest.
+
+    Queries, keys and values are one product; the queries' part holds attention's 1 / sqrt(head width).
+    """
+
+    qkv: matmul.Packed
+    qkv_bias: np.ndarray
+    o: matmul.Packed
+    o_bias: np.ndarray
+    norm1: tuple[np.ndarray, np.ndarray]
+    up: matmul.Packed
+    up_bias: np.ndarray
+    down: matmul.Packed
+    down_bias: np.ndarray
+    norm2: tuple[np.ndarray, np.ndarray]
 
 
 class OneDNNEngine:
-    """See ``engines.Engine``; the exported stack is built in the user's cache when it is not there yet."""
+    """See ``engines.Engine``.
+
+    Args:
+        dtype: ``"bfloat16"`` or ``"float32"``.
+    """
 
     def __init__(self, model: Checkpoint, dtype: str):
-        runtime.import_paddle()
-        from paddle import inference
+        self.threads = runtime.cpu_threads()
+        config = model.config
+        self._heads = config["num_attention_heads"]
+        self._activation = config.get("hidden_act", "gelu")
+        self._epsilon = np.float32(config.get("layer_norm_eps", config.get("layer_norm_epsilon", 1e-12)))
+        # What is multiplied is held in this type.
+        self._type = np.uint16 if dtype == "bfloat16" else np.float32
+        embeddings, layers = _sorted_out(weight_files.read_weights(model), weight_files.stores_torch_layout(model))
+        self._words = embeddings["words"]
+        # All texts are of token type 0, so its embedding can be added to the positions' once and for all.
+        self._positions = np.array(embeddings["positions"][model.position_offset :])
+        if "types" in embeddings:
+            self._positions += embeddings["types"][0]
+        self._norm = _plain(embeddings["gain"]), _plain(embeddings["bias"])
+        self._layers = [self._prepared(parts) for parts in layers]
 
-        folder = _exported(model)
-        self._epsilon = np.float32(json.loads((folder / "stack.json").read_text())["layer_norm_epsilon"])
-        self._words = np.load(folder / "words.npy", mmap_mode="r")
-        self._positions = np.load(folder / "positions.npy")
-        self._gain, self._bias = np.load(folder / "norm.npy")
-        config = inference.Config(str(folder / "encoder.json"), str(folder / "encoder.pdiparams"))
-        config.disable_gpu()
-        config.disable_glog_info()
-        config.set_cpu_math_library_num_threads(runtime.cpu_threads())
-        config.enable_mkldnn()
-        config.set_mkldnn_cache_capacity(_REMEMBERED_SHAPES)
-        if dtype == "bfloat16":
-            config.enable_mkldnn_bfloat16()
-        self._predictor = inference.create_predictor(config)
-        self._x, self._mask = (self._predictor.get_input_handle(name) for name in ("x", "mask"))
-        self._output = self._predictor.get_output_handle(self._predictor.get_output_names()[0])
+    def _prepared(self, parts: dict[str, Parameters]) -> _Layer:
+        scale = np.float32((len(parts["q"]["bias"]) // self._heads) ** -0.5)
+        scales = (scale, np.float32(1), np.float32(1))
+
+        def joined(which: str) -> np.ndarray:
+            columns = [parts[name][which] * own for name, own in zip("qkv", scales, strict=True)]
+            return np.concatenate(columns, axis=-1)
+
+        def norm(name: str) -> tuple[np.ndarray, np.ndarray]:
+            return _plain(parts[name]["weight"]), _plain(parts[name]["bias"])
+
+        linear = {name: (self._packed(parts[name]["weight"]), _plain(parts[name]["bias"])) for name in _LINEAR[3:]}
+        return _Layer(
+            self._packed(joined("weight")), joined("bias"), *linear["o"], norm("norm1"), *linear["up"],
+            *linear["down"], norm("norm2"),
+        )  # fmt: skip
+
+    def _packed(self, values: np.ndarray) -> matmul.Packed:
+        """Float32 values in the type that is multiplied."""
+        values = _plain(values)
+        return matmul.Packed(matmul.to_bfloat16(values) if self._type is np.uint16 else values)
 
     def forward(self, ids: np.ndarray, lengths: np.ndarray, weights: np.ndarray) -> np.ndarray:
         """See ``engines.Engine``."""
-        masked = np.arange(ids.shape[1]) >= lengths[:, None]
-        mask = np.where(masked, np.float32(_MASKED), np.float32(0))
-        self._x.copy_from_cpu(self._embedded(ids))
-        self._mask.copy_from_cpu(np.ascontiguousarray(mask[:, None, None, :]))
-        self._predictor.run()
-        hidden = self._output.copy_to_cpu()
-        return np.matmul(weights[:, None, :], hidden)[:, 0]
+        size = max(1, _TOKENS // ids.shape[1])
+        parts = [slice(start, start + size) for start in range(0, len(ids), size)]
+        return np.concatenate([self._pooled(ids[part], lengths[part], weights[part]) for part in parts])
 
-    def _embedded(self, ids: np.ndarray) -> np.ndarray:
-        """The embedding layer: sum of word, position and type embeddings, layer-normalised; float32 [b, t, h]."""
-        x = self._words[ids]
-        x += self._positions[: ids.shape[1]]
-        x -= x.mean(axis=-1, keepdims=True)
-        variance = np.einsum("bth,bth->bt", x, x)[..., None] / np.float32(x.shape[-1])
-        x /= np.sqrt(variance + self._epsilon)
-        x *= self._gain
-        x += self._bias
-        return x
+    def _pooled(self, ids: np.ndarray, lengths: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        """Texts few enough to go through the layers together."""
+        b, t = ids.shape
+        n, width, inner = b * t, self._words.shape[1], len(self._layers[0].up_bias)
+        rows = -(-n // _FEWEST_ROWS) * _FEWEST_ROWS
+        x, z = np.zeros((rows, width), np.float32), np.zeros((rows, width), np.float32)
+        # In float32 the stream between the layers is multiplied itself.
+        low = np.empty((rows if self._type is np.uint16 else 0, width), np.uint16)
+        taken = low if len(low) else x
+        qkv, context = np.empty((rows, 3 * width), self._type), np.zeros((rows, width), self._type)
+        up = np.empty((rows, inner), self._type)
+        x[:n] = self._words[ids.reshape(-1)]
+        z[:n].reshape(b, t, width)[:] = self._positions[:t]
+        self._add_and_norm(x, z, self._norm, low)
+        for layer in self._layers:
+            _multiply(taken, layer.qkv, qkv, layer.qkv_bias)
+            self._attend(qkv[:n].reshape(b, t, -1), lengths, context[:n].reshape(b, t, -1))
+            _multiply(context, layer.o, z, layer.o_bias)
+            self._add_and_norm(x, z, layer.norm1, low)
+            _multiply(taken, layer.up, up, layer.up_bias, self._activation)
+            _multiply(up, layer.down, z, layer.down_bias)
+            self._add_and_norm(x, z, layer.norm2, low)
+        return np.matmul(weights[:, None, :], x[:n].reshape(b, t, width))[:, 0]
 
+    def _add_and_norm(self, x: np.ndarray, z: np.ndarray, norm: tuple[np.ndarray, np.ndarray], low: np.ndarray) -> None:
+        from utils import cpu_kernels
 
-def _exported(model: Checkpoint) -> Path:
-    """The folder of the exported stack; built once per checkpoint, safe for several processes at once."""
-    paddle_version = importlib.metadata.version("paddlepaddle")
-    name = f"{model.digest[:32]}-v{_LAYOUT}-paddle{paddle_version}"
-    target = bundled_model.cache_root() / "onednn" / name
-    if target.is_dir():
-        return target
-    lock_folder = target.parent / f".{target.name}.lock"
-    lock = take_lock(lock_folder, patience_s=float("inf"))
-    try:
-        if target.is_dir():
-            return target
-        for stale in target.parent.glob(f".{target.name}.build-*"):
-            shutil.rmtree(stale)
-        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.build-", dir=target.parent))
-        try:
-            _export(model, staging)
-            os.rename(staging, target)
-        except BaseException:
-            shutil.rmtree(staging, ignore_errors=True)
-            raise
-    finally:
-        assert lock is not None
-        (lock_folder / "lock").unlink()
-        lock_folder.rmdir()
-        lock.close()
-    return target
+        cpu_kernels.add_and_norm(x, z, *norm, self._epsilon, low)
 
+    def _attend(self, qkv: np.ndarray, lengths: np.ndarray, context: np.ndarray) -> None:
+        """Attention of texts, [b, t, 3 * width], into ``context`` [b, t, width]."""
+        from utils import cpu_kernels
 
-def _export(model: Checkpoint, folder: Path) -> None:
-    import paddle
-    from paddle.static import InputSpec
-
-    paddle.set_device("cpu")
-    epsilon = float(model.config.get("layer_norm_eps", model.config.get("layer_norm_epsilon", 1e-12)))
-    embeddings, layers = _sorted_out(read_weights(model), stores_torch_layout(model))
-    stack = _stack(layers, model.config, epsilon)
-    width = model.hidden_size
-    static = paddle.jit.to_static(
-        stack,
-        full_graph=True,
-        input_spec=[InputSpec([None, None, width], "float32", "x"), InputSpec([None, 1, 1, None], "float32", "mask")],
-    )
-    paddle.jit.save(static, str(folder / "encoder"))
-    # All texts are of token type 0, so its embedding can be added to the positions' once and for all.
-    positions = embeddings["positions"][model.position_offset :].copy()
-    if "types" in embeddings:
-        positions += embeddings["types"][0]
-    np.save(folder / "words.npy", embeddings["words"])
-    np.save(folder / "positions.npy", positions)
-    np.save(folder / "norm.npy", np.stack([embeddings["gain"], embeddings["bias"]]))
-    (folder / "stack.json").write_text(json.dumps({"layer_norm_epsilon": epsilon}))
-
-
-def _stack(layers: list[dict[str, Parameters]], config: dict, epsilon: float):
-    """The encoder layers as a Paddle layer: x float32 [b, t, h], additive mask float32 [b, 1, 1, t]."""
-    import paddle
-    from paddle import nn
-    from paddle.nn import functional
-
-    heads = config["num_attention_heads"]
-    head_width = config["hidden_size"] // heads
-    kind = config.get("hidden_act", "gelu")
-
-    def activation(x):
-        return functional.relu(x) if kind == "relu" else functional.gelu(x, approximate=kind != "gelu")
-
-    class Layer(nn.Layer):
-        def __init__(self, parts: dict[str, Parameters]):
-            super().__init__()
-            for name, part in parts.items():
-                # The attention's 1/sqrt(head width) goes into the query projection.
-                scale = np.float32(head_width**-0.5 if name == "q" else 1.0)
-                shape = part["weight"].shape
-                layer = nn.Linear(*shape) if name in _LINEAR else nn.LayerNorm(shape[0], epsilon=epsilon)
-                layer.weight.set_value(part["weight"] * scale)
-                layer.bias.set_value(part["bias"] * scale)
-                setattr(self, name, layer)
-
-        def forward(self, x, mask):
-            q, k, v = (
-                project(x).reshape([0, 0, heads, head_width]).transpose([0, 2, 1, 3])
-                for project in (self.q, self.k, self.v)
-            )
-            attention = functional.softmax(paddle.matmul(q, k, transpose_y=True) + mask)
-            context = paddle.matmul(attention, v).transpose([0, 2, 1, 3]).reshape([0, 0, heads * head_width])
-            x = self.norm1(x + self.o(context))
-            return self.norm2(x + self.down(activation(self.up(x))))
-
-    class Stack(nn.Layer):
-        def __init__(self):
-            super().__init__()
-            self.layers = nn.LayerList([Layer(parts) for parts in layers])
-
-        def forward(self, x, mask):
-            for layer in self.layers:
-                x = layer(x, mask)
-            return x
-
-    stack = Stack()
-    stack.eval()
-    return stack
-
-
-def read_weights(model: Checkpoint) -> Parameters:
-    """All weights as float32, by name. Only safetensors are read here; PaddleNLP reads the rest."""
-    files = model.weight_files()
-    if files[0].suffix != ".safetensors":
-        from utils.paddlenlp_models import load_model
-
-        return {name: value.numpy() for name, value in load_model(model, "float32").state_dict().items()}
-    import safetensors
-
-    weights = {}
-    for path in files:
-        for name, entry in safetensors.deserialize(path.read_bytes()):
-            if entry["dtype"] == "BF16":
-                values = (np.frombuffer(entry["data"], "<u2").astype(np.uint32) << 16).view(np.float32)
-            elif entry["dtype"] in _FLOAT_TYPES:
-                values = np.frombuffer(entry["data"], _FLOAT_TYPES[entry["dtype"]]).astype(np.float32)
+        b, t, width = context.shape
+        batch, head_width = b * self._heads, width // self._heads
+        query, key, value = parts = np.empty((3, batch, t, head_width), self._type)
+        result = np.empty((batch, t, head_width), self._type)
+        cpu_kernels.split_heads(qkv, parts)
+        at_once = min(batch, max(1, _SCORE_BYTES // (4 * t * t)))
+        scores = np.empty((at_once, t, t), np.float32)
+        rounded = np.empty(scores.shape if self._type is np.uint16 else (0, t, t), np.uint16)
+        for start in range(0, batch, at_once):
+            some = slice(start, min(start + at_once, batch))
+            own = lengths[np.arange(some.start, some.stop) // self._heads]
+            weights = scores[: len(own)]
+            matmul.matmul(query[some], key[some].swapaxes(1, 2), weights)
+            if len(rounded):
+                cpu_kernels.masked_softmax_to_bfloat16(weights, own, rounded)
+                weights = rounded[: len(own)]
             else:
-                continue  # position_ids and their like
-            weights[name] = values.reshape(entry["shape"])
-    return weights
+                cpu_kernels.masked_softmax(weights, own)
+            matmul.matmul(weights, value[some], result[some])
+        cpu_kernels.join_heads(result, context)
 
 
-def stores_torch_layout(model: Checkpoint) -> bool:
-    """True if ``read_weights`` gives linear weights as PyTorch has them, [out, in], and not as Paddle, [in, out].
+def _multiply(
+    left: np.ndarray, right: matmul.Packed, result: np.ndarray, bias: np.ndarray, activation: str = "none"
+) -> None:
+    for start in range(0, len(left), _ROWS):
+        part = slice(start, start + _ROWS)
+        matmul.matmul(left[part], right, result[part], bias, activation)
 
-    Names do not tell: PaddleNLP names XLM-RoBERTa's weights as Hugging Face does, and transposes them.
-    """
-    return model.is_torch and model.weight_files()[0].suffix == ".safetensors"  # PaddleNLP reads the others
+
+def _plain(values: np.ndarray) -> np.ndarray:
+    return np.array(values, np.float32, order="C")
 
 
 def _sorted_out(weights: Parameters, torch_layout: bool) -> tuple[Parameters, list[dict[str, Parameters]]]:

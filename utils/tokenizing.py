@@ -5,10 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
-
-# Tokenise this many texts at a time, so that memory stays bounded.
-_BLOCK_TEXTS = 4096
 # A text can be cut to this many characters a wanted token before tokenising: no vocabulary has many
 # longer pieces, and a text of megabytes would otherwise be tokenised whole to keep its first 512 tokens.
 _CHARACTERS_PER_TOKEN = 64
@@ -28,15 +24,6 @@ def load(folder: Path, max_length: int) -> Tokenizer:
     if (folder / "tokenizer.json").is_file():
         return _RustTokenizer(folder, max_length)
     return _PaddleTokenizer(folder, max_length)
-
-
-def lengths(tokenizer: Tokenizer, texts: Sequence[str]) -> np.ndarray:
-    """Token counts, int32 [n]."""
-    counts = np.empty(len(texts), np.int32)
-    for start in range(0, len(texts), _BLOCK_TEXTS):
-        block = tokenizer(texts[start : start + _BLOCK_TEXTS])
-        counts[start : start + len(block)] = [len(ids) for ids in block]
-    return counts
 
 
 class _RustTokenizer:

@@ -192,6 +192,8 @@ class TrainableEngine:
 
     name = "training"
 
+    threads = 1
+
     def __init__(self, encoder: TrainableEncoder):
         self._encoder = encoder
         self.batch_tokens = 65536 if engines.device() == "gpu" else 2048

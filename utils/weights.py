@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from utils import onednn, paddlenlp_models
+from utils import paddlenlp_models
 from utils.checkpoint import Checkpoint
+from utils.weight_files import read_weights, stores_torch_layout
 
 if TYPE_CHECKING:
     from paddle import Tensor, nn
@@ -35,7 +36,7 @@ def load_model(checkpoint: Checkpoint, dtype: str = "float32", **config) -> "nn.
     if checkpoint.weight_files()[0].suffix != ".safetensors":
         return paddlenlp_models.load_model(checkpoint, dtype, **config)
     model = paddlenlp_models.new_model(checkpoint, dtype, **config)
-    weights, torch_layout = onednn.read_weights(checkpoint), onednn.stores_torch_layout(checkpoint)
+    weights, torch_layout = read_weights(checkpoint), stores_torch_layout(checkpoint)
     names = torch_names(model)
     own = model.state_dict()
     state, missing = {}, []

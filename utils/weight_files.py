@@ -1,0 +1,66 @@
+"""A checkpoint's weights as NumPy arrays, by name."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from utils.checkpoint import Checkpoint
+
+Parameters = dict[str, np.ndarray]
+
+_FLOAT_TYPES = {"F32": "<f4", "F16": "<f2", "F64": "<f8", "BF16": "<u2"}
+
+
+def read_weights(model: Checkpoint) -> Parameters:
+    """All floating-point weights as float32. Only safetensors are read here; PaddleNLP reads the rest.
+
+    What is stored as float32 is mapped from the file, and shared by all processes that read it.
+
+    Raises:
+        ValueError: a file is damaged.
+    """
+    files = model.weight_files()
+    if files[0].suffix != ".safetensors":
+        from utils.paddlenlp_models import load_model
+
+        return {name: value.numpy() for name, value in load_model(model, "float32").state_dict().items()}
+    return {name: values for path in files for name, values in _mapped(path).items()}
+
+
+def stores_torch_layout(model: Checkpoint) -> bool:
+    """True if ``read_weights`` gives linear weights as PyTorch has them, [out, in], and not as Paddle, [in, out].
+
+    Names do not tell: PaddleNLP names XLM-RoBERTa's weights as Hugging Face does, and transposes them.
+    """
+    return model.is_torch and model.weight_files()[0].suffix == ".safetensors"  # PaddleNLP reads the others
+
+
+def _mapped(path: Path) -> Parameters:
+    """A safetensors file: the length of a JSON header, the header, and the values, all little-endian."""
+    if sys.byteorder != "little":
+        raise ValueError(f"{path}: safetensors are only read on little-endian processors")
+    data = np.memmap(path, np.uint8, mode="r") if path.stat().st_size else np.zeros(0, np.uint8)
+    length = int(data[:8].view("<u8")[0]) if len(data) >= 8 else 0
+    try:
+        header = json.loads(bytes(data[8 : 8 + length])) if length <= len(data) - 8 else None
+        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        wanted = {
+            name: (entry["dtype"], entry["shape"], *entry["data_offsets"])
+            for name, entry in entries.items()
+            if entry["dtype"] in _FLOAT_TYPES  # not position_ids and their like
+        }
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: no safetensors file, or a damaged one") from error
+    weights = {}
+    for name, (kind, shape, start, stop) in wanted.items():
+        values = data[8 + length :][start:stop]
+        if len(values) != math.prod(shape) * np.dtype(_FLOAT_TYPES[kind]).itemsize:
+            raise ValueError(f"{path}: {name} is cut short; the file is damaged")
+        values = np.require(values.view(_FLOAT_TYPES[kind]), requirements="A").reshape(shape)
+        if kind == "BF16":
+            values = (values.astype(np.uint32) << 16).view(np.float32)
+        weights[name] = values.astype(np.float32, copy=False)
+    return weights
