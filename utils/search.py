@@ -20,8 +20,9 @@ from utils.threads import in_threads
 
 logger = logging.getLogger(__name__)
 
-# Queries that are taken through the corpus together: each block of the corpus is made ready once for them.
-_QUERY_BLOCK = 2048
+# Queries that are taken through the corpus together, fewer if they want many neighbours each; a block of the
+# corpus is made ready once for all of them.
+_QUERY_BLOCK, _NEIGHBORS = 2048, 1 << 18
 # One screening product is at most this many queries by this many corpus rows, which stay in the cache while
 # they are compared: 4 MB for bfloat16, 8 MB for float32.
 _BFLOAT16_BLOCK, _FLOAT32_BLOCK = (512, 2048), (512, 4096)
@@ -134,7 +135,7 @@ class ExactIndex:
                 screen = _Float32Screen(block, self._shape)
             _search_block(block, corpus, screen, k, floor, Neighbors(result.scores[part], result.rows[part]))
 
-        size = min(_QUERY_BLOCK, -(-len(queries) // runtime.cpu_threads()))
+        size = min(_QUERY_BLOCK, max(1, _NEIGHBORS // k), -(-len(queries) // runtime.cpu_threads()))
         in_threads(work, range(0, len(queries), size))
         return result
 
