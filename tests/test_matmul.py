@@ -60,6 +60,12 @@ def test_what_is_too_small_for_a_normal_number_becomes_zero():
     assert as_float(matmul.to_bfloat16(tiny)).tolist() == [[0.0, 0.0, 2.0**-126]]
 
 
+def test_infinity_and_nan_stay_what_they_are():
+    bits = np.array([0x7F800000, 0xFF800000, 0x7FC00000, 0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001], np.uint32)
+    near = as_float(matmul.to_bfloat16(bits.view(np.float32)))
+    assert near[:2].tolist() == [np.inf, -np.inf] and np.isnan(near[2:]).all()
+
+
 @needs_bfloat16
 @pytest.mark.parametrize(("m", "n", "k"), [(1, 1, 1), (3, 5, 7), (130, 70, 384), (64, 1, 33)])
 def test_products_in_any_number_of_threads(m, n, k):

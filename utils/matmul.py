@@ -98,7 +98,10 @@ def to_bfloat16(values: np.ndarray) -> np.ndarray:
 @compiled()
 def _round(bits, rounded):
     for j in range(len(bits)):
+        exponent = np.uint32(bits[j] & np.uint32(0x7F800000))
         up = np.uint32(bits[j] + np.uint32(0x7FFF) + (np.uint32(bits[j] >> np.uint32(16)) & np.uint32(1)))
+        if exponent == np.uint32(0x7F800000):  # infinity, or NaN, which rounding up could turn into 0
+            up = np.uint32(bits[j] | (np.uint32(0x400000) if bits[j] & np.uint32(0x7FFFFF) else np.uint32(0)))
         normal = np.uint32(up & np.uint32(0x7F800000)) != np.uint32(0)
         rounded[j] = np.uint16(up >> np.uint32(16)) if normal else np.uint16(0)
 
