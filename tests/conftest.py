@@ -152,3 +152,14 @@ def script_command(script: str, *arguments, nproc: int = 1) -> list[str]:
 
 def script_env() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT)}
+
+
+@pytest.fixture(params=["float32", "bfloat16"])
+def arithmetic(request, monkeypatch) -> str:
+    """What the screening products are made in."""
+    from utils import matmul
+
+    if request.param == "bfloat16" and not matmul.bfloat16_is_fast():
+        pytest.skip("this processor has no bfloat16 products")
+    monkeypatch.setattr(matmul, "bfloat16_is_fast", lambda: request.param == "bfloat16")
+    return request.param

@@ -40,7 +40,7 @@ def test_a_product_of_sketches_is_an_upper_bound():
 
 @pytest.mark.parametrize("threshold", [0.75, 0.9, 0.97, 1.0])
 @pytest.mark.parametrize("spread", [0.2, 0.5])
-def test_cleaning_with_screening_equals_one_by_one(threshold, spread, monkeypatch):
+def test_cleaning_with_screening_equals_one_by_one(threshold, spread, arithmetic, monkeypatch):
     monkeypatch.setattr(dedup, "_SCREENED_ROWS", 1)
     monkeypatch.setattr(dedup, "_BLOCK_ROWS", 128)
     monkeypatch.setattr(screening, "_ROW_BLOCK", 100)
@@ -55,7 +55,7 @@ def test_cleaning_with_screening_equals_one_by_one(threshold, spread, monkeypatc
         assert {d.row: (d.kept_row, d.score) for d in result.duplicates} == removed
 
 
-def test_a_rank_that_holds_its_part_finds_what_one_with_all_vectors_finds():
+def test_a_rank_that_holds_its_part_finds_what_one_with_all_vectors_finds(arithmetic):
     vectors = anisotropic(1200)
     numbers = np.arange(0, 1000, 2)
     sketcher = Sketcher(leading(vectors, 12))

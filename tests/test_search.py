@@ -6,20 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from utils import matmul
 from utils.distributed import Ranks
 from utils.mapped import release
 from utils.scores import Neighbors, merge, pair_scores, rounding_bound
 from utils.search import ExactIndex, ShardedIndex, _Bfloat16Screen, _Float32Screen, _Shape
-
-
-@pytest.fixture(params=["float32", "bfloat16"])
-def arithmetic(request, monkeypatch) -> str:
-    """What the screening products are made in."""
-    if request.param == "bfloat16" and not matmul.bfloat16_is_fast():
-        pytest.skip("this processor has no bfloat16 products")
-    monkeypatch.setattr(matmul, "bfloat16_is_fast", lambda: request.param == "bfloat16")
-    return request.param
 
 
 def brute_force(queries, corpus, k, floor=-np.inf) -> Neighbors:

@@ -11,7 +11,7 @@ import logging
 
 import numpy as np
 
-from utils import matmul, runtime
+from utils import matmul, runtime, search_kernels
 from utils.scores import Neighbors, largest_norm, pair_scores, rounding_bound
 from utils.threads import in_threads
 
@@ -24,12 +24,14 @@ _MOST_DIRECTIONS = 256
 _STEP = 16
 # What a pair of sketches costs besides its product's flops, and what scoring a pair costs, in units of one
 # more dimension of the product (measured at 384 dimensions; only speed depends on them). And what a dimension
-# of the full product costs where it is one of bfloat16.
-_PASS_COST, _PAIR_COST, _BFLOAT16_COST = 36, 60_000, 0.3
+# costs where the product is one of bfloat16, and about what its rounding adds to a bound for unit vectors.
+_PASS_COST, _PAIR_COST, _BFLOAT16_COST, _BFLOAT16_LOSS = 20, 30_000, 0.25, 0.004
 # Screening must promise to take at most this share of the full product's time.
 _WORTHWHILE = 0.8
 # One product of sketches is at most this many queries by this many rows: 2 MB, about a core's own cache.
 _QUERY_BLOCK, _ROW_BLOCK = 512, 1024
+# In bfloat16, widths are filled up to a multiple of what the processor takes at once: others take twice the time.
+_ALIGNED = 32
 # Pairs that are scored at a time.
 _PAIRS = 2048
 
@@ -83,13 +85,14 @@ def fit(sample: np.ndarray, threshold: float) -> Sketcher | None:
     squares = np.einsum("ij,ij->i", sample, sample, dtype=np.float64)
     m, half = len(sample), len(sample) // 2
     bounds = np.zeros((half, m - half), np.float32)
-    full = d * (_BFLOAT16_COST if matmul.bfloat16_is_fast() else 1.0)
-    best, cheapest = None, _WORTHWHILE * (full + _PASS_COST)
+    rounds = matmul.bfloat16_is_fast()
+    dimension, lowest = (_BFLOAT16_COST, threshold - _BFLOAT16_LOSS) if rounds else (1.0, threshold)
+    best, cheapest = None, _WORTHWHILE * (d * dimension + _PASS_COST)
     for k in range(_STEP, most + 1, _STEP):
         bounds += inside[:half, k - _STEP : k] @ inside[half:, k - _STEP : k].T
         rest = np.sqrt(np.maximum(squares - np.einsum("ij,ij->i", inside[:, :k], inside[:, :k]), 0)).astype(np.float32)
-        left = np.mean(bounds + np.outer(rest[:half], rest[half:]) >= threshold)
-        cost = k + 1 + _PASS_COST + _PAIR_COST * left
+        left = np.mean(bounds + np.outer(rest[:half], rest[half:]) >= lowest)
+        cost = (k + 1) * dimension + _PASS_COST + _PAIR_COST * left
         if cost < cheapest:
             best, cheapest = k, cost
     if best is None:
@@ -123,7 +126,11 @@ class ScreenedIndex:
 
     def __init__(self, sketcher: Sketcher, dim: int, capacity: int, source: np.ndarray | None):
         self._sketcher, self._source = sketcher, source
-        self._sketches = np.empty((capacity, sketcher.width), np.float32)
+        # In bfloat16 where that multiplies faster: half the memory, too.
+        self._type = np.uint16 if matmul.bfloat16_is_fast() else np.float32
+        aligned = _ALIGNED if self._type is np.uint16 else 1
+        self._sketches = np.empty((capacity, -(-sketcher.width // aligned) * aligned), self._type)
+        self._residual = 0.0
         self._vectors = np.empty((capacity if source is None else 0, dim), np.float32)
         self._numbers = np.empty(capacity, np.int64)
         self._n, self._norm = 0, 0.0
@@ -131,7 +138,8 @@ class ScreenedIndex:
     def add(self, vectors: np.ndarray, numbers: np.ndarray) -> None:
         """Append rows, float32 [m, d], known as ``numbers``, int64 [m] ascending."""
         new = slice(self._n, self._n + len(vectors))
-        self._sketches[new] = self._sketcher(vectors)
+        self._sketches[new], residuals = self._rounded(self._sketcher(vectors))
+        self._residual = max(self._residual, float(residuals.max(initial=0.0)))
         if self._source is None:
             self._vectors[new] = vectors
         self._numbers[new] = numbers
@@ -143,34 +151,57 @@ class ScreenedIndex:
         best = Neighbors(np.full((len(queries), 1), -np.inf), np.full((len(queries), 1), -1, np.int64))
         if self._n == 0 or len(queries) == 0:
             return best
-        sketches = self._sketcher(queries)
-        slack = self._sketcher.slack(self._norm * largest_norm(queries))
+        sketches, residuals = self._rounded(self._sketcher(queries))
+        norm = largest_norm(queries)
+        slack = self._sketcher.slack(self._norm * norm)
+        # What rounding may have taken from a product of sketches, which are as long as their vectors.
+        lost = 1.01 * (residuals * self._norm + (norm + residuals) * self._residual)
+        cuts = (floor - 2 * slack - lost).astype(np.float32)
         size = min(_QUERY_BLOCK, -(-len(queries) // runtime.cpu_threads()))
 
         def work(start: int) -> None:
             part = slice(start, start + size)
-            self._search_block(queries[part], sketches[part], floor, slack, best.scores[part, 0], best.rows[part, 0])
+            result = best.scores[part, 0], best.rows[part, 0]
+            self._search_block(queries[part], sketches[part], cuts[part], floor, slack, *result)
 
         in_threads(work, range(0, len(queries), size))
         return best
 
+    def _rounded(self, sketches: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Sketches in the type that is multiplied, and how far each then lies from itself, float64 [n]."""
+        wide = np.zeros((len(sketches), self._sketches.shape[1]), np.float32)
+        wide[:, : sketches.shape[1]] = sketches
+        if self._type is np.float32:
+            return wide, np.zeros(len(wide))
+        rounded = matmul.to_bfloat16(wide)
+        return rounded, search_kernels.sizes(wide, np.zeros(wide.shape[1], np.float32), rounded)[1]
+
     def _search_block(
-        self, queries: np.ndarray, sketches: np.ndarray, floor: float, slack: float, score: np.ndarray, row: np.ndarray
+        self,
+        queries: np.ndarray,
+        sketches: np.ndarray,
+        cuts: np.ndarray,
+        floor: float,
+        slack: float,
+        score: np.ndarray,
+        row: np.ndarray,
     ) -> None:
-        """Fills in ``score`` and ``row`` of one block of queries."""
+        """Fills in ``score`` and ``row`` of one block of queries; ``cuts``: the lowest bound that counts, of each."""
         product = np.empty(len(queries) * _ROW_BLOCK, np.float32)
-        waiting: list[tuple[np.ndarray, np.ndarray]] = []
-        n_waiting, cut = 0, np.float32(floor - slack)
+        found = np.empty((2, len(product)), np.int64)
+        waiting: list[np.ndarray] = []
+        n_waiting = 0
         for start in range(0, self._n, _ROW_BLOCK):
             block = self._sketches[start : min(start + _ROW_BLOCK, self._n)]
             bounds = product[: len(queries) * len(block)].reshape(len(queries), len(block))
-            np.matmul(sketches, block.T, out=bounds)
-            # Few queries find anything, and looking at each one's maximum first takes a third of the time.
-            touched = np.flatnonzero(bounds.max(axis=1) >= cut)
-            if len(touched):
-                place, column = np.nonzero(bounds[touched] >= cut)
-                waiting.append((touched[place], column + start))
-                n_waiting += len(place)
+            if self._type is np.uint16:
+                matmul.matmul(sketches, block.T, bounds)
+            else:
+                np.matmul(sketches, block.T, out=bounds)
+            n = search_kernels.reaching(bounds, cuts, start, found)
+            if n:
+                waiting.append(found[:, :n].copy())
+                n_waiting += n
                 if n_waiting > _PAIRS:
                     self._take(queries, waiting, floor, slack, score, row)
                     waiting, n_waiting = [], 0
@@ -180,14 +211,14 @@ class ScreenedIndex:
     def _take(
         self,
         queries: np.ndarray,
-        pairs: list[tuple[np.ndarray, np.ndarray]],
+        pairs: list[np.ndarray],
         floor: float,
         slack: float,
         score: np.ndarray,
         row: np.ndarray,
     ) -> None:
         """Score pairs and keep each query's best; of equals, the one with the lower row."""
-        query, place = (np.concatenate(part) for part in zip(*pairs, strict=True))
+        query, place = np.concatenate(pairs, axis=1)
         for first in range(0, len(query), _PAIRS):
             part = slice(first, first + _PAIRS)
             left, numbers = queries[query[part]], self._numbers[place[part]]

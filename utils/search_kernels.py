@@ -118,6 +118,26 @@ def collect(scores, first_query, first_row, problem, state):
 
 
 @compiled()
+def reaching(scores, cuts, first_row, found):
+    """The pairs of a block, float32 [q, n], that reach their query's cut, float32 [q]; returns how many.
+
+    Their queries and rows, counted from ``first_row``, go into ``found``, int64 [2, at least q * n].
+    """
+    count = 0
+    for i in range(len(scores)):
+        row = scores[i]
+        for start in range(0, len(row), _CHUNK):
+            stop = min(start + _CHUNK, len(row))
+            if stop == start + _CHUNK and not _any_reaches(row, start, cuts[i]):
+                continue
+            for j in range(start, stop):
+                if row[j] >= cuts[i]:
+                    found[0, count], found[1, count] = i, first_row + j
+                    count += 1
+    return count
+
+
+@compiled()
 def _any_reaches(row, start, cut):
     """Whether one of the scores of the chunk from ``start`` is at least the cut; counted, which vectorises."""
     near = np.int32(0)
