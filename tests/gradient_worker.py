@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from utils import checkpoint, losses, runtime, tokenizing, training_data
+from utils import checkpoint, losses, runtime, tokenizing, training_data, training_rows
+from utils.batch_plan import Plan
 from utils.distributed import Ranks
 
 BATCH, GROUP = 12, 3
@@ -45,9 +46,9 @@ def gradients(model_folder: str, rows_path: str, case: Case, ranks: Ranks, drop_
     from utils.trainable import TrainableEncoder
 
     base = checkpoint.resolve(model_folder)
-    rows = training_data.read([rows_path], None, "error", False)
+    rows = training_rows.read([rows_path], None, "error", False)
     tokenizer = tokenizing.load(base.tokenizer_folder, 32)
-    plan = training_data.Plan(rows, BATCH, GROUP, seed=3)
+    plan = Plan(rows, BATCH, GROUP, seed=3)
     templates = ("{text}", "{text}")
     collate = training_data.Collator(
         rows, GROUP, (tokenizer, tokenizer), templates, ranks.rank, ranks.size, shared=case.shared

@@ -5,7 +5,8 @@ import pytest
 from conftest import make_rows, run_script, write_jsonl
 from gradient_worker import BATCH, CASES, GROUP, Case, gradients
 
-from utils import checkpoint, losses, tokenizing, training_data
+from utils import checkpoint, losses, tokenizing, training_data, training_rows
+from utils.batch_plan import Plan
 from utils.distributed import Ranks
 
 TOLERANCE = 1e-5
@@ -94,10 +95,10 @@ def with_one_graph(model: str, rows_path: str, chunk: int):
     from utils.trainable import TrainableEncoder, padded
 
     base = checkpoint.resolve(model)
-    rows = training_data.read([rows_path], None, "error", False)
+    rows = training_rows.read([rows_path], None, "error", False)
     tokenizer = tokenizing.load(base.tokenizer_folder, 32)
     collate = training_data.Collator(rows, GROUP, (tokenizer, tokenizer), ("{text}", "{text}"))
-    batch = collate(training_data.Plan(rows, BATCH, GROUP, seed=3).epoch(0)[0], 0)
+    batch = collate(Plan(rows, BATCH, GROUP, seed=3).epoch(0)[0], 0)
     encoder = TrainableEncoder(base, "mean")
     encoder.model.train()
     sides: tuple[list, list] = ([], [])

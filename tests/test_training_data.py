@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from conftest import make_rows, write_jsonl
 
-from utils import training_data
+from utils import hard_batches, training_data
+from utils.batch_plan import Plan
 from utils.records import RecordError
-from utils.training_data import Collator, Plan, find_files, ignored, preflight, read
+from utils.training_data import Collator, ignored, preflight
+from utils.training_rows import find_files, read
 
 
 class Words:
@@ -160,6 +162,45 @@ def test_hard_batches_bring_each_others_negatives_together(tmp_path):
         met[hard] = found.facts["own_negatives_a_query_sees"]
         assert any("hard_batches" in warning for warning in found.warnings) is not hard
     assert met[False] < 2 and met[True] > 6
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_hard_batch_takes_the_example_with_the_most_links_next(seed):
+    """Against gains that are counted anew for every example and every step."""
+    rng = np.random.default_rng(seed)
+    n, size = 40, 8
+    positives, queries = rng.integers(0, 25, n), rng.integers(0, 35, n)
+    negatives = [rng.permutation(30)[: rng.integers(0, 6)] for _ in range(n)]
+    ordered = hard_batches.order(positives, queries, negatives, size)
+    assert sorted(ordered) == list(range(n))
+
+    def link(a: int, b: int) -> float:
+        """How much a's naming of b's positive counts."""
+        return sum(1 / (rank + 3) for rank, passage in enumerate(negatives[a]) if passage == positives[b])
+
+    left = set(range(n))
+    for start in range(0, n, size):
+        members: list[int] = []
+        for example in ordered[start : start + size]:
+            allowed = [
+                e for e in left if all(positives[e] != positives[m] and queries[e] != queries[m] for m in members)
+            ]
+            gains = {e: sum(link(e, m) + link(m, e) for m in members) for e in allowed or left}
+            if allowed:
+                assert example in allowed
+                assert gains[example] == pytest.approx(max(gains.values()))
+            members.append(example)
+            left.remove(example)
+
+
+def test_hard_batches_of_rows_that_all_name_the_same_passages():
+    """Few passages, many rows: what a member is linked to must not be looked through again for every row."""
+    n = 20_000
+    positives = np.arange(n) % 10
+    negatives = [np.delete(np.arange(10), i % 10) for i in range(n)]
+    ordered = np.array(hard_batches.order(positives, np.arange(n), negatives, 10))
+    assert np.array_equal(np.sort(ordered), np.arange(n))
+    assert all(len(set(batch)) == 10 for batch in positives[ordered].reshape(-1, 10))
 
 
 def test_known_positives_are_ignored_and_own_ones_are_not(tmp_path):

@@ -7,8 +7,9 @@ import shutil
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-from utils import checkpoint, engines, export, losses, report, tokenizing, trainer, training_data
+from utils import checkpoint, engines, export, losses, report, tokenizing, trainer, training_data, training_rows
 from utils.arguments import TrainArguments
+from utils.batch_plan import Plan
 from utils.checkpoint import Checkpoint
 from utils.dev_evaluation import METRICS, DevSet
 from utils.distributed import Ranks
@@ -16,7 +17,8 @@ from utils.encoder import Encoder, EncoderSettings
 from utils.outputs import LOCK_PATIENCE_S, described, take_lock, write_whole
 from utils.paddlenlp_models import import_paddlenlp
 from utils.trainable import TrainableEncoder, TrainableEngine, merged_state
-from utils.training_data import Collator, Plan, Preflight, TrainingRows
+from utils.training_data import Collator, Preflight
+from utils.training_rows import TrainingRows
 
 logger = logging.getLogger(__name__)
 
@@ -56,10 +58,10 @@ class _Inputs:
 
     @classmethod
     def read(cls, given: TrainArguments) -> "_Inputs":
-        files, dev_path = training_data.find_files(given.dataset_name_or_path, given.dev_dataset_path)
+        files, dev_path = training_rows.find_files(given.dataset_name_or_path, given.dev_dataset_path)
         base = checkpoint.resolve(given.model_name_or_path, given.tokenizer_name_or_path)
         needs_scores = losses.get(given.loss_type).needs_scores
-        rows = training_data.read(files, given.dataset_weights, given.on_bad_row, needs_scores)
+        rows = training_rows.read(files, given.dataset_weights, given.on_bad_row, needs_scores)
         dims = given.embedding_matryoshka_dims or []
         if dims and max(dims) > base.hidden_size:
             raise ValueError(f"embedding_matryoshka_dims has {max(dims)}; {base.folder} has only {base.hidden_size}")

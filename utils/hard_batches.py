@@ -1,0 +1,121 @@
+"""Which examples meet in a batch, so that queries see their own mined negatives at no cost.
+
+An example that names another's positive among its negatives is linked to it. Batches are grown one by one, each time
+by the example with the most links to and from those that are already in. So the passages of a batch are hard
+negatives of most of its queries, though none was encoded for that: each is some query's positive. Topic-aware
+sampling (Hofstaetter et al., 2021) and global contrastive batching (Sachidananda et al., 2023) fill batches with the
+same aim; here the mined rows say what is alike, and what the miner took for an answer makes no link.
+"""
+
+import heapq
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+# A negative at place r of its row weighs 1 / (r + 3): the first ones are the hardest, but several others outweigh one.
+_OFFSET = 3
+# Links followed from each member: a passage may be named by thousands of rows, or be the positive of thousands.
+_MOST_NAMING, _MOST_ANSWERED = 64, 4
+# Examples looked at for one that may enter a batch without a link to it.
+_LOOK_AHEAD = 512
+
+
+def order(positives: np.ndarray, queries: np.ndarray, negatives: Sequence[np.ndarray], size: int) -> list[int]:
+    """An order of the examples in which each ``size`` of them, from the first on, make a hard batch.
+
+    No query and no positive comes twice in a batch while there are examples within reach that allow it.
+
+    Args:
+        positives: int [n], each example's positive passage.
+        queries: int [n], each example's query.
+        negatives: for each example, its negative passages, the hardest first.
+    """
+    left = _Left(positives, queries, negatives)
+    ordered: list[int] = []
+    while len(ordered) < len(positives):
+        ordered += _grow(left, min(size, len(positives) - len(ordered)))
+    return ordered
+
+
+class _Left:
+    """The examples that no batch has taken yet."""
+
+    def __init__(self, positives: np.ndarray, queries: np.ndarray, negatives: Sequence[np.ndarray]):
+        n = len(positives)
+        self.positives, self.queries, self.negatives = positives.tolist(), queries.tolist(), negatives
+        self.taken = np.zeros(n, bool)
+        lengths = [len(row) for row in negatives]
+        ranks = np.concatenate([np.arange(length) for length in lengths])
+        named, owners = np.concatenate(negatives), np.repeat(np.arange(n), lengths)
+        hardest = np.argsort(ranks, kind="stable")
+        self.naming = _Links(named[hardest], owners[hardest], 1 / (ranks[hardest] + _OFFSET), self.taken)
+        self.answered = _Links(positives, np.arange(n), np.zeros(n), self.taken)
+        self._first = 0
+
+    def ahead(self) -> list[int]:
+        """The next ones in the order in which they came."""
+        while self.taken[self._first]:
+            self._first += 1
+        return [self._first + int(i) for i in np.flatnonzero(~self.taken[self._first : self._first + _LOOK_AHEAD])]
+
+
+class _Links:
+    """Examples and weights by passage, in the order given."""
+
+    def __init__(self, passages: np.ndarray, examples: np.ndarray, weights: np.ndarray, taken: np.ndarray):
+        order = np.argsort(passages, kind="stable")
+        keys, starts = np.unique(passages[order], return_index=True)
+        self._place = {key: place for place, key in enumerate(keys.tolist())}
+        self._starts, self._ends = starts.tolist(), [*starts[1:].tolist(), len(order)]
+        self._examples, self._weights, self._taken = examples[order], weights[order], taken
+
+    def first(self, passage: int, most: int) -> Iterable[tuple[int, float]]:
+        """Of a passage, not counting those at the front that are taken: for good, so that each is passed once."""
+        place = self._place.get(passage)
+        if place is None:
+            return ()
+        start, end = self._starts[place], self._ends[place]
+        while start < end and self._taken[self._examples[start]]:
+            start += 1
+        self._starts[place] = start
+        links = slice(start, min(start + most, end))
+        return zip(self._examples[links].tolist(), self._weights[links].tolist(), strict=True)
+
+
+def _grow(left: _Left, size: int) -> list[int]:
+    """Take a batch."""
+    members: list[int] = []
+    met: set[tuple[str, int]] = set()
+    towards: dict[int, float] = {}  # weight of the links from members to a passage
+    back: dict[int, float] = {}  # weight of an example's links to members' positives
+    # Gains only rise, so that an example's newest entry comes first, and the older ones find it taken.
+    offers: list[tuple[float, int, int]] = []
+
+    def offer(example: int) -> None:
+        gain = towards.get(left.positives[example], 0.0) + back.get(example, 0.0)
+        heapq.heappush(offers, (-gain, len(offers), example))
+
+    def keys(example: int) -> set[tuple[str, int]]:
+        return {("positive", left.positives[example]), ("query", left.queries[example])}
+
+    def best() -> int:
+        while offers:
+            example = heapq.heappop(offers)[2]
+            if not left.taken[example] and not met & keys(example):
+                return example
+        ahead = left.ahead()
+        return next((example for example in ahead if not met & keys(example)), ahead[0])
+
+    while len(members) < size:
+        member = best()
+        left.taken[member] = True
+        members.append(member)
+        met |= keys(member)
+        for rank, passage in enumerate(left.negatives[member].tolist()):
+            towards[passage] = towards.get(passage, 0.0) + 1 / (rank + _OFFSET)
+            for example, _ in left.answered.first(passage, _MOST_ANSWERED):
+                offer(example)
+        for example, weight in left.naming.first(left.positives[member], _MOST_NAMING):
+            back[example] = back.get(example, 0.0) + weight
+            offer(example)
+    return members

@@ -1,0 +1,158 @@
+"""Training rows: the files are read, texts get numbers, and known positives are told from negatives."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+
+from utils.records import Record, RecordError, Source, fold
+
+_TRAIN_NAMES = ("train.json", "train.jsonl", "train.json.gz", "train.jsonl.gz")
+_DEV_NAMES = ("dev.json", "dev.jsonl", "dev.json.gz", "dev.jsonl.gz")
+
+
+@dataclass
+class TrainingRows:
+    """All rows of all files. Texts that are equal after folding share one number.
+
+    query_ids: int64 [n], a row's query.
+    positives, negatives: for each row, the numbers of its passages; no negative is a known positive.
+    scores: for each row, a teacher's scores by passage number; empty where the row has none.
+    sources: int64 [n], the file that a row comes from.
+    known_positives: for each query, every passage that any row names as its positive.
+    n_false: negatives left out because some row names them as a positive of the same query.
+    """
+
+    queries: list[str]
+    query_ids: np.ndarray
+    passages: list[str]
+    positives: list[np.ndarray]
+    negatives: list[np.ndarray]
+    scores: list[dict[int, float]]
+    sources: np.ndarray
+    weights: list[float]
+    known_positives: list[set[int]]
+    n_false: int
+    rejected: list[RecordError] = field(default_factory=list)
+    digests: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.query_ids)
+
+    @cached_property
+    def all_positives(self) -> np.ndarray:
+        """The passages that are some query's positive, ascending; random negatives are drawn from them."""
+        return np.unique(np.concatenate(self.positives))
+
+
+def find_files(paths: Sequence[str], dev_path: str | None) -> tuple[list[str], str | None]:
+    """The training files, and the dev file if there is one, of files or folders.
+
+    Raises:
+        FileNotFoundError: a folder without a training file, or a path that is not there.
+    """
+    train = []
+    for path in paths:
+        if not os.path.isdir(path):
+            train.append(path)
+            continue
+        found = _first_there(path, _TRAIN_NAMES)
+        if found is None:
+            raise FileNotFoundError(
+                f"{path}: no train.json in that folder; expected train.json, and dev.json if you like"
+            )
+        train.append(found)
+        dev_path = dev_path or _first_there(path, _DEV_NAMES)
+    return train, dev_path
+
+
+def read(paths: Sequence[str], weights: Sequence[float] | None, on_bad_row: str, needs_scores: bool) -> TrainingRows:
+    """Read the training files.
+
+    Raises:
+        RecordError: a bad row, or one without the teacher's scores that the loss needs.
+        OSError, ValueError: a file that cannot be read or holds no rows.
+    """
+    builder = _Builder(needs_scores)
+    rejected, digests = [], []
+    for number, path in enumerate(paths):
+        source = Source(path, ("query", "pos_passage"), on_bad_row)
+        for record in source:
+            builder.add(record, number, path)
+        rejected += source.rejected
+        digests.append(source.digest)
+    rows = builder.finish(list(weights or [1.0] * len(paths)))
+    rows.rejected, rows.digests = rejected, digests
+    return rows
+
+
+class _Builder:
+    """Numbers texts as rows come in."""
+
+    def __init__(self, needs_scores: bool):
+        self.needs_scores = needs_scores
+        self.query_numbers: dict[str, int] = {}
+        self.passage_numbers: dict[str, int] = {}
+        self.queries: list[str] = []
+        self.passages: list[str] = []
+        self.rows: list[tuple[int, list[int], list[int], dict[int, float], int]] = []
+        self.known: list[set[int]] = []
+
+    def add(self, record: Record, source: int, path: str) -> None:
+        query = self.query_numbers.setdefault(fold(record.query), len(self.queries))
+        if query == len(self.queries):
+            self.queries.append(record.query)
+            self.known.append(set())
+        positives = [self._passage(text) for text in record.pos_passage]
+        negatives = [self._passage(text) for text in record.neg_passage]
+        self.known[query].update(positives)
+        scores = {**_scores(record, "neg", negatives, path), **_scores(record, "pos", positives, path)}
+        if self.needs_scores and len(scores) < len({*positives, *negatives}):
+            raise RecordError(path, record.line, "pos_scores or neg_scores missing; this loss learns from both")
+        self.rows.append((query, _unique(positives), _unique(negatives), scores, source))
+
+    def _passage(self, text: str) -> int:
+        number = self.passage_numbers.setdefault(fold(text), len(self.passages))
+        if number == len(self.passages):
+            self.passages.append(text)
+        return number
+
+    def finish(self, weights: list[float]) -> TrainingRows:
+        queries, positives, negatives, scores, sources = zip(*self.rows, strict=True)
+        kept = [[p for p in row if p not in self.known[q]] for q, row in zip(queries, negatives, strict=True)]
+        return TrainingRows(
+            queries=self.queries,
+            query_ids=np.array(queries, np.int64),
+            passages=self.passages,
+            positives=[np.array(row, np.int64) for row in positives],
+            negatives=[np.array(row, np.int64) for row in kept],
+            scores=list(scores),
+            sources=np.array(sources, np.int64),
+            weights=weights,
+            known_positives=self.known,
+            n_false=sum(map(len, negatives)) - sum(map(len, kept)),
+        )
+
+
+def _first_there(folder: str, names: Sequence[str]) -> str | None:
+    return next((path for name in names if os.path.isfile(path := os.path.join(folder, name))), None)
+
+
+def _scores(record: Record, side: str, passages: list[int], path: str) -> dict[int, float]:
+    """A teacher's scores of a row's positives or negatives, by passage."""
+    key = f"{side}_scores"
+    scores = record.row.get(key)
+    if scores is None:
+        return {}
+    if not isinstance(scores, list) or len(scores) != len(passages):
+        raise RecordError(path, record.line, f'"{key}" does not fit; expected a list of {len(passages)} numbers')
+    for score in scores:
+        if isinstance(score, bool) or not isinstance(score, int | float) or not np.isfinite(score):
+            raise RecordError(path, record.line, f'"{key}" holds {score!r}; expected finite numbers')
+    return dict(zip(passages, map(float, scores), strict=True))
+
+
+def _unique(numbers: list[int]) -> list[int]:
+    return list(dict.fromkeys(numbers))
