@@ -41,6 +41,8 @@ THREE_RANKS = """
         assert ranks.start(lambda: 7) == (7 if ranks.is_first else None)
         expected = np.arange(6, dtype=np.float32).reshape(2, 3)
         np.testing.assert_array_equal(ranks.broadcast(expected if ranks.is_first else None), expected)
+        np.testing.assert_array_equal(ranks.broadcast(expected if ranks.is_first else None, (2, 3)), expected)
+        assert [part.tolist() for part in ranks.gather_equal(np.array([ranks.rank]))] == [[0], [1], [2]]
         rows = ranks.gather_rows(np.full((ranks.rank, 2), ranks.rank, np.float64))
         assert [part.shape for part in rows] == [(0, 2), (1, 2), (2, 2)]
         assert (rows[2] == 2).all()

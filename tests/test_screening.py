@@ -64,8 +64,8 @@ def test_a_rank_that_holds_its_part_finds_what_one_with_all_vectors_finds(arithm
         index = ScreenedIndex(sketcher, 48, len(numbers), source)
         for start in range(0, len(numbers), 200):
             rows = numbers[start : start + 200]
-            index.add(vectors[rows], rows)
-        found.append(index.search(vectors[1000:], 0.97))
+            index.add(index.prepare(vectors[rows]), rows)
+        found.append(index.search(index.prepare(vectors[1000:]), 0.97))
     full = ExactIndex(48, vectors=vectors[numbers]).search(vectors[1000:], 1, 0.97)
     for own in found:
         np.testing.assert_array_equal(own.scores, full.scores)

@@ -1,11 +1,14 @@
 """Exact search against one-by-one float64 scoring, with ties and near-ties planted."""
 
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from utils import search
 from utils.distributed import Ranks
 from utils.mapped import release
 from utils.scores import Neighbors, merge, pair_scores, rounding_bound
@@ -128,6 +131,63 @@ def test_rows_can_be_added_in_blocks():
 def test_an_empty_index_finds_nothing():
     found = ExactIndex(4, capacity=10).search(np.ones((2, 4), np.float32), 3)
     assert (found.rows == -1).all() and np.isneginf(found.scores).all()
+
+
+class ThreadRanks:
+    """Ranks as threads of this process, which exchange arrays at a barrier."""
+
+    def __init__(self, rank: int, size: int, barrier: threading.Barrier, box: list):
+        self.rank, self.size, self._barrier, self._box = rank, size, barrier, box
+
+    def gather_equal(self, array: np.ndarray) -> list[np.ndarray]:
+        self._box[self.rank] = array
+        self._barrier.wait()
+        gathered = list(self._box)
+        self._barrier.wait()
+        return gathered
+
+    def broadcast(self, array: np.ndarray | None, shape: tuple[int, ...]) -> np.ndarray:
+        sent = self.gather_equal(array)[0]
+        assert sent.shape == shape
+        return sent
+
+
+@pytest.mark.parametrize("size", [2, 3, 7])
+@pytest.mark.parametrize("floor", [-np.inf, 0.3])
+def test_any_number_of_ranks_finds_the_same(size, floor, arithmetic, monkeypatch):
+    monkeypatch.setattr(search, "_EXCHANGE_QUERIES", 50)
+    rng = np.random.default_rng(size)
+    corpus, queries = unit(rng, 2000, 16), unit(rng, 120, 16)
+    corpus[1000:] = corpus[:1000]  # every score occurs twice, in different parts
+    corpus[5:400] = corpus[5] + np.float32(1e-8) * unit(rng, 395, 16)  # more near-ties in one part than k
+    queries[:40] = corpus[5]
+    barrier, box = threading.Barrier(size), [None] * size
+
+    def run(rank: int) -> Neighbors:
+        ranks, is_first = ThreadRanks(rank, size, barrier, box), rank == 0
+        index = ShardedIndex.of(ranks, corpus if is_first else None, len(corpus), 16)
+        return index.search_all(queries if is_first else None, len(queries), 30, floor)
+
+    with ThreadPoolExecutor(size) as pool:
+        results = list(pool.map(run, range(size)))
+    expected = brute_force(queries, corpus, 30, floor)
+    for found in results:
+        np.testing.assert_array_equal(found.rows, expected.rows)
+        np.testing.assert_array_equal(found.scores, expected.scores)
+
+
+def test_what_another_rank_has_found_spares_scoring():
+    rng = np.random.default_rng(1)
+    corpus, queries = unit(rng, 3000, 16), unit(rng, 50, 16)
+    begun = ExactIndex(16, vectors=corpus).begin(queries, 10)
+    expected = brute_force(queries, corpus, 10)
+    bounds = begun.lower_bounds()
+    assert (np.sort(bounds, axis=1) <= expected.scores[:, ::-1]).all()
+    np.testing.assert_allclose(np.sort(bounds, axis=1), expected.scores[:, ::-1], atol=0.05)
+    cut = expected.scores[:, 3].astype(np.float32)
+    found = begun.finish(cut)
+    np.testing.assert_array_equal(found.rows[:, :3], expected.rows[:, :3])
+    assert (found.rows[:, 9] < 0).any()  # it need not look for what cannot count
 
 
 def test_merge_breaks_ties_by_row():

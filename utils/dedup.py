@@ -8,7 +8,7 @@ search among the rows kept so far, and then each block within itself.
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 # More rows a block means fewer, larger products among the kept rows, and more work within the block.
 _BLOCK_ROWS = 1024
+# Blocks that rank 0 sends to the others together: each sending takes milliseconds, however little is sent.
+_SENT_BLOCKS = 8
 # Fewer rows are compared in less time than screening takes to set up.
 _SCREENED_ROWS = 16_384
 
@@ -78,17 +80,31 @@ def remove_near_duplicates(
     mine = _index(vectors, rows, dim, threshold, ranks, device)
     kept: list[np.ndarray] = []
     duplicates: list[Duplicate] = []
-    for number, start in enumerate(range(0, len(rows), _BLOCK_ROWS)):
-        here = rows[start : start + _BLOCK_ROWS]
-        block = ranks.broadcast(np.ascontiguousarray(vectors[here], np.float32) if vectors is not None else None)
-        decided = _resolve_block(block, here, _best_of_all(mine.search(block, threshold), ranks), threshold)
+    for number, (here, sent) in enumerate(_blocks(vectors, rows, dim, ranks)):
+        block = mine.prepare(sent)
+        best, near = _best_of_all(mine.search(block, threshold), ranks), mine.near(block, threshold)
+        decided = _resolve_block(block.vectors, near, here, best, threshold)
         duplicates += decided
         stays = ~np.isin(here, [duplicate.row for duplicate in decided])
         kept.append(here[stays])
         if number % ranks.size == ranks.rank:
-            mine.add(block[stays], here[stays])
-        progress(len(block))
+            mine.add(block.only(stays), here[stays])
+        progress(len(here))
     return DedupResult(np.concatenate(kept) if kept else np.zeros(0, np.int64), duplicates, threshold)
+
+
+def _blocks(
+    vectors: np.ndarray | None, rows: np.ndarray, dim: int, ranks: Ranks
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Every block's row numbers and vectors; rank 0 sends several at a time."""
+    size = _BLOCK_ROWS * (_SENT_BLOCKS if ranks.size > 1 else 1)
+    for start in range(0, len(rows), size):
+        here = rows[start : start + size]
+        own = np.ascontiguousarray(vectors[here], np.float32) if vectors is not None else None
+        sent = ranks.broadcast(own, (len(here), dim))
+        for first in range(0, len(here), _BLOCK_ROWS):
+            part = slice(first, first + _BLOCK_ROWS)
+            yield here[part], sent[part]
 
 
 def _index(
@@ -107,6 +123,15 @@ def _index(
     return _FullIndex(dim, capacity, device)
 
 
+class _Rows(NamedTuple):
+    """``Sketched`` without sketches."""
+
+    vectors: np.ndarray
+
+    def only(self, which: np.ndarray) -> "_Rows":
+        return _Rows(self.vectors[which])
+
+
 class _FullIndex:
     """``ScreenedIndex`` without the screening."""
 
@@ -114,35 +139,46 @@ class _FullIndex:
         self._index = ExactIndex(dim, capacity, device=device)
         self._numbers = np.empty(capacity, np.int64)
 
-    def add(self, vectors: np.ndarray, numbers: np.ndarray) -> None:
-        self._numbers[len(self._index) : len(self._index) + len(numbers)] = numbers
-        self._index.add(vectors)
+    def prepare(self, vectors: np.ndarray) -> _Rows:
+        return _Rows(vectors)
 
-    def search(self, queries: np.ndarray, floor: float) -> Neighbors:
-        found = self._index.search(queries, 1, floor)
+    def add(self, rows: _Rows, numbers: np.ndarray) -> None:
+        self._numbers[len(self._index) : len(self._index) + len(numbers)] = numbers
+        self._index.add(rows.vectors)
+
+    def search(self, queries: _Rows, floor: float) -> Neighbors:
+        found = self._index.search(queries.vectors, 1, floor)
         return Neighbors(found.scores, np.where(found.rows < 0, -1, self._numbers[found.rows]))
+
+    def near(self, rows: _Rows, floor: float) -> np.ndarray:
+        slack = rounding_bound(rows.vectors.shape[1], largest_norm(rows.vectors) ** 2)
+        return products(rows.vectors, rows.vectors) >= floor - slack
 
 
 def _best_of_all(local: Neighbors, ranks: Ranks) -> Neighbors:
     """Each query's best row over all ranks' parts; k = 1."""
     if ranks.size == 1:
         return local
-    packed = ranks.gather_rows(np.concatenate([local.scores, local.rows.view(np.float64)], axis=1))
+    packed = ranks.gather_equal(np.concatenate([local.scores, local.rows.view(np.float64)], axis=1))
     return merge([Neighbors(p[:, :1].copy(), p[:, 1:].copy().view(np.int64)) for p in packed], 1)
 
 
-def _resolve_block(block: np.ndarray, rows: np.ndarray, best: Neighbors, threshold: float) -> list[Duplicate]:
-    """Settle the rows of one block among themselves, given their best neighbours in earlier blocks (k = 1)."""
-    slack = rounding_bound(block.shape[1], largest_norm(block) ** 2)
-    screened = products(block, block)
-    near = np.tril(screened >= threshold - slack, -1)
+def _resolve_block(
+    block: np.ndarray, near: np.ndarray, rows: np.ndarray, best: Neighbors, threshold: float
+) -> list[Duplicate]:
+    """Settle the rows of one block among themselves.
+
+    Args:
+        near: bool [n, n], which pairs may reach the threshold.
+        best: the rows' best neighbours in earlier blocks; k = 1.
+    """
+    near = np.tril(near, -1)
     scores, kept_rows = best.scores[:, 0].copy(), best.rows[:, 0].copy()
     for i in np.flatnonzero(near.any(axis=1)):
         inside = np.flatnonzero(near[i, :i] & (kept_rows[:i] < 0))  # those before it that stay
         if len(inside) == 0:
             continue
-        inside = inside[screened[i, inside] >= screened[i, inside].max() - 2 * slack]
-        exact = pair_scores(np.broadcast_to(block[i], (len(inside), block.shape[1])), block[inside])
+        exact = pair_scores(block[i : i + 1], block[inside])
         top = int(exact.argmax())  # the first of equals, so the lowest row
         if exact[top] >= threshold and exact[top] > scores[i]:
             scores[i], kept_rows[i] = exact[top], rows[inside[top]]

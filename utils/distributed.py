@@ -19,7 +19,7 @@ from utils import runtime
 Result = TypeVar("Result")
 
 # Collectives move at most this many bytes at a time.
-BLOCK_BYTES = 64 << 20
+BLOCK_BYTES = 16 << 20
 _TEXTS_A_BLOCK = 10_000
 # Linux: the ioctl that asks an interface for its IPv4 address.
 _SIOCGIFADDR = 0x8915
@@ -118,22 +118,28 @@ class Ranks:
         dist.all_gather_object(box, value)
         return box
 
-    def broadcast(self, array: np.ndarray | None) -> np.ndarray:
-        """Rank 0's array, on every rank. One block: the caller bounds its size."""
+    def broadcast(self, array: np.ndarray | None, shape: tuple[int, ...] | None = None) -> np.ndarray:
+        """Rank 0's array, on every rank. One block: the caller bounds its size.
+
+        Args:
+            shape: of an array that every rank knows to be float32 of this shape, which saves telling them.
+        """
         if self.size == 1:
             assert array is not None
             return array
         import paddle
         import paddle.distributed as dist
 
-        shape, dtype = self.broadcast_object((array.shape, array.dtype.str) if array is not None else None)
+        dtype = "<f4"
+        if shape is None:
+            shape, dtype = self.broadcast_object((array.shape, array.dtype.str) if array is not None else None)
         if array is None:
             array = np.empty(shape, dtype)
         if array.size == 0:
             return array
         tensor = paddle.to_tensor(np.ascontiguousarray(array))
         dist.broadcast(tensor, src=0)
-        return tensor.numpy()
+        return array if self.is_first else tensor.numpy()
 
     def broadcast_texts(self, texts: Sequence[str] | None) -> Sequence[str]:
         """Rank 0's texts, on every rank, moved in bounded blocks."""
@@ -153,17 +159,23 @@ class Ranks:
         """
         if self.size == 1:
             return [array]
-        import paddle
-        import paddle.distributed as dist
-
         counts = self.gather_object(len(array))
         if max(counts) == 0:
             return [array] * self.size
         padded = np.zeros((max(counts), *array.shape[1:]), array.dtype)
         padded[: len(array)] = array
+        return [part[:count] for part, count in zip(self.gather_equal(padded), counts, strict=True)]
+
+    def gather_equal(self, array: np.ndarray) -> list[np.ndarray]:
+        """``gather_rows`` of arrays that have the same shape on every rank: one collective, and not four."""
+        if self.size == 1:
+            return [array]
+        import paddle
+        import paddle.distributed as dist
+
         parts: list = []
-        dist.all_gather(parts, paddle.to_tensor(padded))
-        return [part.numpy()[:count] for part, count in zip(parts, counts, strict=True)]
+        dist.all_gather(parts, paddle.to_tensor(array))
+        return [part.numpy() for part in parts]
 
 
 def _name_the_network_interface() -> None:

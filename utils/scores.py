@@ -97,6 +97,7 @@ def merge(parts: list[Neighbors], k: int) -> Neighbors:
     """The k best of several results for the same queries, by score and then by row number."""
     scores = np.concatenate([part.scores for part in parts], axis=1)
     rows = np.concatenate([part.rows for part in parts], axis=1)
-    by_row = np.where(rows < 0, np.iinfo(np.int64).max, rows)
-    order = np.lexsort((by_row, -scores), axis=1)[:, :k]
-    return Neighbors(np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1))
+    best = Neighbors.none(len(scores), k)
+    query, place = np.nonzero(rows >= 0)
+    search_kernels.take_best(query, rows[query, place], scores[query, place], -np.inf, best.scores, best.rows)
+    return best

@@ -8,6 +8,7 @@ full product's cost; the pairs that it leaves are scored canonically. The answer
 """
 
 import logging
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,8 +18,8 @@ from utils.threads import in_threads
 
 logger = logging.getLogger(__name__)
 
-# Rows that a basis is fitted to, and directions that it has at most.
-SAMPLE_ROWS = 4096
+# Rows that a basis is fitted to, those that are sketched at a time, and directions that a basis has at most.
+SAMPLE_ROWS, _SKETCHED_ROWS = 4096, 512
 _MOST_DIRECTIONS = 256
 # Numbers of directions that are tried.
 _STEP = 16
@@ -49,14 +50,18 @@ class Sketcher:
 
     def __call__(self, vectors: np.ndarray) -> np.ndarray:
         sketches = np.empty((len(vectors), self.width), np.float32)
-        for start in range(0, len(vectors), SAMPLE_ROWS):
-            block = vectors[start : start + SAMPLE_ROWS].astype(np.float64)
+
+        def work(start: int) -> None:
+            block = vectors[start : start + _SKETCHED_ROWS].astype(np.float64)
             inside = block @ self._basis
-            across = np.einsum("ij,ij->i", block, block) - np.einsum("ij,ij->i", inside, inside)
-            sketches[start : start + SAMPLE_ROWS, :-1] = inside
+            squares = np.einsum("ij,ij->i", block, block)
+            across = squares - np.einsum("ij,ij->i", inside, inside)
+            own = sketches[start : start + _SKETCHED_ROWS]
+            own[:, :-1] = inside
             # Float64 loses at most about 1e-15 of |v|^2 to cancellation: 1e-7 |v| covers its root.
-            norms = np.sqrt(np.einsum("ij,ij->i", block, block))
-            sketches[start : start + SAMPLE_ROWS, -1] = np.sqrt(np.maximum(across, 0)) + 1e-7 * norms
+            own[:, -1] = np.sqrt(np.maximum(across, 0)) + 1e-7 * np.sqrt(squares)
+
+        in_threads(work, range(0, len(vectors), _SKETCHED_ROWS))
         return sketches
 
     def slack(self, norms: float) -> float:
@@ -114,6 +119,23 @@ def _leading_directions(sample: np.ndarray, k: int) -> np.ndarray:
     return np.linalg.qr(basis @ turned.T[:, :k])[0]
 
 
+class Sketched(NamedTuple):
+    """Some rows, made ready for the index once for all that is done with them.
+
+    vectors: float32 [n, d]. sketches: [n, width] in the type that is multiplied. residuals: float64 [n], how far
+    that type's rounding took each sketch. norm: the largest of a vector.
+    """
+
+    vectors: np.ndarray
+    sketches: np.ndarray
+    residuals: np.ndarray
+    norm: float
+
+    def only(self, which: np.ndarray) -> "Sketched":
+        """Some of the rows, by a mask."""
+        return Sketched(self.vectors[which], self.sketches[which], self.residuals[which], self.norm)
+
+
 class ScreenedIndex:
     """Rows added in blocks, searched for the single best one at or above a floor.
 
@@ -135,37 +157,62 @@ class ScreenedIndex:
         self._numbers = np.empty(capacity, np.int64)
         self._n, self._norm = 0, 0.0
 
-    def add(self, vectors: np.ndarray, numbers: np.ndarray) -> None:
-        """Append rows, float32 [m, d], known as ``numbers``, int64 [m] ascending."""
-        new = slice(self._n, self._n + len(vectors))
-        self._sketches[new], residuals = self._rounded(self._sketcher(vectors))
-        self._residual = max(self._residual, float(residuals.max(initial=0.0)))
+    def prepare(self, vectors: np.ndarray) -> Sketched:
+        """Rows, float32 [n, d], as the other methods take them."""
+        return Sketched(vectors, *self._rounded(self._sketcher(vectors)), largest_norm(vectors))
+
+    def add(self, rows: Sketched, numbers: np.ndarray) -> None:
+        """Append rows, known as ``numbers``, int64 [n] ascending."""
+        new = slice(self._n, self._n + len(numbers))
+        self._sketches[new] = rows.sketches
+        self._residual = max(self._residual, float(rows.residuals.max(initial=0.0)))
         if self._source is None:
-            self._vectors[new] = vectors
+            self._vectors[new] = rows.vectors
         self._numbers[new] = numbers
         self._n = new.stop
-        self._norm = max(self._norm, largest_norm(vectors))
+        self._norm = max(self._norm, rows.norm)
 
-    def search(self, queries: np.ndarray, floor: float) -> Neighbors:
+    def search(self, queries: Sketched, floor: float) -> Neighbors:
         """The best row of each query by canonical score, if that is at least ``floor``; k = 1."""
-        best = Neighbors(np.full((len(queries), 1), -np.inf), np.full((len(queries), 1), -1, np.int64))
-        if self._n == 0 or len(queries) == 0:
+        n = len(queries.vectors)
+        best = Neighbors.none(n, 1)
+        if self._n == 0 or n == 0:
             return best
-        sketches, residuals = self._rounded(self._sketcher(queries))
-        norm = largest_norm(queries)
-        slack = self._sketcher.slack(self._norm * norm)
-        # What rounding may have taken from a product of sketches, which are as long as their vectors.
-        lost = 1.01 * (residuals * self._norm + (norm + residuals) * self._residual)
-        cuts = (floor - 2 * slack - lost).astype(np.float32)
-        size = min(_QUERY_BLOCK, -(-len(queries) // runtime.cpu_threads()))
+        slack, cuts = self._cuts(queries, self._norm, self._residual, floor)
+        size = min(_QUERY_BLOCK, -(-n // runtime.cpu_threads()))
 
         def work(start: int) -> None:
             part = slice(start, start + size)
             result = best.scores[part, 0], best.rows[part, 0]
-            self._search_block(queries[part], sketches[part], cuts[part], floor, slack, *result)
+            self._search_block(queries.vectors[part], queries.sketches[part], cuts[part], floor, slack, *result)
 
-        in_threads(work, range(0, len(queries), size))
+        in_threads(work, range(0, n, size))
         return best
+
+    def near(self, rows: Sketched, floor: float) -> np.ndarray:
+        """Which pairs of some rows may reach ``floor``, bool [n, n]."""
+        _, cuts = self._cuts(rows, rows.norm, float(rows.residuals.max(initial=0.0)), floor)
+        bounds = np.empty((len(cuts), len(cuts)), np.float32)
+        self._multiply(rows.sketches, rows.sketches, bounds)
+        return bounds >= cuts[:, None]
+
+    def _cuts(self, queries: Sketched, norm: float, residual: float, floor: float) -> tuple[float, np.ndarray]:
+        """The slack of a score, and each query's lowest bound, float32 [n], of a row that may reach ``floor``.
+
+        Args:
+            norm, residual: the largest of the rows.
+        """
+        slack = self._sketcher.slack(norm * queries.norm)
+        # What rounding may have taken from a product of sketches, which are as long as their vectors.
+        lost = 1.01 * (queries.residuals * norm + (queries.norm + queries.residuals) * residual)
+        return slack, (floor - 2 * slack - lost).astype(np.float32)
+
+    def _multiply(self, left: np.ndarray, right: np.ndarray, bounds: np.ndarray) -> None:
+        """``bounds`` become the products of two blocks of sketches."""
+        if self._type is np.uint16:
+            matmul.matmul(left, right.T, bounds)
+        else:
+            np.matmul(left, right.T, out=bounds)
 
     def _rounded(self, sketches: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Sketches in the type that is multiplied, and how far each then lies from itself, float64 [n]."""
@@ -194,10 +241,7 @@ class ScreenedIndex:
         for start in range(0, self._n, _ROW_BLOCK):
             block = self._sketches[start : min(start + _ROW_BLOCK, self._n)]
             bounds = product[: len(queries) * len(block)].reshape(len(queries), len(block))
-            if self._type is np.uint16:
-                matmul.matmul(sketches, block.T, bounds)
-            else:
-                np.matmul(sketches, block.T, out=bounds)
+            self._multiply(sketches, block, bounds)
             n = search_kernels.reaching(bounds, cuts, start, found)
             if n:
                 waiting.append(found[:, :n].copy())

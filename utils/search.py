@@ -7,6 +7,7 @@ result is therefore the same for any block size, arithmetic, thread count, devic
 """
 
 import logging
+from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -34,8 +35,8 @@ _CANDIDATES, _FEWEST_CANDIDATES = 4, 64
 _ROUNDINGS = 4
 # Below twice the smallest normal float32, what a processor may take a product of bfloat16 for is 0.
 _TINY = 2.0**-125
-# Queries that rank 0 sends round at a time.
-_EXCHANGE_QUERIES = 4096
+# Queries that rank 0 sends round at a time, fewer if they want many neighbours each.
+_EXCHANGE_QUERIES, _EXCHANGE_NEIGHBORS = 4096, 1 << 20
 # Rows that faiss is asked for on a GPU beyond k.
 _EXTRA = 32
 
@@ -122,46 +123,51 @@ class ExactIndex:
             return result
         return self._search_on_cpu(queries, k, floor)
 
+    def begin(self, queries: np.ndarray, k: int, floor: float = -np.inf) -> "_Begun":
+        """``search``, up to where other indexes' results can spare this one some work.
+
+        Keeps about 50 k bytes for each query.
+        """
+        if self._n == 0 or self._gpu is not None:
+            return _Begun(self.search(queries, k, floor))
+        result = Neighbors.none(len(queries), k)
+        parts = self._blocks(len(queries), k)
+        blocks = in_threads(lambda start: self._screened(queries[parts[start]], k, floor), range(len(parts)))
+        return _Begun(result, list(zip(parts, blocks, strict=True)))
+
     def _search_on_cpu(self, queries: np.ndarray, k: int, floor: float) -> Neighbors:
         result = Neighbors.none(len(queries), k)
-        corpus = self.vectors
+        parts = self._blocks(len(queries), k)
 
-        def work(start: int) -> None:
-            part = slice(start, start + size)
-            block = np.array(queries[part], np.float32)
-            if matmul.bfloat16_is_fast():
-                screen = _Bfloat16Screen(block, self._shape)
-            else:
-                screen = _Float32Screen(block, self._shape)
-            _search_block(block, corpus, screen, k, floor, Neighbors(result.scores[part], result.rows[part]))
+        def work(number: int) -> None:
+            part = parts[number]
+            self._screened(queries[part], k, floor).settle(Neighbors(result.scores[part], result.rows[part]))
 
-        size = min(_QUERY_BLOCK, max(1, _NEIGHBORS // k), -(-len(queries) // runtime.cpu_threads()))
-        in_threads(work, range(0, len(queries), size))
+        in_threads(work, range(len(parts)))
         return result
 
+    def _blocks(self, n: int, k: int) -> list[slice]:
+        """The queries that go through the corpus together."""
+        size = min(_QUERY_BLOCK, max(1, _NEIGHBORS // k), -(-n // runtime.cpu_threads()))
+        return [slice(start, start + size) for start in range(0, n, size)]
 
-def _search_block(
-    queries: np.ndarray,
-    corpus: np.ndarray,
-    screen: "_Float32Screen | _Bfloat16Screen",
-    k: int,
-    floor: float,
-    result: Neighbors,
-) -> None:
-    """One block of queries against the whole corpus, into ``result``."""
-    found = _Candidates(queries, corpus, k, floor, screen)
-    at_once, width = screen.block
-    product = np.empty(at_once * width, np.float32)
-    for start in range(0, len(corpus), width):
-        rows = plain(corpus[start : start + width])
-        screen.take(rows)
-        for first in range(0, len(queries), at_once):
-            part = slice(first, min(first + at_once, len(queries)))
-            scores = product[: (part.stop - part.start) * len(rows)].reshape(-1, len(rows))
-            screen.multiply(part, scores)
-            found.collect(part, scores, start)
-        release(rows)
-    found.settle(result)
+    def _screened(self, queries: np.ndarray, k: int, floor: float) -> "_Candidates":
+        """What the whole corpus leaves of one block's pairs."""
+        queries, corpus = np.array(queries, np.float32), self.vectors
+        screen = (_Bfloat16Screen if matmul.bfloat16_is_fast() else _Float32Screen)(queries, self._shape)
+        found = _Candidates(queries, corpus, k, floor, screen)
+        at_once, width = screen.block
+        product = np.empty(at_once * width, np.float32)
+        for start in range(0, len(corpus), width):
+            rows = plain(corpus[start : start + width])
+            screen.take(rows)
+            for first in range(0, len(queries), at_once):
+                part = slice(first, min(first + at_once, len(queries)))
+                scores = product[: (part.stop - part.start) * len(rows)].reshape(-1, len(rows))
+                screen.multiply(part, scores)
+                found.collect(part, scores, start)
+            release(rows)
+        return found.finish()
 
 
 class _Float32Screen:
@@ -233,7 +239,7 @@ class _Candidates:
     def __init__(
         self, queries: np.ndarray, corpus: np.ndarray, k: int, floor: float, screen: _Float32Screen | _Bfloat16Screen
     ):
-        width = max(_CANDIDATES * k, _FEWEST_CANDIDATES)
+        width = max(_CANDIDATES * k, _FEWEST_CANDIDATES) + search_kernels.CHUNK
         self._problem = search_kernels.Problem(queries, plain(corpus), k, screen.offset, screen.slack)
         self._floor = floor
         self._state = search_kernels.State(
@@ -247,13 +253,62 @@ class _Candidates:
         """Take in the screened scores, float32 [q, n], of a part of the queries and rows from ``first_row`` on."""
         search_kernels.collect(scores, part.start, first_row, self._problem, self._state)
 
-    def settle(self, result: Neighbors) -> None:
-        """Fill in the k best of each query by canonical score."""
+    def finish(self) -> "_Candidates":
+        """No more will come: drop those that a query's k best leave no hope."""
         search_kernels.clear_all(self._problem, self._state)
-        count = self._state.count
-        query = np.repeat(np.arange(len(count)), count)
-        row = self._state.rows[np.arange(self._state.rows.shape[1]) < count[:, None]]
-        best_of_pairs(self._problem.queries, self._problem.corpus, query, row, self._floor, result)
+        return self
+
+    def lower_bounds(self) -> np.ndarray:
+        """What the canonical scores of each query's k best are at least, float32 [q, k], in any order."""
+        scores = np.where(self._are_left(), self._state.scores, np.float32(-np.inf))
+        k, problem = self._problem.k, self._problem
+        best = np.partition(scores, scores.shape[1] - k, axis=1)[:, -k:]
+        return _below(best + (problem.offset - problem.slack)[:, None])
+
+    def settle(self, result: Neighbors, cut: np.ndarray | float = -np.inf) -> None:
+        """Fill in the k best of each query by canonical score, leaving out what cannot reach ``cut``, float32 [q]."""
+        problem = self._problem
+        lowest = _below(cut - problem.offset - problem.slack)
+        left = self._are_left() & (self._state.scores >= lowest[:, None])
+        query = np.repeat(np.arange(len(left)), left.sum(axis=1))
+        best_of_pairs(problem.queries, problem.corpus, query, self._state.rows[left], self._floor, result)
+
+    def _are_left(self) -> np.ndarray:
+        return np.arange(self._state.rows.shape[1]) < self._state.count[:, None]
+
+
+class _Begun:
+    """A search that is screened, and settled only once ``cut`` says what counts.
+
+    Args:
+        result: the finished one, if there is nothing to settle.
+        blocks: some queries' place in the result, and their candidates.
+    """
+
+    def __init__(self, result: Neighbors, blocks: Sequence[tuple[slice, _Candidates]] = ()):
+        self._result, self._blocks = result, blocks
+
+    def lower_bounds(self) -> np.ndarray:
+        """See ``_Candidates``."""
+        bounds = _below(self._result.scores)
+        for part, found in self._blocks:
+            bounds[part] = found.lower_bounds()
+        return bounds
+
+    def finish(self, cut: np.ndarray) -> Neighbors:
+        """The k best of each query, but for those whose canonical score cannot reach its cut, float32 [q]."""
+
+        def work(number: int) -> None:
+            part, found = self._blocks[number]
+            found.settle(Neighbors(self._result.scores[part], self._result.rows[part]), cut[part])
+
+        in_threads(work, range(len(self._blocks)))
+        return self._result
+
+
+def _below(scores: np.ndarray) -> np.ndarray:
+    """Float32 that are no larger."""
+    return np.nextafter(scores.astype(np.float32), np.float32(-np.inf))
 
 
 class ShardedIndex:
@@ -277,7 +332,8 @@ class ShardedIndex:
         self._index = ExactIndex(dim, capacity=len(self._row_numbers), device=device)
         step = max(1, BLOCK_BYTES // (4 * dim))
         for start in range(0, n, step):
-            block = ranks.broadcast(vectors[start : start + step] if vectors is not None else None)
+            block = vectors[start : start + step] if vectors is not None else None
+            block = ranks.broadcast(block, (min(step, n - start), dim))
             low, high = max(mine.start - start, 0), min(mine.stop - start, len(block))
             if low < high:
                 self._index.add(block[low:high])
@@ -286,19 +342,25 @@ class ShardedIndex:
     def search(self, queries: np.ndarray, k: int, floor: float = -np.inf) -> Neighbors:
         """As ExactIndex.search, over all parts; every rank passes the same queries and gets the result."""
         assert self._index is not None
-        local = self._index.search(queries, k, floor)
-        rows = np.where(local.rows < 0, -1, self._row_numbers[local.rows] if len(self._row_numbers) else -1)
         if self.ranks.size == 1:
-            return local
-        parts = zip(self.ranks.gather_rows(local.scores), self.ranks.gather_rows(rows), strict=True)
+            return self._index.search(queries, k, floor)
+        # Each rank would score k rows of its own, of which the k best of all need only a part: so the ranks first
+        # agree on what the k-th best of all reaches at least.
+        begun = self._index.begin(queries, k, floor)
+        bounds = np.concatenate(self.ranks.gather_equal(begun.lower_bounds()), axis=1)
+        local = begun.finish(np.partition(bounds, -k, axis=1)[:, -k])
+        rows = np.where(local.rows < 0, -1, self._row_numbers[local.rows] if len(self._row_numbers) else -1)
+        parts = zip(self.ranks.gather_equal(local.scores), self.ranks.gather_equal(rows), strict=True)
         return merge([Neighbors(scores, rows) for scores, rows in parts], k)
 
     def search_all(self, queries: np.ndarray | None, n: int, k: int, floor: float = -np.inf) -> Neighbors:
         """As ``search`` for rank 0's queries (float32 [n, dim], None elsewhere), block by block."""
         result = Neighbors.none(n, k)
-        for start in range(0, n, _EXCHANGE_QUERIES):
-            part = slice(start, start + _EXCHANGE_QUERIES)
-            block = self.ranks.broadcast(np.array(queries[part], np.float32) if queries is not None else None)
+        size = min(_EXCHANGE_QUERIES, max(1, _EXCHANGE_NEIGHBORS // k))
+        for start in range(0, n, size):
+            part = slice(start, start + size)
+            block = np.array(queries[part], np.float32) if queries is not None else None
+            block = self.ranks.broadcast(block, (min(size, n - start), self.dim))
             if queries is not None:
                 release(queries[part])
             result.scores[part], result.rows[part] = self.search(block, k, floor)

@@ -9,8 +9,8 @@ import numpy as np
 
 from utils.compiled import compiled
 
-# Scores that are compared at once before any is looked at alone.
-_CHUNK = 64
+# Scores that are compared at once before any is looked at alone; a query's candidates need room for so many more.
+CHUNK = 64
 
 
 class Problem(NamedTuple):
@@ -98,23 +98,24 @@ def collect(scores, first_query, first_row, problem, state):
 
     The block is of queries from ``first_query`` and of corpus rows from ``first_row`` on.
     """
-    width = state.scores.shape[1]
+    full = state.scores.shape[1] - CHUNK
     for i in range(len(scores)):
         query, row = first_query + i, scores[i]
-        for start in range(0, len(row), _CHUNK):
-            stop = min(start + _CHUNK, len(row))
-            if stop == start + _CHUNK and not _any_reaches(row, start, state.cut[query]):
+        kept, numbers = state.scores[query], state.rows[query]
+        for start in range(0, len(row), CHUNK):
+            stop = min(start + CHUNK, len(row))
+            cut = state.cut[query]
+            if stop == start + CHUNK and not _any_reaches(row, start, cut):
                 continue
+            # Each is written, and the next one over it unless it counts: that needs no branch.
+            place = state.count[query]
             for j in range(start, stop):
-                if row[j] >= state.cut[query]:
-                    if state.count[query] == width:
-                        _clear(query, problem, state)
-                        if row[j] < state.cut[query]:
-                            continue
-                    place = state.count[query]
-                    state.scores[query, place] = row[j]
-                    state.rows[query, place] = first_row + j
-                    state.count[query] = place + 1
+                kept[place] = row[j]
+                numbers[place] = first_row + j
+                place += np.int64(row[j] >= cut)
+            state.count[query] = place
+            if place >= full:
+                _clear(query, problem, state)
 
 
 @compiled()
@@ -126,9 +127,9 @@ def reaching(scores, cuts, first_row, found):
     count = 0
     for i in range(len(scores)):
         row = scores[i]
-        for start in range(0, len(row), _CHUNK):
-            stop = min(start + _CHUNK, len(row))
-            if stop == start + _CHUNK and not _any_reaches(row, start, cuts[i]):
+        for start in range(0, len(row), CHUNK):
+            stop = min(start + CHUNK, len(row))
+            if stop == start + CHUNK and not _any_reaches(row, start, cuts[i]):
                 continue
             for j in range(start, stop):
                 if row[j] >= cuts[i]:
@@ -139,11 +140,30 @@ def reaching(scores, cuts, first_row, found):
 
 @compiled()
 def _any_reaches(row, start, cut):
-    """Whether one of the scores of the chunk from ``start`` is at least the cut; counted, which vectorises."""
+    """Whether one of the scores of the chunk from ``start`` is at least the cut, without a branch for each."""
+    chunk = row[start : start + CHUNK]
     near = np.int32(0)
-    for j in range(_CHUNK):
-        near = np.int32(near + np.int32(row[start + j] >= cut))
+    for j in range(CHUNK):
+        near |= np.int32(chunk[j] >= cut)
     return near > 0
+
+
+@compiled()
+def _kth_largest(values, k):
+    """The k-th largest of some float32, found bit by bit: the highest number that k of them reach."""
+    bits = values.view(np.int32)
+    # A negative float's other bits count down; like this, integers compare as the floats do.
+    found = np.int32(-(2**31))
+    for bit in range(31, -1, -1):
+        # The sign's bit is worth 2**31, which takes the lowest integer to 0.
+        higher = np.int32(0) if bit == 31 else np.int32(found | np.int32(1 << bit))
+        count = np.int32(0)
+        for j in range(len(bits)):
+            ordered = np.int32(bits[j] ^ (np.int32(bits[j] >> np.int32(31)) & np.int32(0x7FFFFFFF)))
+            count = np.int32(count + np.int32(ordered >= higher))
+        if count >= k:
+            found = higher
+    return np.int32(found ^ (np.int32(found >> np.int32(31)) & np.int32(0x7FFFFFFF))).view(np.float32)
 
 
 @compiled()
@@ -151,21 +171,18 @@ def _clear(query, problem, state):
     """Raise a query's cut to what its k-th best candidate allows, and drop what falls below."""
     scores, rows, m = state.scores[query], state.rows[query], state.count[query]
     slack = problem.slack[query]
-    best_scores, best_rows = np.empty(problem.k), np.empty(problem.k, np.int64)
-    found = 0
-    for place in range(m):
-        found = _offer(scores[place], rows[place], best_scores, best_rows, found)
-    if found == problem.k:
-        state.cut[query] = max(state.cut[query], np.float32(best_scores[0] - 2 * slack))
+    if m >= problem.k:
+        state.cut[query] = max(state.cut[query], np.float32(_kth_largest(scores[:m], problem.k) - 2 * slack))
     left = 0
     for place in range(m):
         if scores[place] >= state.cut[query]:
             scores[left], rows[left] = scores[place], rows[place]
             left += 1
     state.count[query] = left
-    if left > max(problem.k, 3 * len(scores) // 4):
+    if left > max(problem.k, 3 * (len(scores) - CHUNK) // 4):
         # So many near-ties that the bound cannot part them: settle them now, canonically.
         vector, terms, found = problem.queries[query].astype(np.float64), np.empty(problem.queries.shape[1]), 0
+        best_scores, best_rows = np.empty(problem.k), np.empty(problem.k, np.int64)
         for place in range(left):
             score = canonical(vector, problem.corpus[rows[place]], terms)
             found = _offer(score, rows[place], best_scores, best_rows, found)
