@@ -2,12 +2,14 @@
 
 BERT, RoBERTa, XLM-RoBERTa and ERNIE are one architecture (post-layer-norm transformer encoders) under
 different weight names. In bfloat16, what is multiplied is rounded, and weights of attention too; sums, layer
-norms, scores of attention and the stream between the layers stay float32.
+norms, scores of attention and the stream between the layers stay float32. Attention has a kernel of its own where
+the processor has AMX.
 
 One call runs on one thread, and calls may run side by side.
 """
 
 import logging
+import math
 import re
 from typing import NamedTuple
 
@@ -20,12 +22,12 @@ from utils.weight_files import Parameters
 logger = logging.getLogger(__name__)
 
 MODEL_TYPES = ("bert", "roberta", "xlm-roberta", "camembert", "ernie")
-# Tokens that go through the layers together, and the bytes of attention scores that are made at once: what
-# the products and the loops between them hand each other should stay in a core's cache.
-_TOKENS, _SCORE_BYTES = 768, 4 << 20
+# Tokens that go through the layers together, which bounds memory; and the bytes of attention scores that are made at
+# once, where they are made of many heads: those should stay in a core's cache.
+_TOKENS, _SCORE_BYTES = 2048, 4 << 20
 # Rows that are multiplied at once, and what a last, smaller part is filled up to a multiple of: preparing a
 # product takes longer than running it, so there should be few sizes.
-_ROWS, _FEWEST_ROWS = 384, 64
+_ROWS, _FEWEST_ROWS = 768, 64
 
 # Our short names to Hugging Face's and to PaddleNLP's. Hugging Face stores linear weights [out, in].
 _LAYER_PARTS = {
@@ -100,8 +102,10 @@ class OneDNNEngine:
         self._layers = [self._prepared(parts) for parts in layers]
 
     def _prepared(self, parts: dict[str, Parameters]) -> _Layer:
-        scale = np.float32((len(parts["q"]["bias"]) // self._heads) ** -0.5)
-        scales = (scale, np.float32(1), np.float32(1))
+        scale = (len(parts["q"]["bias"]) // self._heads) ** -0.5
+        if self._type is np.uint16:
+            scale /= math.log(2)  # what takes the softmax's powers in lower precision takes them of 2
+        scales = (np.float32(scale), np.float32(1), np.float32(1))
 
         def joined(which: str) -> np.ndarray:
             columns = [parts[name][which] * own for name, own in zip("qkv", scales, strict=True)]
@@ -158,6 +162,16 @@ class OneDNNEngine:
 
     def _attend(self, qkv: np.ndarray, lengths: np.ndarray, context: np.ndarray) -> None:
         """Attention of texts, [b, t, 3 * width], into ``context`` [b, t, width]."""
+        from utils import amx_attention
+
+        head_width = context.shape[2] // self._heads
+        if self._type is np.uint16 and amx_attention.supports(head_width):
+            amx_attention.attention(qkv, lengths, self._heads, context)
+        else:
+            self._attend_by_onednn(qkv, lengths, context)
+
+    def _attend_by_onednn(self, qkv: np.ndarray, lengths: np.ndarray, context: np.ndarray) -> None:
+        """The same, of many heads at a time and in three passes over their scores."""
         from utils import cpu_kernels
 
         b, t, width = context.shape

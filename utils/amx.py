@@ -1,0 +1,100 @@
+"""AMX, the matrix instructions of some x86-64 processors, for loops that numba compiles.
+
+The processor has eight tiles, numbered from 0, each of 16 rows of 64 bytes. One instruction multiplies two of
+them: bfloat16 [16, 32] by bfloat16 [32, 16], added to float32 [16, 16]. The right-hand one lies in memory as
+16 rows of pairs: row p holds, column by column, the values of its rows 2 p and 2 p + 1. (Intel, Architecture
+Instruction Set Extensions Programming Reference, chapter 3.)
+
+Tiles belong to a thread. A compiled function calls ``configure`` before it uses them and ``release`` when it is
+done. Tile numbers are constants; addresses and strides are in bytes. Compile nothing that calls these where
+``is_usable()`` is False: the compiler would end the process.
+"""
+
+import ctypes
+from collections.abc import Callable
+from functools import cache
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from utils import runtime
+
+TILE_BYTES = 1024
+
+# Linux wants a process to ask for the registers of tiles once (arch/x86/include/uapi/asm/prctl.h).
+_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_TILE_DATA = 158, 0x1023, 18
+# What `configure` loads: palette 1, and for each of the eight tiles the bytes of a row and the number of rows.
+_WHOLE_TILES = np.zeros(64, np.uint8)
+_WHOLE_TILES[0] = 1
+_WHOLE_TILES[16:32].view(np.uint16)[:] = 64
+_WHOLE_TILES[48:56] = 16
+
+_BYTE, _LONG = ir.IntType(8), ir.IntType(64)
+_ADDRESS = _BYTE.as_pointer()
+
+
+@cache
+def is_usable() -> bool:
+    """True if the processor has these instructions and Linux lets this process use them."""
+    if not runtime.cpu_has("amx_tile", "amx_bf16"):
+        return False
+    return ctypes.CDLL(None).syscall(_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_TILE_DATA) == 0
+
+
+def _instruction(name: str, n_tiles: int = 0, n_addresses: int = 0, n_strides: int = 0) -> Callable:
+    """What generates a call of LLVM's intrinsic, whose arguments are tile numbers, then addresses, then strides."""
+    kinds = [_BYTE] * n_tiles + [_ADDRESS] * n_addresses + [_LONG] * n_strides
+
+    def generate(context, builder, signature, arguments):
+        tiles = [ir.Constant(_BYTE, number.literal_value) for number in signature.args[:n_tiles]]
+        addresses = [builder.inttoptr(a, _ADDRESS) for a in arguments[n_tiles : n_tiles + n_addresses]]
+        kind = ir.FunctionType(ir.VoidType(), kinds)
+        function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.x86.{name}")
+        builder.call(function, [*tiles, *addresses, *arguments[n_tiles + n_addresses :]])
+        return context.get_dummy_value()
+
+    return generate
+
+
+@intrinsic
+def configure(typing, address):
+    """Make all tiles whole; ``address`` is that of ``whole_tiles()``."""
+    return types.void(types.intp), _instruction("ldtilecfg", n_addresses=1)
+
+
+def whole_tiles() -> np.ndarray:
+    """What ``configure`` reads."""
+    return _WHOLE_TILES
+
+
+@intrinsic
+def release(typing):
+    """Forget all tiles."""
+    return types.void(), _instruction("tilerelease")
+
+
+@intrinsic(prefer_literal=True)
+def zero(typing, tile):
+    """Set a tile to 0."""
+    return types.void(tile), _instruction("tilezero", 1)
+
+
+@intrinsic(prefer_literal=True)
+def load(typing, tile, address, stride):
+    """A tile from 16 rows of 64 bytes, ``stride`` bytes apart."""
+    return types.void(tile, types.intp, types.intp), _instruction("tileloadd64", 1, 1, 1)
+
+
+@intrinsic(prefer_literal=True)
+def store(typing, tile, address, stride):
+    """The reverse."""
+    return types.void(tile, types.intp, types.intp), _instruction("tilestored64", 1, 1, 1)
+
+
+@intrinsic(prefer_literal=True)
+def multiply(typing, sums, left, right):
+    """Add the product of two tiles of bfloat16 to a tile of float32."""
+    return types.void(sums, left, right), _instruction("tdpbf16ps", 3)
