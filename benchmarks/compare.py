@@ -127,6 +127,13 @@ def made_up_vectors(n: int, seed: int, copies: float = 0.2) -> np.ndarray:
     return vectors
 
 
+def made_up_queries(passages: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """``n`` queries at cosines of 0.6 to 0.95 from their positives, and the rows of these."""
+    rng = np.random.default_rng(2)
+    positives = rng.integers(0, len(passages), n)
+    return _near(passages[positives], rng.uniform(0.6, 0.95, n), rng), positives
+
+
 def _near(vectors: np.ndarray, cosines: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """A unit vector at about each cosine of each unit vector."""
     noise = _unit(rng.standard_normal(vectors.shape, dtype=np.float32))
@@ -226,14 +233,9 @@ def cleaning(given: argparse.Namespace, folder: Path) -> tuple[dict[str, Run], l
 
 def mining(given: argparse.Namespace, folder: Path) -> tuple[dict[str, Run], list[Comparison]]:
     """Runs and comparisons of the job mine."""
-    rng = np.random.default_rng(2)
     passages = made_up_vectors(given.passages, 3, copies=0.05)
-    positives = rng.integers(0, given.passages, given.queries)
-    arrays = {
-        "queries": _near(passages[positives], rng.uniform(0.6, 0.95, given.queries), rng),
-        "passages": passages,
-        "positives": positives,
-    }
+    queries, positives = made_up_queries(passages, given.queries)
+    arrays = {"queries": queries, "passages": passages, "positives": positives}
     arguments: dict = {"depth": DEPTH, "wanted": NEGATIVES}
     for name, array in arrays.items():
         arguments[name] = str(folder / f"{name}.npy")

@@ -2,6 +2,10 @@
 
     python benchmarks/training_gain.py --data rows.jsonl --output output/gain
     python benchmarks/training_gain.py --data rows.jsonl --untouched other.jsonl --output output/gain -- --max_steps 40
+    python benchmarks/training_gain.py --data rows.jsonl more.jsonl --questions --output output/gain-questions
+
+With ``--questions``, the task is made of the rows' questions alone: half of those on a passage are to find the
+other half, a task on short texts that the model was not made for, with many answers that are not labelled.
 
 Splits the rows by passage: the first part to train on, the rest held back, with no passage in both. Mines
 the first part with the defaults and, for comparison, the common way (the top 2 of the 10 nearest passages
@@ -29,18 +33,35 @@ MINED = {
 }  # fmt: skip
 
 
-def split(path: Path, train: Path, held: Path, share: float) -> None:
-    """Rows whose passages all are among the first ``share`` of the file's go to ``train``, of the rest to ``held``."""
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    passages = list(dict.fromkeys(passage for row in rows for passage in row["pos_passage"]))
-    first = set(passages[: round(share * len(passages))])
+def split(paths: list[Path], train: Path, held: Path, share: float, questions: bool) -> None:
+    """Rows whose passages all are among the first ``share`` of a file's go to ``train``, of the rest to ``held``."""
     parts: dict[Path, list[dict]] = {train: [], held: []}
-    for row in rows:
-        among = {passage in first for passage in row["pos_passage"]}
-        if len(among) == 1:  # a row with passages of both parts would tell one about the other
-            parts[train if among.pop() else held].append(row)
+    for path in paths:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        passages = list(dict.fromkeys(passage for row in rows for passage in row["pos_passage"]))
+        first = set(passages[: round(share * len(passages))])
+        own: dict[Path, list[dict]] = {train: [], held: []}
+        for row in rows:
+            among = {passage in first for passage in row["pos_passage"]}
+            if len(among) == 1:  # a row with passages of both parts would tell one about the other
+                own[train if among.pop() else held].append(row)
+        for part, kept in own.items():
+            parts[part] += of_questions(kept) if questions else kept
     for part, kept in parts.items():
         part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), encoding="utf-8")
+
+
+def of_questions(rows: list[dict]) -> list[dict]:
+    """For each question the questions of the other half of its passage's, as positives."""
+    by_passage: dict[str, list[str]] = {}
+    for row in rows:
+        by_passage.setdefault(row["pos_passage"][0], []).append(row["query"])
+    made = []
+    for queries in map(list, map(dict.fromkeys, by_passage.values())):
+        halves = queries[: len(queries) // 2], queries[len(queries) // 2 :]
+        for own, others in (halves, halves[::-1]):
+            made += [{"query": query, "pos_passage": others} for query in own if others]
+    return made
 
 
 def run(script: str, *arguments: str) -> None:
@@ -66,7 +87,8 @@ def judged(model: str, data: Path, folder: Path, name: str, before: str | None) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="JSONL rows of query and pos_passage")
+    parser.add_argument("--data", type=Path, nargs="+", required=True, help="JSONL rows of query and pos_passage")
+    parser.add_argument("--questions", action="store_true", help="questions are to find each other")
     parser.add_argument("--untouched", type=Path, help="rows of another collection, only judged")
     parser.add_argument("--output", type=Path, default=Path("output/gain"), help="a folder for everything")
     parser.add_argument("--share", type=float, default=0.6, help="of the passages that are trained on")
@@ -76,7 +98,7 @@ def main() -> None:
     folder = given.output.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     train, held = folder / "train.jsonl", folder / "held_back.jsonl"
-    split(given.data, train, held, given.share)
+    split(given.data, train, held, given.share, given.questions)
     models = {"untrained": "multilingual-e5-small"}
     for number, (name, options) in enumerate(MINED.items()):
         mined, model = folder / f"mined-{number}.jsonl", folder / f"model-{number}"

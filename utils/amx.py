@@ -22,8 +22,6 @@ from numba.extending import intrinsic
 
 from utils import runtime
 
-TILE_BYTES = 1024
-
 # Linux wants a process to ask for the registers of tiles once (arch/x86/include/uapi/asm/prctl.h).
 _ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_TILE_DATA = 158, 0x1023, 18
 # What `configure` loads: palette 1, and for each of the eight tiles the bytes of a row and the number of rows.

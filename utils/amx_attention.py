@@ -20,7 +20,6 @@ _QUERIES, _SCORED, _SUMMED = 32, 16, 32
 # would go one by one. And the score of such a key.
 _ALIGNED, _LOWEST = 64, np.float32(-3e38)
 _PAIRS = 16  # of bfloat16 in a tile's row
-_TILE = amx.TILE_BYTES
 _inlined = numba.njit(fastmath=MATHS, inline="always", error_model="numpy")
 _compiled = compiled(MATHS)
 
