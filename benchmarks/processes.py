@@ -27,6 +27,8 @@ sys.path.insert(0, str(ROOT))
 
 from utils import runtime  # noqa: E402
 
+# What the runs get: this process's own number of threads is not theirs.
+ENVIRONMENT = dict(os.environ)
 runtime.prepare()
 
 import numpy as np  # noqa: E402
@@ -112,7 +114,7 @@ def measured(job: str, folder: Path, processes: int) -> dict:
     else:
         launcher = ["-m", "paddle.distributed.launch", "--nproc_per_node", str(processes)]
         command = [sys.executable, *launcher, "--log_dir", str(folder / "log"), *command]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
     if done.returncode != 0:
         raise SystemExit(f"{job} with {processes} processes failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
     return json.loads((folder / "result.json").read_text())
