@@ -11,6 +11,7 @@ done. Tile numbers are constants; addresses and strides are in bytes. Compile no
 """
 
 import ctypes
+import logging
 from collections.abc import Callable
 from functools import cache
 
@@ -22,13 +23,15 @@ from numba.extending import intrinsic
 
 from utils import runtime
 
+logger = logging.getLogger(__name__)
+
 # Linux wants a process to ask for the registers of tiles once (arch/x86/include/uapi/asm/prctl.h).
 _ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_TILE_DATA = 158, 0x1023, 18
 # What `configure` loads: palette 1, and for each of the eight tiles the bytes of a row and the number of rows.
-_WHOLE_TILES = np.zeros(64, np.uint8)
-_WHOLE_TILES[0] = 1
-_WHOLE_TILES[16:32].view(np.uint16)[:] = 64
-_WHOLE_TILES[48:56] = 16
+WHOLE_TILES = np.zeros(64, np.uint8)
+WHOLE_TILES[0] = 1
+WHOLE_TILES[16:32].view(np.uint16)[:] = 64
+WHOLE_TILES[48:56] = 16
 
 _BYTE, _LONG = ir.IntType(8), ir.IntType(64)
 _ADDRESS = _BYTE.as_pointer()
@@ -39,7 +42,10 @@ def is_usable() -> bool:
     """True if the processor has these instructions and Linux lets this process use them."""
     if not runtime.cpu_has("amx_tile", "amx_bf16"):
         return False
-    return ctypes.CDLL(None).syscall(_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_TILE_DATA) == 0
+    if ctypes.CDLL(None).syscall(_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_TILE_DATA) == 0:
+        return True
+    logger.info("the processor has AMX, but Linux does not let this process use it")
+    return False
 
 
 def _instruction(name: str, n_tiles: int = 0, n_addresses: int = 0, n_strides: int = 0) -> Callable:
@@ -59,13 +65,8 @@ def _instruction(name: str, n_tiles: int = 0, n_addresses: int = 0, n_strides: i
 
 @intrinsic
 def configure(typing, address):
-    """Make all tiles whole; ``address`` is that of ``whole_tiles()``."""
+    """Make all tiles whole; ``address`` is that of ``WHOLE_TILES``."""
     return types.void(types.intp), _instruction("ldtilecfg", n_addresses=1)
-
-
-def whole_tiles() -> np.ndarray:
-    """What ``configure`` reads."""
-    return _WHOLE_TILES
 
 
 @intrinsic

@@ -39,7 +39,7 @@ def attention(qkv: np.ndarray, lengths: np.ndarray, heads: int, context: np.ndar
         context: uint16 [b, t, heads * width], filled in but for padding.
     """
     assert supports(context.shape[2] // heads)
-    _attention(amx.whole_tiles(), qkv, lengths, heads, context)
+    _attention(amx.WHOLE_TILES, qkv, lengths, heads, context)
 
 
 @_compiled
