@@ -18,6 +18,7 @@ def test_one_process_is_the_identity():
     assert ranks.broadcast(array) is array
     assert ranks.gather_rows(array)[0] is array
     assert ranks.gather_object(5) == [5]
+    assert ranks.mapped(array) is array
     assert list(ranks.broadcast_texts(["a", "b"])) == ["a", "b"]
     with pytest.raises(ValueError, match="bad"):
         ranks.on_first(lambda: (_ for _ in ()).throw(ValueError("bad")))
@@ -49,6 +50,11 @@ THREE_RANKS = """
         texts = ["a", "问", "", "d", "e"]
         assert list(ranks.broadcast_texts(texts if ranks.is_first else None)) == texts
         assert ranks.gather_object(ranks.rank) == [0, 1, 2]
+        np.save("rows.npy", expected) if ranks.is_first else None
+        for own, there in ((np.load("rows.npy", mmap_mode="r") if ranks.is_first else None, True), (expected, False)):
+            same = ranks.mapped(own if ranks.is_first else None)
+            assert (same is not None) == there
+            assert same is None or (same == expected).all()
 
         def fails_on_rank_1():
             if ranks.rank == 1:

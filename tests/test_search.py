@@ -1,12 +1,11 @@
 """Exact search against one-by-one float64 scoring, with ties and near-ties planted."""
 
 import re
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
+from thread_ranks import on_ranks
 
 from utils import search
 from utils.distributed import Ranks
@@ -103,14 +102,6 @@ def resident_file_bytes() -> int:
     return int(re.search(r"RssFile:\s+(\d+)", status)[1]) * 1024
 
 
-def test_changes_of_a_private_map_are_not_thrown_away(tmp_path):
-    np.save(tmp_path / "x.npy", np.zeros((2000, 8), np.float32))
-    private = np.load(tmp_path / "x.npy", mmap_mode="c")
-    private[:] = 1
-    release(private)
-    assert (private == 1).all()
-
-
 def test_rounding_bound_holds():
     rng = np.random.default_rng(1)
     a, b = unit(rng, 2000, 128), unit(rng, 2000, 128)
@@ -133,47 +124,29 @@ def test_an_empty_index_finds_nothing():
     assert (found.rows == -1).all() and np.isneginf(found.scores).all()
 
 
-class ThreadRanks:
-    """Ranks as threads of this process, which exchange arrays at a barrier."""
-
-    def __init__(self, rank: int, size: int, barrier: threading.Barrier, box: list):
-        self.rank, self.size, self._barrier, self._box = rank, size, barrier, box
-
-    def gather_equal(self, array: np.ndarray) -> list[np.ndarray]:
-        self._box[self.rank] = array
-        self._barrier.wait()
-        gathered = list(self._box)
-        self._barrier.wait()
-        return gathered
-
-    def broadcast(self, array: np.ndarray | None, shape: tuple[int, ...]) -> np.ndarray:
-        sent = self.gather_equal(array)[0]
-        assert sent.shape == shape
-        return sent
-
-
 @pytest.mark.parametrize("size", [2, 3, 7])
 @pytest.mark.parametrize("floor", [-np.inf, 0.3])
-def test_any_number_of_ranks_finds_the_same(size, floor, arithmetic, monkeypatch):
+@pytest.mark.parametrize("can_map", [True, False])
+def test_any_number_of_ranks_finds_the_same(size, floor, can_map, arithmetic, tmp_path, monkeypatch):
     monkeypatch.setattr(search, "_EXCHANGE_QUERIES", 50)
     rng = np.random.default_rng(size)
     corpus, queries = unit(rng, 2000, 16), unit(rng, 120, 16)
     corpus[1000:] = corpus[:1000]  # every score occurs twice, in different parts
     corpus[5:400] = corpus[5] + np.float32(1e-8) * unit(rng, 395, 16)  # more near-ties in one part than k
     queries[:40] = corpus[5]
-    barrier, box = threading.Barrier(size), [None] * size
+    np.save(tmp_path / "corpus.npy", corpus)
+    given = np.load(tmp_path / "corpus.npy", mmap_mode="r") if can_map else corpus
 
-    def run(rank: int) -> Neighbors:
-        ranks, is_first = ThreadRanks(rank, size, barrier, box), rank == 0
-        index = ShardedIndex.of(ranks, corpus if is_first else None, len(corpus), 16)
-        return index.search_all(queries if is_first else None, len(queries), 30, floor)
+    def run(ranks: Ranks) -> tuple[Neighbors, int]:
+        index = ShardedIndex.of(ranks, given if ranks.is_first else None, len(corpus), 16)
+        found = index.search_all(queries if ranks.is_first else None, len(queries), 30, floor)
+        return found, len(index._index)
 
-    with ThreadPoolExecutor(size) as pool:
-        results = list(pool.map(run, range(size)))
     expected = brute_force(queries, corpus, 30, floor)
-    for found in results:
+    for found, n in on_ranks(size, run):
         np.testing.assert_array_equal(found.rows, expected.rows)
         np.testing.assert_array_equal(found.scores, expected.scores)
+        assert (n == len(corpus)) == can_map
 
 
 def test_what_another_rank_has_found_spares_scoring():

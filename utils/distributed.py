@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from utils import runtime
+from utils import mapped, runtime
 
 Result = TypeVar("Result")
 
@@ -140,6 +140,18 @@ class Ranks:
         tensor = paddle.to_tensor(np.ascontiguousarray(array))
         dist.broadcast(tensor, src=0)
         return array if self.is_first else tensor.numpy()
+
+    def mapped(self, array: np.ndarray | None) -> np.ndarray | None:
+        """Rank 0's array, on every rank, where all can map it from the same file; else None on every rank."""
+        if self.size == 1:
+            return array
+        if runtime.local_world_size() < self.size:
+            return None
+        place = self.broadcast_object(mapped.place_of(array) if array is not None else None)
+        if place is None:
+            return None
+        own = array if self.is_first else mapped.map_place(place)
+        return own if all(self.gather_object(own is not None)) else None
 
     def broadcast_texts(self, texts: Sequence[str] | None) -> Sequence[str]:
         """Rank 0's texts, on every rank, moved in bounded blocks."""

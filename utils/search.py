@@ -312,23 +312,30 @@ def _below(scores: np.ndarray) -> np.ndarray:
 
 
 class ShardedIndex:
-    """A corpus spread over the ranks, each holding a part of its own; rank 0 owns queries and rows."""
+    """A corpus that all ranks search together; rank 0 owns it, and the queries.
+
+    Where all ranks can map the corpus, each takes its share of the queries through the whole of it. Elsewhere each
+    holds a part of the corpus, and takes all queries through that.
+    """
 
     def __init__(self, ranks: Ranks, dim: int, device: str = "cpu"):
         self.ranks, self.dim, self.device = ranks, dim, device
         self._index: ExactIndex | None = None
+        self._is_whole = False
         self._row_numbers = np.zeros(0, np.int64)
 
     @classmethod
     def of(cls, ranks: Ranks, vectors: np.ndarray | None, n: int, dim: int, device: str = "cpu") -> "ShardedIndex":
-        """Deal rank 0's ``vectors`` (float32 [n, dim], None elsewhere) out in contiguous parts."""
+        """Of rank 0's ``vectors``, float32 [n, dim], None elsewhere."""
         self = cls(ranks, dim, device)
+        whole = ranks.mapped(vectors)
+        if whole is not None:
+            self._is_whole = True
+            self._index = ExactIndex(dim, vectors=whole, device=device)
+            return self
         bounds = np.linspace(0, n, ranks.size + 1).astype(np.int64)
         mine = slice(bounds[ranks.rank], bounds[ranks.rank + 1])
         self._row_numbers = np.arange(n)[mine]
-        if ranks.size == 1:
-            self._index = ExactIndex(dim, vectors=vectors, device=device)
-            return self
         self._index = ExactIndex(dim, capacity=len(self._row_numbers), device=device)
         step = max(1, BLOCK_BYTES // (4 * dim))
         for start in range(0, n, step):
@@ -340,13 +347,28 @@ class ShardedIndex:
         return self
 
     def search(self, queries: np.ndarray, k: int, floor: float = -np.inf) -> Neighbors:
-        """As ExactIndex.search, over all parts; every rank passes the same queries and gets the result."""
+        """As ExactIndex.search; every rank passes the same queries and gets the result."""
         assert self._index is not None
         if self.ranks.size == 1:
             return self._index.search(queries, k, floor)
-        # Each rank would score k rows of its own, of which the k best of all need only a part: so the ranks first
-        # agree on what the k-th best of all reaches at least.
-        begun = self._index.begin(queries, k, floor)
+        return (self._by_queries if self._is_whole else self._by_parts)(self._index, queries, k, floor)
+
+    def _by_queries(self, index: ExactIndex, queries: np.ndarray, k: int, floor: float) -> Neighbors:
+        """Each rank searches for its share of the queries."""
+        share = -(-len(queries) // self.ranks.size)
+        own = queries[self.ranks.rank * share : (self.ranks.rank + 1) * share]
+        found = Neighbors.none(share, k)
+        found.scores[: len(own)], found.rows[: len(own)] = index.search(own, k, floor)
+        gathered = (np.concatenate(self.ranks.gather_equal(part))[: len(queries)] for part in found)
+        return Neighbors(*gathered)
+
+    def _by_parts(self, index: ExactIndex, queries: np.ndarray, k: int, floor: float) -> Neighbors:
+        """Each rank searches its part.
+
+        It would score k rows of its own, of which the k best of all need only a share: so the ranks first agree
+        on what the k-th best of all reaches at least.
+        """
+        begun = index.begin(queries, k, floor)
         bounds = np.concatenate(self.ranks.gather_equal(begun.lower_bounds()), axis=1)
         local = begun.finish(np.partition(bounds, -k, axis=1)[:, -k])
         rows = np.where(local.rows < 0, -1, self._row_numbers[local.rows] if len(self._row_numbers) else -1)
@@ -356,7 +378,7 @@ class ShardedIndex:
     def search_all(self, queries: np.ndarray | None, n: int, k: int, floor: float = -np.inf) -> Neighbors:
         """As ``search`` for rank 0's queries (float32 [n, dim], None elsewhere), block by block."""
         result = Neighbors.none(n, k)
-        size = min(_EXCHANGE_QUERIES, max(1, _EXCHANGE_NEIGHBORS // k))
+        size = min(_EXCHANGE_QUERIES, max(1, _EXCHANGE_NEIGHBORS // k)) * (self.ranks.size if self._is_whole else 1)
         for start in range(0, n, size):
             part = slice(start, start + size)
             block = np.array(queries[part], np.float32) if queries is not None else None
