@@ -2,11 +2,13 @@
 
 import numpy as np
 import pytest
+from thread_ranks import on_ranks
 
-from utils import dedup
-from utils.dedup import find_threshold, remove_near_duplicates
+from utils import dedup, screening
+from utils.dedup import DedupResult, find_threshold, remove_near_duplicates
 from utils.distributed import Ranks
 from utils.scores import pair_scores
+from utils.screening import ScreenedIndex, Sketcher
 
 
 def one_by_one(vectors, threshold):
@@ -41,12 +43,55 @@ def clean(vectors, threshold, rows=None):
 @pytest.mark.parametrize("threshold", [-1.0, 0.0, 0.5, 0.8, 0.9, 1.0])
 @pytest.mark.parametrize("block", [7, 64, 1024])
 def test_equals_one_by_one(threshold, block, monkeypatch):
-    monkeypatch.setattr(dedup, "_BLOCK_ROWS", block)
+    monkeypatch.setattr(dedup._FullIndex, "block_rows", block)
+    monkeypatch.setattr(dedup, "_PART_ROWS", 50)
     vectors = clustered(700, 24)
     result = clean(vectors, threshold)
     kept, removed = one_by_one(vectors, threshold)
     assert result.kept_rows.tolist() == kept
     assert {d.row: (d.kept_row, d.score) for d in result.duplicates} == removed
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("can_map", [True, False])
+@pytest.mark.parametrize("screened", [True, False])
+@pytest.mark.parametrize("threshold", [0.5, 0.8])
+def test_any_number_of_ranks_decides_the_same(size, can_map, screened, threshold, tmp_path, monkeypatch):
+    monkeypatch.setattr(dedup, "_PART_ROWS", 50)
+    monkeypatch.setattr(dedup, "_MOST_PAIRS", 30)  # so that blocks must become smaller
+    monkeypatch.setattr(dedup._FullIndex, "block_rows", 128)
+    monkeypatch.setattr(ScreenedIndex, "block_rows", 250)
+    if screened:
+        monkeypatch.setattr(dedup, "_SCREENED_ROWS", 1)
+        directions = np.linalg.qr(np.random.default_rng(1).standard_normal((24, 12)))[0]
+        monkeypatch.setattr(screening, "fit", lambda sample, threshold: Sketcher(directions))
+    vectors, rows = clustered(700, 24), np.delete(np.arange(700), [5, 300])
+    np.save(tmp_path / "vectors.npy", vectors)
+    given = np.load(tmp_path / "vectors.npy", mmap_mode="r") if can_map else vectors
+
+    def run(ranks: Ranks) -> DedupResult:
+        return remove_near_duplicates(given if ranks.is_first else None, rows, 24, threshold, ranks)
+
+    kept, removed = one_by_one(vectors[rows], threshold)
+    for result in on_ranks(size, run):
+        assert result.kept_rows.tolist() == rows[kept].tolist()
+        assert {d.row: (d.kept_row, d.score) for d in result.duplicates} == {
+            rows[row]: (rows[best], score) for row, (best, score) in removed.items()
+        }
+
+
+def test_a_block_of_nothing_but_copies_is_decided_within_bounds(monkeypatch):
+    monkeypatch.setattr(dedup, "_MOST_PAIRS", 40_000)
+    monkeypatch.setattr(dedup, "_PART_ROWS", 50)
+    monkeypatch.setattr(dedup._FullIndex, "block_rows", 1000)
+    joined, most = dedup._Pairs.joined, []
+    monkeypatch.setattr(dedup._Pairs, "joined", lambda parts: most.append(len(joined(parts)[0])) or joined(parts))
+    vectors = np.repeat(clustered(100, 8)[:1], 1000, axis=0)
+    result = clean(vectors, 0.9)
+    assert result.kept_rows.tolist() == [0]
+    assert {(d.kept_row, d.score) for d in result.duplicates} == {(0, pair_scores(vectors[:1], vectors[:1])[0])}
+    assert 40_000 < max(most) < 1000 * 999 / 4  # it did not look for all
+    assert most[-1] <= 40_000
 
 
 def test_a_threshold_that_some_pair_meets_exactly():

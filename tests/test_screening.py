@@ -42,7 +42,8 @@ def test_a_product_of_sketches_is_an_upper_bound():
 @pytest.mark.parametrize("spread", [0.2, 0.5])
 def test_cleaning_with_screening_equals_one_by_one(threshold, spread, arithmetic, monkeypatch):
     monkeypatch.setattr(dedup, "_SCREENED_ROWS", 1)
-    monkeypatch.setattr(dedup, "_BLOCK_ROWS", 128)
+    monkeypatch.setattr(ScreenedIndex, "block_rows", 128)
+    monkeypatch.setattr(dedup, "_PART_ROWS", 50)
     monkeypatch.setattr(screening, "_ROW_BLOCK", 100)
     monkeypatch.setattr(screening, "_PAIRS", 50)
     vectors = anisotropic(900, spread=spread)
@@ -55,6 +56,10 @@ def test_cleaning_with_screening_equals_one_by_one(threshold, spread, arithmetic
         assert {d.row: (d.kept_row, d.score) for d in result.duplicates} == removed
 
 
+def prepared(index, vectors):
+    return index.prepare(vectors, np.arange(len(vectors)), lambda rows: rows)
+
+
 def test_a_rank_that_holds_its_part_finds_what_one_with_all_vectors_finds(arithmetic):
     vectors = anisotropic(1200)
     numbers = np.arange(0, 1000, 2)
@@ -64,8 +69,8 @@ def test_a_rank_that_holds_its_part_finds_what_one_with_all_vectors_finds(arithm
         index = ScreenedIndex(sketcher, 48, len(numbers), source)
         for start in range(0, len(numbers), 200):
             rows = numbers[start : start + 200]
-            index.add(index.prepare(vectors[rows]), rows)
-        found.append(index.search(index.prepare(vectors[1000:]), 0.97))
+            index.add(prepared(index, vectors[rows]), rows)
+        found.append(index.search(prepared(index, vectors[1000:]), 0.97))
     full = ExactIndex(48, vectors=vectors[numbers]).search(vectors[1000:], 1, 0.97)
     for own in found:
         np.testing.assert_array_equal(own.scores, full.scores)

@@ -3,7 +3,7 @@
 The greedy rule: rows are taken in their order; a row is removed when its score with some row that was
 kept before it reaches the threshold. It alone guarantees both that every removed row has a kept
 neighbour at or above the threshold, and that no two kept rows do. Rows are decided in blocks: one
-search among the rows kept so far, and then each block within itself.
+search among the rows kept so far, and the pairs within the block.
 """
 
 import logging
@@ -14,19 +14,21 @@ from typing import NamedTuple
 
 import numpy as np
 
-from utils import screening
+from utils import screening, search_kernels
 from utils.distributed import Ranks
-from utils.scores import Neighbors, largest_norm, merge, pair_scores, rounding_bound
-from utils.screening import SAMPLE_ROWS, ScreenedIndex
+from utils.scores import Neighbors, largest_norm, merge, pair_scores, plain, rounding_bound, scores_of
+from utils.screening import SAMPLE_ROWS, ScreenedIndex, Sketched
 from utils.search import ExactIndex
-from utils.threads import products
+from utils.threads import in_threads
 
 logger = logging.getLogger(__name__)
 
-# More rows a block means fewer, larger products among the kept rows, and more work within the block.
+# Rows that are decided together, where nothing is screened: their pairs are found by NumPy, even beside a GPU.
 _BLOCK_ROWS = 1024
-# Blocks that rank 0 sends to the others together: each sending takes milliseconds, however little is sent.
-_SENT_BLOCKS = 8
+# Rows whose pairs are looked for together.
+_PART_ROWS = 512
+# Pairs of a block at or above the threshold, of each rank; if there are more, blocks become smaller.
+_MOST_PAIRS = 1 << 20
 # Fewer rows are compared in less time than screening takes to set up.
 _SCREENED_ROWS = 16_384
 
@@ -73,53 +75,85 @@ def remove_near_duplicates(
     Returns:
         The same result on every rank.
 
-    The kept rows are dealt out to the ranks block by block, so each holds a part and searches it. In
-    memory: len(rows) x dim float32 over all ranks, at most; a single process that screens needs only the
-    sketches, at most two thirds of that.
+    The rows are dealt out to the ranks one by one, and each holds those of its own that stay. In memory: the kept
+    rows' sketches where pairs are screened, at most two thirds of their vectors; and those vectors, len(rows) x dim
+    float32 at most over all ranks, unless every rank can map them or nothing is screened.
     """
-    mine = _index(vectors, rows, dim, threshold, ranks, device)
+    everywhere = ranks.mapped(vectors)
+    index = _index(everywhere, vectors, rows, dim, threshold, ranks, device)
     kept: list[np.ndarray] = []
     duplicates: list[Duplicate] = []
-    for number, (here, sent) in enumerate(_blocks(vectors, rows, dim, ranks)):
-        block = mine.prepare(sent)
-        best, near = _best_of_all(mine.search(block, threshold), ranks), mine.near(block, threshold)
-        decided = _resolve_block(block.vectors, near, here, best, threshold)
+    size, done = index.block_rows, 0
+    while done < len(rows):
+        here = rows[done : done + size]
+        deal = _Deal(ranks, done, len(here))
+        block = index.prepare(_fetched(here, everywhere, vectors, dim, ranks), deal.own, deal.complete)
+        within = _pairs_within(block, index, deal.own, threshold)
+        best, pairs = _of_all_ranks(index.search(block, threshold), within, ranks)
+        if pairs is None:
+            size //= 2
+            continue
+        decided, stays = _settle(here, best, pairs)
         duplicates += decided
-        stays = ~np.isin(here, [duplicate.row for duplicate in decided])
         kept.append(here[stays])
-        if number % ranks.size == ranks.rank:
-            mine.add(block.only(stays), here[stays])
+        mine = deal.own[stays[deal.own]]
+        index.add(block.only(mine), here[mine])
+        done += len(here)
         progress(len(here))
     return DedupResult(np.concatenate(kept) if kept else np.zeros(0, np.int64), duplicates, threshold)
 
 
-def _blocks(
-    vectors: np.ndarray | None, rows: np.ndarray, dim: int, ranks: Ranks
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Every block's row numbers and vectors; rank 0 sends several at a time."""
-    size = _BLOCK_ROWS * (_SENT_BLOCKS if ranks.size > 1 else 1)
-    for start in range(0, len(rows), size):
-        here = rows[start : start + size]
-        own = np.ascontiguousarray(vectors[here], np.float32) if vectors is not None else None
-        sent = ranks.broadcast(own, (len(here), dim))
-        for first in range(0, len(here), _BLOCK_ROWS):
-            part = slice(first, first + _BLOCK_ROWS)
-            yield here[part], sent[part]
+class _Deal:
+    """How a block's rows are dealt out: each rank's own are those whose place among all rows falls to it.
+
+    Args:
+        first, n: the place of the block's first row among all, and how many it has.
+    """
+
+    def __init__(self, ranks: Ranks, first: int, n: int):
+        self._ranks, self._n = ranks, n
+        self._of_rank = [np.arange((rank - first) % ranks.size, n, ranks.size) for rank in range(ranks.size)]
+        self.own = self._of_rank[ranks.rank]
+
+    def complete(self, own: np.ndarray) -> np.ndarray:
+        """Every rank's rows, [n, ...], in their places, from each rank's own."""
+        if self._ranks.size == 1:
+            return own
+        padded = np.zeros((-(-self._n // self._ranks.size), *own.shape[1:]), own.dtype)
+        padded[: len(own)] = own
+        whole = np.empty((self._n, *own.shape[1:]), own.dtype)
+        # As bytes: Paddle would take 16-bit integers for numbers.
+        gathered = self._ranks.gather_equal(padded.reshape(len(padded), -1).view(np.uint8))
+        for places, part in zip(self._of_rank, gathered, strict=True):
+            whole[places] = part.view(own.dtype).reshape(padded.shape)[: len(places)]
+        return whole
+
+
+def _fetched(
+    here: np.ndarray, everywhere: np.ndarray | None, vectors: np.ndarray | None, dim: int, ranks: Ranks
+) -> np.ndarray:
+    """Some rows' vectors on every rank, float32 [n, dim]."""
+    if everywhere is not None:
+        return plain(everywhere[here])
+    return ranks.broadcast(plain(vectors[here]) if vectors is not None else None, (len(here), dim))
 
 
 def _index(
-    vectors: np.ndarray | None, rows: np.ndarray, dim: int, threshold: float, ranks: Ranks, device: str
+    everywhere: np.ndarray | None,
+    vectors: np.ndarray | None,
+    rows: np.ndarray,
+    dim: int,
+    threshold: float,
+    ranks: Ranks,
+    device: str,
 ) -> "ScreenedIndex | _FullIndex":
     """This rank's part of the rows kept so far, still empty: screened where that is worth its set-up."""
-    # Blocks go round, so no rank gets more than its share rounded up to a block.
-    capacity = min(len(rows), math.ceil(len(rows) / _BLOCK_ROWS / ranks.size) * _BLOCK_ROWS)
+    capacity = math.ceil(len(rows) / ranks.size)
     if len(rows) >= _SCREENED_ROWS and device != "gpu":
         drawn = np.sort(np.random.default_rng(0).choice(rows, min(len(rows), SAMPLE_ROWS), replace=False))
-        sample = ranks.broadcast(np.ascontiguousarray(vectors[drawn], np.float32) if vectors is not None else None)
-        sketcher = screening.fit(sample, threshold)
+        sketcher = screening.fit(_fetched(drawn, everywhere, vectors, dim, ranks), threshold)
         if sketcher is not None:
-            # A process of its own has all vectors at hand; among several, only rank 0 does.
-            return ScreenedIndex(sketcher, dim, capacity, vectors if ranks.size == 1 else None)
+            return ScreenedIndex(sketcher, dim, capacity, everywhere)
     return _FullIndex(dim, capacity, device)
 
 
@@ -127,20 +161,23 @@ class _Rows(NamedTuple):
     """``Sketched`` without sketches."""
 
     vectors: np.ndarray
+    norm: float
 
     def only(self, which: np.ndarray) -> "_Rows":
-        return _Rows(self.vectors[which])
+        return _Rows(self.vectors[which], self.norm)
 
 
 class _FullIndex:
     """``ScreenedIndex`` without the screening."""
 
+    block_rows = _BLOCK_ROWS
+
     def __init__(self, dim: int, capacity: int, device: str):
         self._index = ExactIndex(dim, capacity, device=device)
         self._numbers = np.empty(capacity, np.int64)
 
-    def prepare(self, vectors: np.ndarray) -> _Rows:
-        return _Rows(vectors)
+    def prepare(self, vectors: np.ndarray, own: np.ndarray, complete: Callable[[np.ndarray], np.ndarray]) -> _Rows:
+        return _Rows(vectors, largest_norm(vectors))
 
     def add(self, rows: _Rows, numbers: np.ndarray) -> None:
         self._numbers[len(self._index) : len(self._index) + len(numbers)] = numbers
@@ -150,41 +187,77 @@ class _FullIndex:
         found = self._index.search(queries.vectors, 1, floor)
         return Neighbors(found.scores, np.where(found.rows < 0, -1, self._numbers[found.rows]))
 
-    def near(self, rows: _Rows, floor: float) -> np.ndarray:
-        slack = rounding_bound(rows.vectors.shape[1], largest_norm(rows.vectors) ** 2)
-        return products(rows.vectors, rows.vectors) >= floor - slack
+    def near(self, rows: _Rows, part: np.ndarray, floor: float) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        slack = rounding_bound(rows.vectors.shape[1], rows.norm**2)
+        yield np.nonzero(rows.vectors[part] @ rows.vectors[: part[-1]].T >= floor - slack)
 
 
-def _best_of_all(local: Neighbors, ranks: Ranks) -> Neighbors:
-    """Each query's best row over all ranks' parts; k = 1."""
+class _Pairs(NamedTuple):
+    """Pairs of a block at or above the threshold: int64 [n], int64 [n] of smaller numbers, canonical float64 [n]."""
+
+    later: np.ndarray
+    earlier: np.ndarray
+    scores: np.ndarray
+
+    @classmethod
+    def joined(cls, parts: list["_Pairs"]) -> "_Pairs":
+        if not parts:
+            return cls(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))
+        return cls(*map(np.concatenate, zip(*parts, strict=True)))
+
+
+def _pairs_within(
+    block: Sketched | _Rows, index: ScreenedIndex | _FullIndex, own: np.ndarray, threshold: float
+) -> _Pairs:
+    """The pairs whose later row is one of our own; not all if they are more than ``_MOST_PAIRS``."""
+    found: list[_Pairs] = []
+
+    def work(start: int) -> None:
+        part = own[start : start + _PART_ROWS]
+        for place, earlier in index.near(block, part, threshold):
+            if sum(len(pairs.scores) for pairs in found) > _MOST_PAIRS:
+                return
+            before = earlier < part[place]
+            later, earlier = part[place[before]], earlier[before]
+            scores = scores_of(block.vectors, later, block.vectors, earlier)
+            reach = scores >= threshold
+            found.append(_Pairs(later[reach], earlier[reach], scores[reach]))
+
+    in_threads(work, range(0, len(own), _PART_ROWS))
+    return _Pairs.joined(found)
+
+
+def _of_all_ranks(best: Neighbors, pairs: _Pairs, ranks: Ranks) -> tuple[Neighbors, _Pairs | None]:
+    """Each row's best over all ranks' parts (k = 1), and all ranks' pairs, or None if they are too many."""
     if ranks.size == 1:
-        return local
-    packed = ranks.gather_equal(np.concatenate([local.scores, local.rows.view(np.float64)], axis=1))
-    return merge([Neighbors(p[:, :1].copy(), p[:, 1:].copy().view(np.int64)) for p in packed], 1)
+        return best, pairs if len(pairs.scores) <= _MOST_PAIRS else None
+    # One array, because each exchange takes milliseconds; its last line says how many pairs there are.
+    count = np.array([[len(pairs.scores), 0.0]])
+    gathered = ranks.gather_equal(np.concatenate([np.concatenate([best.scores, best.rows.view(np.float64)], 1), count]))
+    most = int(max(part[-1, 0] for part in gathered))
+    if most > _MOST_PAIRS:
+        return best, None
+    best = merge([Neighbors(part[:-1, :1].copy(), part[:-1, 1:].copy().view(np.int64)) for part in gathered], 1)
+    if most == 0:
+        return best, pairs
+    padded = np.full((3, most), -1.0)
+    padded[:, : len(pairs.scores)] = pairs
+    parts = [part[:, part[0] >= 0] for part in ranks.gather_equal(padded)]
+    return best, _Pairs.joined([_Pairs(*part[:2].astype(np.int64), part[2]) for part in parts])
 
 
-def _resolve_block(
-    block: np.ndarray, near: np.ndarray, rows: np.ndarray, best: Neighbors, threshold: float
-) -> list[Duplicate]:
-    """Settle the rows of one block among themselves.
+def _settle(here: np.ndarray, best: Neighbors, pairs: _Pairs) -> tuple[list[Duplicate], np.ndarray]:
+    """Apply the rule to the rows of a block: which are duplicates of what, and which stay, bool [n].
 
     Args:
-        near: bool [n, n], which pairs may reach the threshold.
-        best: the rows' best neighbours in earlier blocks; k = 1.
+        best: each row's best among those kept in earlier blocks; k = 1.
     """
-    near = np.tril(near, -1)
     scores, kept_rows = best.scores[:, 0].copy(), best.rows[:, 0].copy()
-    for i in np.flatnonzero(near.any(axis=1)):
-        inside = np.flatnonzero(near[i, :i] & (kept_rows[:i] < 0))  # those before it that stay
-        if len(inside) == 0:
-            continue
-        exact = pair_scores(block[i : i + 1], block[inside])
-        top = int(exact.argmax())  # the first of equals, so the lowest row
-        if exact[top] >= threshold and exact[top] > scores[i]:
-            scores[i], kept_rows[i] = exact[top], rows[inside[top]]
-    gone = np.flatnonzero(kept_rows >= 0)
-    columns = (column[gone].tolist() for column in (rows, kept_rows, scores))
-    return [Duplicate(*values) for values in zip(*columns, strict=True)]
+    order = np.lexsort((pairs.earlier, pairs.later))
+    search_kernels.settle(*(column[order] for column in pairs), here, scores, kept_rows)
+    stays = kept_rows < 0
+    columns = (column[~stays].tolist() for column in (here, kept_rows, scores))
+    return [Duplicate(*values) for values in zip(*columns, strict=True)], stays
 
 
 def unrelated_scores(vectors: np.ndarray) -> np.ndarray:

@@ -8,6 +8,7 @@ full product's cost; the pairs that it leaves are scored canonically. The answer
 """
 
 import logging
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -115,12 +116,13 @@ def _leading_directions(sample: np.ndarray, k: int) -> np.ndarray:
     start = np.random.default_rng(0).standard_normal((rows.shape[1], min(k + 16, rows.shape[1])))
     basis = np.linalg.qr(rows.T @ (rows @ start))[0]
     basis = np.linalg.qr(rows.T @ (rows @ basis))[0]
-    _, _, turned = np.linalg.svd(rows @ basis, full_matrices=False)
-    return np.linalg.qr(basis @ turned.T[:, :k])[0]
+    inside = rows @ basis
+    turned = np.linalg.eigh(inside.T @ inside)[1]  # ascending
+    return np.linalg.qr(basis @ turned[:, ::-1][:, :k])[0]
 
 
 class Sketched(NamedTuple):
-    """Some rows, made ready for the index once for all that is done with them.
+    """Some rows, made ready for an index once for all that is done with them.
 
     vectors: float32 [n, d]. sketches: [n, width] in the type that is multiplied. residuals: float64 [n], how far
     that type's rounding took each sketch. norm: the largest of a vector.
@@ -132,7 +134,7 @@ class Sketched(NamedTuple):
     norm: float
 
     def only(self, which: np.ndarray) -> "Sketched":
-        """Some of the rows, by a mask."""
+        """Some of the rows."""
         return Sketched(self.vectors[which], self.sketches[which], self.residuals[which], self.norm)
 
 
@@ -141,10 +143,15 @@ class ScreenedIndex:
 
     Holds the sketches only, and the vectors where ``source`` is None.
 
+    Attributes:
+        block_rows: how many rows ``prepare`` should be given at a time.
+
     Args:
         capacity: room for rows.
         source: float32 [n, d] that holds every row which will be added; its row numbers are then ``add``'s.
     """
+
+    block_rows = 8192
 
     def __init__(self, sketcher: Sketcher, dim: int, capacity: int, source: np.ndarray | None):
         self._sketcher, self._source = sketcher, source
@@ -157,9 +164,15 @@ class ScreenedIndex:
         self._numbers = np.empty(capacity, np.int64)
         self._n, self._norm = 0, 0.0
 
-    def prepare(self, vectors: np.ndarray) -> Sketched:
-        """Rows, float32 [n, d], as the other methods take them."""
-        return Sketched(vectors, *self._rounded(self._sketcher(vectors)), largest_norm(vectors))
+    def prepare(self, vectors: np.ndarray, own: np.ndarray, complete: Callable[[np.ndarray], np.ndarray]) -> Sketched:
+        """Rows, float32 [n, d], as the other methods take them.
+
+        Args:
+            own: which of them we make the sketches of, int64.
+            complete: gives an array's rows [n, ...] from those of our own; the others come from elsewhere.
+        """
+        sketches, residuals = self._rounded(self._sketcher(vectors[own]))
+        return Sketched(vectors, complete(sketches), complete(residuals), largest_norm(vectors))
 
     def add(self, rows: Sketched, numbers: np.ndarray) -> None:
         """Append rows, known as ``numbers``, int64 [n] ascending."""
@@ -189,12 +202,19 @@ class ScreenedIndex:
         in_threads(work, range(0, n, size))
         return best
 
-    def near(self, rows: Sketched, floor: float) -> np.ndarray:
-        """Which pairs of some rows may reach ``floor``, bool [n, n]."""
-        _, cuts = self._cuts(rows, rows.norm, float(rows.residuals.max(initial=0.0)), floor)
-        bounds = np.empty((len(cuts), len(cuts)), np.float32)
-        self._multiply(rows.sketches, rows.sketches, bounds)
-        return bounds >= cuts[:, None]
+    def near(self, rows: Sketched, part: np.ndarray, floor: float) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """The pairs that may reach ``floor``, of a part of the rows with all that come before the last of them.
+
+        Args:
+            part: int64, ascending.
+
+        Yields:
+            Places in ``part``, and the numbers of the other rows, int64 [pairs] twice.
+        """
+        some = rows.only(part)
+        _, cuts = self._cuts(some, rows.norm, float(rows.residuals.max(initial=0.0)), floor)
+        for pairs in self._reaching(some.sketches, rows.sketches[: part[-1]], cuts):
+            yield pairs[0], pairs[1]
 
     def _cuts(self, queries: Sketched, norm: float, residual: float, floor: float) -> tuple[float, np.ndarray]:
         """The slack of a score, and each query's lowest bound, float32 [n], of a row that may reach ``floor``.
@@ -234,23 +254,28 @@ class ScreenedIndex:
         row: np.ndarray,
     ) -> None:
         """Fills in ``score`` and ``row`` of one block of queries; ``cuts``: the lowest bound that counts, of each."""
-        product = np.empty(len(queries) * _ROW_BLOCK, np.float32)
-        found = np.empty((2, len(product)), np.int64)
         waiting: list[np.ndarray] = []
         n_waiting = 0
-        for start in range(0, self._n, _ROW_BLOCK):
-            block = self._sketches[start : min(start + _ROW_BLOCK, self._n)]
-            bounds = product[: len(queries) * len(block)].reshape(len(queries), len(block))
-            self._multiply(sketches, block, bounds)
-            n = search_kernels.reaching(bounds, cuts, start, found)
-            if n:
-                waiting.append(found[:, :n].copy())
-                n_waiting += n
-                if n_waiting > _PAIRS:
-                    self._take(queries, waiting, floor, slack, score, row)
-                    waiting, n_waiting = [], 0
+        for pairs in self._reaching(sketches, self._sketches[: self._n], cuts):
+            waiting.append(pairs)
+            n_waiting += pairs.shape[1]
+            if n_waiting > _PAIRS:
+                self._take(queries, waiting, floor, slack, score, row)
+                waiting, n_waiting = [], 0
         if waiting:
             self._take(queries, waiting, floor, slack, score, row)
+
+    def _reaching(self, left: np.ndarray, right: np.ndarray, cuts: np.ndarray) -> Iterator[np.ndarray]:
+        """The pairs of sketches whose product reaches the left one's cut, block by block, int64 [2, pairs > 0]."""
+        product = np.empty(len(left) * _ROW_BLOCK, np.float32)
+        found = np.empty((2, len(product)), np.int64)
+        for start in range(0, len(right), _ROW_BLOCK):
+            block = right[start : start + _ROW_BLOCK]
+            bounds = product[: len(left) * len(block)].reshape(len(left), len(block))
+            self._multiply(left, block, bounds)
+            n = search_kernels.reaching(bounds, cuts, start, found)
+            if n:
+                yield found[:, :n].copy()
 
     def _take(
         self,

@@ -139,6 +139,20 @@ def reaching(scores, cuts, first_row, found):
 
 
 @compiled()
+def settle(later, earlier, pair_scores, numbers, scores, kept_rows):
+    """The greedy rule within a block: each row goes for the best of those before it that stay.
+
+    later, earlier, pair_scores: int64 twice and float64 [pairs], by later and then by earlier row of the block.
+    numbers: int64 [n], what a row is called. scores, kept_rows: float64 and int64 [n], each row's best in earlier
+    blocks (minus infinity, -1), which are overwritten with what is better.
+    """
+    for i in range(len(later)):
+        row = later[i]
+        if kept_rows[earlier[i]] < 0 and pair_scores[i] > scores[row]:
+            scores[row], kept_rows[row] = pair_scores[i], numbers[earlier[i]]
+
+
+@compiled()
 def _any_reaches(row, start, cut):
     """Whether one of the scores of the chunk from ``start`` is at least the cut, without a branch for each."""
     chunk = row[start : start + CHUNK]
