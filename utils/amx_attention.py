@@ -6,19 +6,20 @@ here whole rows fit). Scores are added up in float32, and weights rounded to bfl
 over the values.
 """
 
+from typing import NamedTuple
+
 import numba
 import numpy as np
 
-from utils import amx
+from utils import amx, avx512, matmul
 from utils.compiled import compiled
-from utils.cpu_kernels import MATHS, coarse_exp2, highest
+from utils.cpu_kernels import MATHS
 
 _F, _U = np.float32, np.uint32
 # Queries that go through together, and the keys that a tile holds in each of the two products.
 _QUERIES, _SCORED, _SUMMED = 32, 16, 32
-# Keys are filled up to a multiple of what the compiled loops over a row of scores take at once; what is left over
-# would go one by one. And the score of such a key.
-_ALIGNED, _LOWEST = 64, np.float32(-3e38)
+# Keys are filled up to a multiple of both; and the score of such a key.
+_ALIGNED, _LOWEST = 32, np.float32(-3e38)
 _PAIRS = 16  # of bfloat16 in a tile's row
 _inlined = numba.njit(fastmath=MATHS, inline="always", error_model="numpy")
 _compiled = compiled(MATHS)
@@ -38,23 +39,43 @@ def attention(qkv: np.ndarray, lengths: np.ndarray, heads: int, context: np.ndar
         lengths: int64 [b], the tokens of each text that are no padding.
         context: uint16 [b, t, heads * width], filled in but for padding.
     """
-    assert supports(context.shape[2] // heads)
-    _attention(amx.WHOLE_TILES, qkv, lengths, heads, context)
+    own = context.shape[2] // heads
+    assert supports(own)
+    widest = -(-context.shape[1] // _ALIGNED) * _ALIGNED
+    room = _Room(
+        matmul.empty((widest // _SCORED, own // 32, _PAIRS, _SCORED), np.uint32),
+        matmul.empty((own // 16, widest // _SUMMED, _PAIRS, 16), np.uint32),
+        # Rows are a line of the cache longer than need be: at a power of two apart, they would all fall into few of
+        # its places.
+        matmul.empty((_QUERIES, widest + 16), np.float32),
+        matmul.empty((_QUERIES, widest + 32), np.uint16),
+        matmul.empty((_QUERIES, own), np.float32),
+        matmul.empty((_QUERIES, own), np.uint16),
+    )
+    _attention(amx.WHOLE_TILES, qkv, lengths, heads, room, context)
+
+
+class _Room(NamedTuple):
+    """Where a head's work goes on; all begin with a line of the cache, or each access would take two.
+
+    keys: uint32 [tiles, steps, 16, 16], packed. values: uint32 [columns, tiles, 16, 16], packed. scores: float32
+    [32, any]. weights: bfloat16 [32, any]. sums: float32 [32, width]. last: bfloat16 [32, width], the last queries.
+    """
+
+    keys: np.ndarray
+    values: np.ndarray
+    scores: np.ndarray
+    weights: np.ndarray
+    sums: np.ndarray
+    last: np.ndarray
 
 
 @_compiled
-def _attention(whole_tiles, qkv, lengths, heads, context):
-    b, t, width = context.shape
+def _attention(whole_tiles, qkv, lengths, heads, room, context):
+    b, _, width = context.shape
     own = width // heads
-    widest = -(-t // _ALIGNED) * _ALIGNED
-    keys = np.empty((widest // _SCORED, own // 32, _PAIRS, _SCORED), np.uint32)
-    values = np.empty((own // 16, widest // _SUMMED, _PAIRS, 16), np.uint32)
-    # Rows are a line of the cache longer than need be: at a power of two apart, they would all fall into few of its
-    # places.
-    scores, weights = np.empty((_QUERIES, widest + 16), np.float32), np.empty((_QUERIES, widest + 32), np.uint16)
-    last, rounded = np.empty((_QUERIES, own), np.uint16), np.empty((_QUERIES, own), np.uint16)
-    result = np.empty((_QUERIES, own), np.float32)
-    pairs, fours = qkv.view(np.uint32), context.view(np.uint64)
+    totals, pairs = np.empty(_QUERIES, np.float32), qkv.view(np.uint32)
+    keys, values, scores, weights = room.keys, room.values, room.scores, room.weights
     amx.configure(whole_tiles.ctypes.data)
     for text in range(b):
         length = lengths[text]
@@ -62,17 +83,19 @@ def _attention(whole_tiles, qkv, lengths, heads, context):
         for head in range(heads):
             query, key, value = head * own, width + head * own, 2 * width + head * own
             _pack_keys(pairs[text], length, padded, key // 2, keys)
-            _pack_values(qkv[text], length, padded, value, values)
+            _pack_values(qkv[text], length, padded, value, own, values)
             for first in range(0, length, _QUERIES):
                 n = min(_QUERIES, length - first)
                 left, stride = qkv[text, first, query:].ctypes.data, qkv.strides[1]
                 if n < _QUERIES:  # a tile would read past the text's end, and perhaps past the array's
-                    _copy(qkv[text], first, n, query, last)
-                    left, stride = last.ctypes.data, last.strides[0]
+                    _copy(qkv[text], first, n, query, room.last)
+                    left, stride = room.last.ctypes.data, room.last.strides[0]
                 _multiply(left, stride, keys, own // 32, padded // 32, scores)
-                _weigh(scores, n, length, padded, weights)
-                _multiply(weights.ctypes.data, weights.strides[0], values, padded // _SUMMED, own // 32, result)
-                _put(result, rounded, n, fours[text], first, query // 4)
+                _weigh(scores, n, length, padded, weights, totals)
+                _multiply(weights.ctypes.data, weights.strides[0], values, padded // _SUMMED, own // 32, room.sums)
+                for i in range(n):
+                    to = context[text, first + i, query:].ctypes.data
+                    avx512.scaled(room.sums[i].ctypes.data, own, _F(1.0) / totals[i], to)
     amx.release()
 
 
@@ -136,51 +159,28 @@ def _pack_keys(rows, length, padded, column, packed):
 
 
 @_inlined
-def _pack_values(rows, length, padded, column, packed):
+def _pack_values(rows, length, padded, column, width, packed):
     """A head's values as the right-hand tiles of weights times values; 0 past the last of them."""
-    for p in range(padded // 2):
+    for p in range(length // 2):
+        to = packed[0, p // _PAIRS, p % _PAIRS].ctypes.data
+        one, other = rows[2 * p, column:].ctypes.data, rows[2 * p + 1, column:].ctypes.data
+        avx512.paired(one, other, width, to, packed.strides[0])
+    for p in range(length // 2, padded // 2):
         for part in range(len(packed)):
-            own, start = packed[part, p // _PAIRS, p % _PAIRS], column + part * 16
-            if 2 * p + 1 < length:
-                one, other = rows[2 * p, start : start + 16], rows[2 * p + 1, start : start + 16]
-                for j in range(16):
-                    own[j] = _U(one[j]) | _U(_U(other[j]) << _U(16))
-            elif 2 * p < length:
-                one = rows[2 * p, start : start + 16]
+            own = packed[part, p // _PAIRS, p % _PAIRS]
+            own[:] = _U(0)
+            if 2 * p < length:
+                one = rows[2 * p, column + part * 16 : column + part * 16 + 16]
                 for j in range(16):
                     own[j] = _U(one[j])
-            else:
-                for j in range(16):
-                    own[j] = _U(0)
 
 
 @_inlined
-def _weigh(scores, n, length, padded, weights):
-    """``n`` rows of ``length`` scores become weights that add up to 1, and these bfloat16."""
+def _weigh(scores, n, length, padded, weights, totals):
+    """``n`` rows of ``length`` scores become weights, bfloat16, which add up to what goes into ``totals``."""
     for i in range(n):
         row = scores[i]
         for j in range(length, padded):
             row[j] = _LOWEST
-        largest, total = highest(row, padded), _F(0.0)
-        for j in range(padded):
-            row[j] = coarse_exp2(row[j] - largest)
-            total += row[j]
-        share = _F(1.0) / total
-        for j in range(padded):
-            row[j] *= share
-        bits, rounded = row.view(np.uint32), weights[i]
-        for j in range(padded):
-            rounded[j] = np.uint16(_U(bits[j] + _U(0x8000)) >> _U(16))
-
-
-@_inlined
-def _put(sums, rounded, n, context, first, column):
-    """``n`` rows, rounded to bfloat16, into a head's columns of a text's; these as uint64, four numbers each."""
-    bits, flat = sums.reshape(-1).view(np.uint32), rounded.reshape(-1)
-    for j in range(len(flat)):
-        flat[j] = np.uint16(_U(bits[j] + _U(0x8000)) >> _U(16))
-    fours = rounded.view(np.uint64)
-    for i in range(n):
-        own, to = fours[i], context[first + i, column : column + fours.shape[1]]
-        for j in range(len(own)):
-            to[j] = own[j]
+        address = row.ctypes.data
+        totals[i] = avx512.powers_of_2(address, padded, avx512.largest(address, padded), weights[i].ctypes.data)

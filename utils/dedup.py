@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from utils import screening, search_kernels
+from utils import matmul, screening, search_kernels
 from utils.distributed import Ranks
 from utils.scores import Neighbors, largest_norm, merge, pair_scores, plain, rounding_bound, scores_of
 from utils.screening import SAMPLE_ROWS, ScreenedIndex, Sketched
@@ -121,7 +121,7 @@ class _Deal:
             return own
         padded = np.zeros((-(-self._n // self._ranks.size), *own.shape[1:]), own.dtype)
         padded[: len(own)] = own
-        whole = np.empty((self._n, *own.shape[1:]), own.dtype)
+        whole = matmul.empty((self._n, *own.shape[1:]), own.dtype)
         # As bytes: Paddle would take 16-bit integers for numbers.
         gathered = self._ranks.gather_equal(padded.reshape(len(padded), -1).view(np.uint8))
         for places, part in zip(self._of_rank, gathered, strict=True):

@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import importlib.util
 import logging
+import math
 import threading
 from collections.abc import Iterator
 from functools import cache
@@ -33,7 +34,7 @@ ACTIVATIONS = {"none": None, "relu": 0x20, "gelu": 0x31, "gelu_new": 0x2B, "gelu
 
 # Products that a thread keeps prepared: a search needs a handful, an encoder a few for each length of text.
 _PREPARED = 512
-# What packed matrices begin at a multiple of: a line of the cache.
+# A line of the cache, and of a matrix tile. Where rows begin within one, each access takes two.
 _ALIGNMENT = 64
 # Rows that a matrix is packed to be multiplied with; its order was seen to be the same for any number.
 _PACKED_FOR = 256
@@ -84,13 +85,22 @@ def matmul(
     prepared(arrays.values())
 
 
+def empty(shape: int | tuple[int, ...], dtype: np.dtype | type) -> np.ndarray:
+    """As NumPy's, but beginning with a line of the cache: products of such arrays take up to a third less time."""
+    shape = (shape,) if isinstance(shape, int) else shape
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    room = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -_address(room) % _ALIGNMENT
+    return room[start : start + size].view(dtype).reshape(shape)
+
+
 def to_bfloat16(values: np.ndarray) -> np.ndarray:
-    """Float32 of any shape rounded to the nearest bfloat16, ties to even; uint16.
+    """Float32 of any shape rounded to the nearest bfloat16, ties to even; uint16, as from ``empty``.
 
     What is too small for a normal number becomes 0, as it does inside the product.
     """
     values = np.ascontiguousarray(values)
-    rounded = np.empty(values.shape, np.uint16)
+    rounded = empty(values.shape, np.uint16)
     _round(values.reshape(-1).view(np.uint32), rounded.reshape(-1))
     return rounded
 
@@ -117,9 +127,7 @@ class Packed:
         plain = _Layout.of(values)
         self.layout = plain._replace(strides=None)
         size = _library().dnnl_memory_desc_get_size(self.layout.described())
-        room = np.empty(size + _ALIGNMENT, np.uint8)
-        start = -_address(room) % _ALIGNMENT
-        self.values = room[start : start + size]
+        self.values = empty(size, np.uint8)
         _reordering(plain, self.layout)((values, self.values))
 
 

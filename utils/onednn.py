@@ -136,12 +136,13 @@ class OneDNNEngine:
         b, t = ids.shape
         n, width, inner = b * t, self._words.shape[1], len(self._layers[0].up_bias)
         rows = -(-n // _FEWEST_ROWS) * _FEWEST_ROWS
-        x, z = np.zeros((rows, width), np.float32), np.zeros((rows, width), np.float32)
+        x, z = matmul.empty((2, rows, width), np.float32)
         # In float32 the stream between the layers is multiplied itself.
-        low = np.empty((rows if self._type is np.uint16 else 0, width), np.uint16)
+        low = matmul.empty((rows if self._type is np.uint16 else 0, width), np.uint16)
         taken = low if len(low) else x
-        qkv, context = np.empty((rows, 3 * width), self._type), np.zeros((rows, width), self._type)
-        up = np.empty((rows, inner), self._type)
+        qkv, context = matmul.empty((rows, 3 * width), self._type), matmul.empty((rows, width), self._type)
+        up = matmul.empty((rows, inner), self._type)
+        x[n:], z[n:], context[:] = 0, 0, 0
         x[:n] = self._words[ids.reshape(-1)]
         z[:n].reshape(b, t, width)[:] = self._positions[:t]
         self._add_and_norm(x, z, self._norm, low)
@@ -176,12 +177,12 @@ class OneDNNEngine:
 
         b, t, width = context.shape
         batch, head_width = b * self._heads, width // self._heads
-        query, key, value = parts = np.empty((3, batch, t, head_width), self._type)
-        result = np.empty((batch, t, head_width), self._type)
+        query, key, value = parts = matmul.empty((3, batch, t, head_width), self._type)
+        result = matmul.empty((batch, t, head_width), self._type)
         cpu_kernels.split_heads(qkv, parts)
         at_once = min(batch, max(1, _SCORE_BYTES // (4 * t * t)))
-        scores = np.empty((at_once, t, t), np.float32)
-        rounded = np.empty(scores.shape if self._type is np.uint16 else (0, t, t), np.uint16)
+        scores = matmul.empty((at_once, t, t), np.float32)
+        rounded = matmul.empty(scores.shape if self._type is np.uint16 else (0, t, t), np.uint16)
         for start in range(0, batch, at_once):
             some = slice(start, min(start + at_once, batch))
             own = lengths[np.arange(some.start, some.stop) // self._heads]

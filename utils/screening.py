@@ -158,7 +158,7 @@ class ScreenedIndex:
         # In bfloat16 where that multiplies faster: half the memory, too.
         self._type = np.uint16 if matmul.bfloat16_is_fast() else np.float32
         aligned = _ALIGNED if self._type is np.uint16 else 1
-        self._sketches = np.empty((capacity, -(-sketcher.width // aligned) * aligned), self._type)
+        self._sketches = matmul.empty((capacity, -(-sketcher.width // aligned) * aligned), self._type)
         self._residual = 0.0
         self._vectors = np.empty((capacity if source is None else 0, dim), np.float32)
         self._numbers = np.empty(capacity, np.int64)
@@ -267,7 +267,7 @@ class ScreenedIndex:
 
     def _reaching(self, left: np.ndarray, right: np.ndarray, cuts: np.ndarray) -> Iterator[np.ndarray]:
         """The pairs of sketches whose product reaches the left one's cut, block by block, int64 [2, pairs > 0]."""
-        product = np.empty(len(left) * _ROW_BLOCK, np.float32)
+        product = matmul.empty(len(left) * _ROW_BLOCK, np.float32)
         found = np.empty((2, len(product)), np.int64)
         for start in range(0, len(right), _ROW_BLOCK):
             block = right[start : start + _ROW_BLOCK]

@@ -157,7 +157,7 @@ class ExactIndex:
         screen = (_Bfloat16Screen if matmul.bfloat16_is_fast() else _Float32Screen)(queries, self._shape)
         found = _Candidates(queries, corpus, k, floor, screen)
         at_once, width = screen.block
-        product = np.empty(at_once * width, np.float32)
+        product = matmul.empty(at_once * width, np.float32)
         for start in range(0, len(corpus), width):
             rows = plain(corpus[start : start + width])
             screen.take(rows)
