@@ -154,12 +154,16 @@ def script_env() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
-@pytest.fixture(params=["float32", "bfloat16"])
+@pytest.fixture(params=["float32", "bfloat16", "amx"])
 def arithmetic(request, monkeypatch) -> str:
-    """What the screening products are made in."""
-    from utils import matmul
+    """What the screening products are made in, and by."""
+    from utils import amx, matmul
 
-    if request.param == "bfloat16" and not matmul.bfloat16_is_fast():
+    if request.param != "float32" and not matmul.bfloat16_is_fast():
         pytest.skip("this processor has no bfloat16 products")
-    monkeypatch.setattr(matmul, "bfloat16_is_fast", lambda: request.param == "bfloat16")
+    if request.param == "amx" and not amx.is_usable():
+        pytest.skip("this processor has no AMX")
+    monkeypatch.setattr(matmul, "bfloat16_is_fast", lambda: request.param != "float32")
+    if request.param != "amx":
+        monkeypatch.setattr(amx, "is_usable", lambda: False)
     return request.param

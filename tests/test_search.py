@@ -69,7 +69,7 @@ def test_a_screened_score_lies_within_its_slack(arithmetic):
     rng = np.random.default_rng(6)
     mean = unit(rng, 1, 64)
     corpus, queries = (vectors + mean for vectors in (unit(rng, 900, 64), unit(rng, 50, 64)))
-    screen = (_Bfloat16Screen if arithmetic == "bfloat16" else _Float32Screen)(queries, _Shape.of(corpus))
+    screen = (_Float32Screen if arithmetic == "float32" else _Bfloat16Screen)(queries, _Shape.of(corpus))
     scores = np.empty((50, 900), np.float32)
     screen.take(corpus)
     screen.multiply(slice(0, 50), scores)
@@ -130,15 +130,15 @@ def test_an_empty_index_finds_nothing():
 def test_any_number_of_ranks_finds_the_same(size, floor, can_map, arithmetic, tmp_path, monkeypatch):
     monkeypatch.setattr(search, "_EXCHANGE_QUERIES", 50)
     rng = np.random.default_rng(size)
-    corpus, queries = unit(rng, 2000, 16), unit(rng, 120, 16)
+    corpus, queries = unit(rng, 2000, 32), unit(rng, 120, 32)
     corpus[1000:] = corpus[:1000]  # every score occurs twice, in different parts
-    corpus[5:400] = corpus[5] + np.float32(1e-8) * unit(rng, 395, 16)  # more near-ties in one part than k
+    corpus[5:400] = corpus[5] + np.float32(1e-8) * unit(rng, 395, 32)  # more near-ties in one part than k
     queries[:40] = corpus[5]
     np.save(tmp_path / "corpus.npy", corpus)
     given = np.load(tmp_path / "corpus.npy", mmap_mode="r") if can_map else corpus
 
     def run(ranks: Ranks) -> tuple[Neighbors, int]:
-        index = ShardedIndex.of(ranks, given if ranks.is_first else None, len(corpus), 16)
+        index = ShardedIndex.of(ranks, given if ranks.is_first else None, len(corpus), 32)
         found = index.search_all(queries if ranks.is_first else None, len(queries), 30, floor)
         return found, len(index._index)
 

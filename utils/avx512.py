@@ -1,6 +1,6 @@
 """AVX-512, the vector instructions of some x86-64 processors, for loops that the compiler makes too little of.
 
-Each function goes over a row in memory, which is given by its address; sixteen float32 fill a register. Compile
+Most functions go over a row in memory, which is given by its address; sixteen float32 fill a register. Compile
 nothing that calls these where ``amx.is_usable()`` is False: processors with AMX have all that is used here.
 (Intel, Software Developer's Manual, volume 2.)
 """
@@ -21,6 +21,13 @@ _AT_ONCE = 2
 # 2**r for r from 0 to 1, of which the largest relative error is the least: 8e-5.
 _POWER_OF_2 = (0.999925245, 0.695832847, 0.226069391, 0.078023007)
 _LOWEST_POWER = -100.0
+# Half of the error function of x / sqrt(2), over x, in powers of x**2: of odd functions that reach 0.5 at the end, and
+# stay there, the one whose product with x is nowhere farther than 6e-5 from the GELU's.
+_HALF_ERF_END = 4.25
+_HALF_ERF = (
+    0.398655865, -0.0659153701, 0.0095634952, -1.03674998e-3, 8.2063983e-5, -4.57545775e-6, 1.68946515e-7,
+    -3.68632169e-9, 3.58356501e-11,
+)  # fmt: skip
 _FLOOR, _ROUND_AS_SET = 9, 4  # what VREDUCEPS takes off; and no other rounding than the process's
 
 
@@ -176,6 +183,92 @@ def paired(typing, row, other, n, pairs, step):
     return types.void(types.intp, types.intp, types.intp, types.intp, types.intp), generate
 
 
+def _finish(what: Callable[[ir.IRBuilder, ir.Value], ir.Value], rounds: bool) -> Callable:
+    """What generates ``what`` of 32 float32 plus as many others."""
+
+    def generate(context, builder, signature, arguments):
+        row, other, to = arguments
+        registers = []
+        for offset in (0, 4 * _WIDTH):
+            pair = (_loaded(builder, builder.add(own, own.type(offset))) for own in (row, other))
+            registers.append(what(builder, builder.fadd(*pair)))
+        if rounds:
+            _store(builder, _bfloat16_of(builder, *registers), to)
+        else:
+            for number, register in enumerate(registers):
+                _store(builder, register, builder.add(to, to.type(4 * _WIDTH * number)))
+        return context.get_dummy_value()
+
+    return generate
+
+
+_FINISHED = types.void(types.intp, types.intp, types.intp)
+
+
+@intrinsic
+def add(typing, row, other, to):
+    """32 float32 of each of two rows, added up at ``to``."""
+    return _FINISHED, _finish(lambda builder, x: x, rounds=False)
+
+
+@intrinsic
+def add_rounded(typing, row, other, to):
+    """The same, rounded to bfloat16."""
+    return _FINISHED, _finish(lambda builder, x: x, rounds=True)
+
+
+@intrinsic
+def add_gelu_rounded(typing, row, other, to):
+    """The same of their GELU, which is good to 6e-5 before rounding."""
+    return _FINISHED, _finish(_gelu, rounds=True)
+
+
+@intrinsic
+def reaching(typing, row, more, cuts):
+    """Which of 32 float32, plus ``more``, are at least their cuts: a bit for each, the lowest one for the first."""
+
+    def generate(context, builder, signature, arguments):
+        row, more, cuts = arguments
+        more, bits = _full_of(builder, more), []
+        for offset in (0, 4 * _WIDTH):
+            values, cut = (_loaded(builder, builder.add(own, own.type(offset))) for own in (row, cuts))
+            reach = builder.fcmp_ordered(">=", builder.fadd(values, more), cut)
+            bits.append(builder.zext(builder.bitcast(reach, _SHORT), _INT))
+        return builder.or_(bits[0], builder.shl(bits[1], _INT(_WIDTH)))
+
+    return types.uint32(types.intp, types.float32, types.intp), generate
+
+
+@intrinsic
+def lowest_bit(typing, bits):
+    """The place of the lowest bit that is set, if any is."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.zext(builder.cttz(arguments[0], ir.IntType(1)(1)), ir.IntType(64))
+
+    return types.intp(types.uint32), generate
+
+
+def _gelu(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
+    """x times the normal distribution's share below x."""
+    near = _larger(builder, _full_of(builder, -_HALF_ERF_END), x)  # what is no number stays
+    near = builder.fneg(_larger(builder, _full_of(builder, -_HALF_ERF_END), builder.fneg(near)))
+    share = _fma(builder, near, _series(builder, _HALF_ERF, builder.fmul(near, near)), _full_of(builder, 0.5))
+    return builder.fmul(x, share)
+
+
+def _series(builder: ir.IRBuilder, coefficients: tuple[float, ...], x: ir.Value) -> ir.Value:
+    """A polynomial, the constant coefficient first."""
+    total = _full_of(builder, coefficients[-1])
+    for coefficient in coefficients[-2::-1]:
+        total = _fma(builder, total, x, _full_of(builder, coefficient))
+    return total
+
+
+def _fma(builder: ir.IRBuilder, one: ir.Value, other: ir.Value, more: ir.Value) -> ir.Value:
+    return _call(builder, "llvm.fma.v16f32", _REGISTER, one, other, more)
+
+
 def _power_of_2(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
     """2**x, which is 2**floor(x), put into the exponent, times that of what is left."""
     x = _larger(builder, _full_of(builder, _LOWEST_POWER), x)  # what is no number stays
@@ -183,9 +276,7 @@ def _power_of_2(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
     rest = _call(
         builder, "llvm.x86.avx512.mask.reduce.ps.512", _REGISTER, x, _INT(_FLOOR), none, all_places, _INT(_ROUND_AS_SET)
     )
-    series = _full_of(builder, _POWER_OF_2[-1])
-    for coefficient in _POWER_OF_2[-2::-1]:
-        series = _call(builder, "llvm.fma.v16f32", _REGISTER, series, rest, _full_of(builder, coefficient))
+    series = _series(builder, _POWER_OF_2, rest)
     return _call(
         builder, "llvm.x86.avx512.mask.scalef.ps.512", _REGISTER, series, x, none, all_places, _INT(_ROUND_AS_SET)
     )

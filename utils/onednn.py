@@ -1,9 +1,9 @@
-"""The CPU engine for encoders: token ids to pooled vectors, with oneDNN's products and compiled loops between them.
+"""The CPU engine for encoders: token ids to pooled vectors, by oneDNN's products and compiled loops between them.
 
 BERT, RoBERTa, XLM-RoBERTa and ERNIE are one architecture (post-layer-norm transformer encoders) under
 different weight names. In bfloat16, what is multiplied is rounded, and weights of attention too; sums, layer
-norms, scores of attention and the stream between the layers stay float32. Attention has a kernel of its own where
-the processor has AMX.
+norms, scores of attention and the stream between the layers stay float32. Where the processor has AMX, attention and
+products in bfloat16 are ours too.
 
 One call runs on one thread, and calls may run side by side.
 """
@@ -25,7 +25,7 @@ MODEL_TYPES = ("bert", "roberta", "xlm-roberta", "camembert", "ernie")
 # Tokens that go through the layers together, which bounds memory; and the bytes of attention scores that are made at
 # once, where they are made of many heads: those should stay in a core's cache.
 _TOKENS, _SCORE_BYTES = 2048, 4 << 20
-# Rows that are multiplied at once, and what a last, smaller part is filled up to a multiple of: preparing a
+# Rows that oneDNN multiplies at once, and what a last, smaller part is filled up to a multiple of: preparing a
 # product takes longer than running it, so there should be few sizes.
 _ROWS, _FEWEST_ROWS = 768, 64
 
@@ -65,16 +65,43 @@ class _Layer(NamedTuple):
     Queries, keys and values are one product; the queries' part holds attention's 1 / sqrt(head width).
     """
 
-    qkv: matmul.Packed
+    qkv: "_Weight"
     qkv_bias: np.ndarray
-    o: matmul.Packed
+    o: "_Weight"
     o_bias: np.ndarray
     norm1: tuple[np.ndarray, np.ndarray]
-    up: matmul.Packed
+    up: "_Weight"
     up_bias: np.ndarray
-    down: matmul.Packed
+    down: "_Weight"
     down_bias: np.ndarray
     norm2: tuple[np.ndarray, np.ndarray]
+
+
+class _Weight:
+    """A weight in the order that its product takes it in: our own where the processor has AMX, else oneDNN's.
+
+    Args:
+        values: float32 [in, out].
+        dtype: what is multiplied: float32, or uint16 for bfloat16.
+        activation: of the product's result.
+    """
+
+    def __init__(self, values: np.ndarray, dtype: type, activation: str = "none"):
+        from utils import amx_matmul
+
+        values, self._activation = _plain(values), activation
+        values = matmul.to_bfloat16(values) if dtype is np.uint16 else values
+        by_amx = dtype is np.uint16 and amx_matmul.supports(values.shape, activation)
+        self._packed: amx_matmul.Packed | matmul.Packed = (amx_matmul if by_amx else matmul).Packed(values)
+
+    def multiply(self, left: np.ndarray, result: np.ndarray, bias: np.ndarray) -> None:
+        """``result`` becomes the activation of left [m, in] times this plus bias; m is a multiple of _FEWEST_ROWS."""
+        if not isinstance(self._packed, matmul.Packed):
+            self._packed.multiply(left, result, bias, self._activation)
+            return
+        for start in range(0, len(left), _ROWS):
+            part = slice(start, start + _ROWS)
+            matmul.matmul(left[part], self._packed, result[part], bias, self._activation)
 
 
 class OneDNNEngine:
@@ -114,16 +141,15 @@ class OneDNNEngine:
         def norm(name: str) -> tuple[np.ndarray, np.ndarray]:
             return _plain(parts[name]["weight"]), _plain(parts[name]["bias"])
 
-        linear = {name: (self._packed(parts[name]["weight"]), _plain(parts[name]["bias"])) for name in _LINEAR[3:]}
+        after = {"o": "none", "up": self._activation, "down": "none"}
+        linear = {
+            name: (_Weight(parts[name]["weight"], self._type, activation), _plain(parts[name]["bias"]))
+            for name, activation in after.items()
+        }
         return _Layer(
-            self._packed(joined("weight")), joined("bias"), *linear["o"], norm("norm1"), *linear["up"],
+            _Weight(joined("weight"), self._type), joined("bias"), *linear["o"], norm("norm1"), *linear["up"],
             *linear["down"], norm("norm2"),
         )  # fmt: skip
-
-    def _packed(self, values: np.ndarray) -> matmul.Packed:
-        """Float32 values in the type that is multiplied."""
-        values = _plain(values)
-        return matmul.Packed(matmul.to_bfloat16(values) if self._type is np.uint16 else values)
 
     def forward(self, ids: np.ndarray, lengths: np.ndarray, weights: np.ndarray) -> np.ndarray:
         """See ``engines.Engine``."""
@@ -147,12 +173,12 @@ class OneDNNEngine:
         z[:n].reshape(b, t, width)[:] = self._positions[:t]
         self._add_and_norm(x, z, self._norm, low)
         for layer in self._layers:
-            _multiply(taken, layer.qkv, qkv, layer.qkv_bias)
+            layer.qkv.multiply(taken, qkv, layer.qkv_bias)
             self._attend(qkv[:n].reshape(b, t, -1), lengths, context[:n].reshape(b, t, -1))
-            _multiply(context, layer.o, z, layer.o_bias)
+            layer.o.multiply(context, z, layer.o_bias)
             self._add_and_norm(x, z, layer.norm1, low)
-            _multiply(taken, layer.up, up, layer.up_bias, self._activation)
-            _multiply(up, layer.down, z, layer.down_bias)
+            layer.up.multiply(taken, up, layer.up_bias)
+            layer.down.multiply(up, z, layer.down_bias)
             self._add_and_norm(x, z, layer.norm2, low)
         return np.matmul(weights[:, None, :], x[:n].reshape(b, t, width))[:, 0]
 
@@ -195,14 +221,6 @@ class OneDNNEngine:
                 cpu_kernels.masked_softmax(weights, own)
             matmul.matmul(weights, value[some], result[some])
         cpu_kernels.join_heads(result, context)
-
-
-def _multiply(
-    left: np.ndarray, right: matmul.Packed, result: np.ndarray, bias: np.ndarray, activation: str = "none"
-) -> None:
-    for start in range(0, len(left), _ROWS):
-        part = slice(start, start + _ROWS)
-        matmul.matmul(left[part], right, result[part], bias, activation)
 
 
 def _plain(values: np.ndarray) -> np.ndarray:

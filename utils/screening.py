@@ -154,10 +154,13 @@ class ScreenedIndex:
     block_rows = 8192
 
     def __init__(self, sketcher: Sketcher, dim: int, capacity: int, source: np.ndarray | None):
+        from utils import amx_matmul
+
         self._sketcher, self._source = sketcher, source
         # In bfloat16 where that multiplies faster: half the memory, too.
         self._type = np.uint16 if matmul.bfloat16_is_fast() else np.float32
         aligned = _ALIGNED if self._type is np.uint16 else 1
+        self._by_amx = self._type is np.uint16 and amx_matmul.supports_rows(aligned)
         self._sketches = matmul.empty((capacity, -(-sketcher.width // aligned) * aligned), self._type)
         self._residual = 0.0
         self._vectors = np.empty((capacity if source is None else 0, dim), np.float32)
@@ -267,6 +270,9 @@ class ScreenedIndex:
 
     def _reaching(self, left: np.ndarray, right: np.ndarray, cuts: np.ndarray) -> Iterator[np.ndarray]:
         """The pairs of sketches whose product reaches the left one's cut, block by block, int64 [2, pairs > 0]."""
+        if self._by_amx:
+            yield from self._reaching_by_amx(left, right, cuts)
+            return
         product = matmul.empty(len(left) * _ROW_BLOCK, np.float32)
         found = np.empty((2, len(product)), np.int64)
         for start in range(0, len(right), _ROW_BLOCK):
@@ -276,6 +282,18 @@ class ScreenedIndex:
             n = search_kernels.reaching(bounds, cuts, start, found)
             if n:
                 yield found[:, :n].copy()
+
+    def _reaching_by_amx(self, left: np.ndarray, right: np.ndarray, cuts: np.ndarray) -> Iterator[np.ndarray]:
+        from utils import amx_matmul
+
+        packed = amx_matmul.Packed.of_rows(left)
+        filled_up = np.full(-(-len(cuts) // _ALIGNED) * _ALIGNED, np.inf, np.float32)
+        filled_up[: len(cuts)] = cuts
+        found, nothing = amx_matmul.Found.room(len(left) * _ROW_BLOCK), np.zeros(_ROW_BLOCK, np.float32)
+        for start in range(0, len(right), _ROW_BLOCK):
+            n = packed.reaching(right[start : start + _ROW_BLOCK], nothing, filled_up, found, start)
+            if n:
+                yield np.stack((found.columns[:n], found.rows[:n]))
 
     def _take(
         self,

@@ -27,6 +27,8 @@ _QUERY_BLOCK, _NEIGHBORS = 2048, 1 << 18
 # One screening product is at most this many queries by this many corpus rows, which stay in the cache while
 # they are compared: 4 MB for bfloat16, 8 MB for float32.
 _BFLOAT16_BLOCK, _FLOAT32_BLOCK = (512, 2048), (512, 4096)
+# Rows between two looks at the cuts where products are our own, and what queries are filled up to a multiple of.
+_AMX_ROWS, _TILE = 256, 32
 # Rows that are looked at together; and as many, in runs of so many, give about the mean of all.
 _SAMPLE_ROWS, _SAMPLE_RUN = 4096, 256
 # Room for the candidates of a query, as a multiple of k; and at least.
@@ -154,29 +156,50 @@ class ExactIndex:
     def _screened(self, queries: np.ndarray, k: int, floor: float) -> "_Candidates":
         """What the whole corpus leaves of one block's pairs."""
         queries, corpus = np.array(queries, np.float32), self.vectors
-        screen = (_Bfloat16Screen if matmul.bfloat16_is_fast() else _Float32Screen)(queries, self._shape)
+        screen = _screen(queries, self._shape)
         found = _Candidates(queries, corpus, k, floor, screen)
-        at_once, width = screen.block
-        product = matmul.empty(at_once * width, np.float32)
-        for start in range(0, len(corpus), width):
-            rows = plain(corpus[start : start + width])
-            screen.take(rows)
-            for first in range(0, len(queries), at_once):
-                part = slice(first, min(first + at_once, len(queries)))
-                scores = product[: (part.stop - part.start) * len(rows)].reshape(-1, len(rows))
-                screen.multiply(part, scores)
-                found.collect(part, scores, start)
+        for start in range(0, len(corpus), screen.block[1]):
+            rows = plain(corpus[start : start + screen.block[1]])
+            screen.go_through(rows, start, found)
             release(rows)
         return found.finish()
 
 
-class _Float32Screen:
-    """Scores by NumPy's product.
+class _Screen:
+    """Scores of queries with rows of the corpus by matrix products.
 
     Attributes:
+        block: the most queries and rows that one product is of.
         offset: float64 [q], what a screened score lacks of the canonical one.
         slack: float64 [q], how far the two may lie apart besides.
     """
+
+    block: tuple[int, int]
+    offset: np.ndarray
+    slack: np.ndarray
+
+    def take(self, rows: np.ndarray) -> None:
+        """The corpus rows, float32 [n, d], to score next."""
+        raise NotImplementedError
+
+    def multiply(self, part: slice, scores: np.ndarray) -> None:
+        """``scores``, float32 [q, n], become those of a part of the queries with these rows."""
+        raise NotImplementedError
+
+    def go_through(self, rows: np.ndarray, first_row: int, found: "_Candidates") -> None:
+        """Score all queries with rows of the corpus, float32 [n, d], and put what counts into ``found``."""
+        self.take(rows)
+        n, at_once = len(self.offset), self.block[0]
+        product = matmul.empty(at_once * len(rows), np.float32)
+        for first in range(0, n, at_once):
+            part = slice(first, min(first + at_once, n))
+            scores = product[: (part.stop - part.start) * len(rows)].reshape(-1, len(rows))
+            self.multiply(part, scores)
+            found.collect(part, scores, first_row)
+
+
+class _Float32Screen(_Screen):
+    """By NumPy's product."""
 
     block = _FLOAT32_BLOCK
 
@@ -188,16 +211,14 @@ class _Float32Screen:
         self.slack = rounding_bound(queries.shape[1] + _ROUNDINGS, norms * norm)
 
     def take(self, rows: np.ndarray) -> None:
-        """The corpus rows, float32 [n, d], to score next."""
         self._rows = rows
 
     def multiply(self, part: slice, scores: np.ndarray) -> None:
-        """``scores``, float32 [q, n], become those of a part of the queries with these rows."""
         np.matmul(self._queries[part], self._rows.T, out=scores)
 
 
-class _Bfloat16Screen:
-    """The same by oneDNN's product of bfloat16, added up in float32.
+class _Bfloat16Screen(_Screen):
+    """By oneDNN's product of bfloat16, added up in float32.
 
     Rounding to 8 bits costs less where vectors are short, and models give vectors that are mostly their
     common mean. With the queries' mean c and the corpus's m, and q' = q - c, p' = p - m:
@@ -224,26 +245,54 @@ class _Bfloat16Screen:
         self.slack = 1.0001 * rounded + rounding_bound(queries.shape[1] + _ROUNDINGS, summed) + lost
 
     def take(self, rows: np.ndarray) -> None:
-        """See ``_Float32Screen``."""
         centred = rows - self._corpus_centre
-        self._rows, self._shift = matmul.to_bfloat16(centred).T, centred @ self._centre
+        self._rows, self._shift = matmul.to_bfloat16(centred), centred @ self._centre
 
     def multiply(self, part: slice, scores: np.ndarray) -> None:
-        """See ``_Float32Screen``."""
-        matmul.matmul(self._queries[part], self._rows, scores, self._shift)
+        matmul.matmul(self._queries[part], self._rows.T, scores, self._shift)
+
+
+class _AmxScreen(_Bfloat16Screen):
+    """The same by our own product, which writes no more than the scores that reach their query's cut."""
+
+    def __init__(self, queries: np.ndarray, corpus: _Shape):
+        from utils import amx_matmul
+
+        super().__init__(queries, corpus)
+        self._packed = amx_matmul.Packed.of_rows(self._queries)
+        self._found = amx_matmul.Found.room(len(queries) * _AMX_ROWS)
+
+    def go_through(self, rows: np.ndarray, first_row: int, found: "_Candidates") -> None:
+        self.take(rows)
+        for start in range(0, len(rows), _AMX_ROWS):
+            part = slice(start, start + _AMX_ROWS)
+            n = self._packed.reaching(
+                self._rows[part], self._shift[part], found.cuts, self._found, first_row + start
+            )  # fmt: skip
+            found.collect_pairs(*(column[:n] for column in self._found))
+
+
+def _screen(queries: np.ndarray, corpus: _Shape) -> _Screen:
+    """The fastest for this processor and these queries, float32 [q, d]."""
+    from utils import amx_matmul
+
+    if not matmul.bfloat16_is_fast():
+        return _Float32Screen(queries, corpus)
+    return (_AmxScreen if amx_matmul.supports_rows(queries.shape[1]) else _Bfloat16Screen)(queries, corpus)
 
 
 class _Candidates:
     """The screened pairs of one block of queries that may still be among the k best."""
 
-    def __init__(
-        self, queries: np.ndarray, corpus: np.ndarray, k: int, floor: float, screen: _Float32Screen | _Bfloat16Screen
-    ):
+    def __init__(self, queries: np.ndarray, corpus: np.ndarray, k: int, floor: float, screen: _Screen):
         width = max(_CANDIDATES * k, _FEWEST_CANDIDATES) + search_kernels.CHUNK
         self._problem = search_kernels.Problem(queries, plain(corpus), k, screen.offset, screen.slack)
         self._floor = floor
+        # Filled up to whole tiles.
+        self.cuts = np.full(-(-len(queries) // _TILE) * _TILE, np.inf, np.float32)
+        self.cuts[: len(queries)] = floor - screen.offset - screen.slack
         self._state = search_kernels.State(
-            (floor - screen.offset - screen.slack).astype(np.float32),
+            self.cuts,
             np.zeros(len(queries), np.int64),
             np.empty((len(queries), width), np.float32),
             np.empty((len(queries), width), np.int64),
@@ -252,6 +301,10 @@ class _Candidates:
     def collect(self, part: slice, scores: np.ndarray, first_row: int) -> None:
         """Take in the screened scores, float32 [q, n], of a part of the queries and rows from ``first_row`` on."""
         search_kernels.collect(scores, part.start, first_row, self._problem, self._state)
+
+    def collect_pairs(self, queries: np.ndarray, rows: np.ndarray, scores: np.ndarray) -> None:
+        """The same of pairs that are given by their numbers, int64 [n] twice, and scores, float32 [n]."""
+        search_kernels.collect_pairs(queries, rows, scores, self._problem, self._state)
 
     def finish(self) -> "_Candidates":
         """No more will come: drop those that a query's k best leave no hope."""

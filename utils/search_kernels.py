@@ -30,7 +30,7 @@ class Problem(NamedTuple):
 class State(NamedTuple):
     """Each query's candidates so far.
 
-    cut: float32 [q], the screened score below which nothing can be among the k best any more. count: int64
+    cut: float32 [at least q], the screened score below which nothing can be among the k best any more. count: int64
     [q]. scores, rows: float32 and int64 [q, width], the candidates.
     """
 
@@ -115,6 +115,20 @@ def collect(scores, first_query, first_row, problem, state):
                 place += np.int64(row[j] >= cut)
             state.count[query] = place
             if place >= full:
+                _clear(query, problem, state)
+
+
+@compiled()
+def collect_pairs(queries, rows, scores, problem, state):
+    """The same of pairs, int64 [n] twice and float32 [n], whose scores reached their query's cut some time ago."""
+    full = state.scores.shape[1] - CHUNK
+    for i in range(len(queries)):
+        query = queries[i]
+        if scores[i] >= state.cut[query]:
+            place = state.count[query]
+            state.scores[query, place], state.rows[query, place] = scores[i], rows[i]
+            state.count[query] = place + 1
+            if place + 1 >= full:
                 _clear(query, problem, state)
 
 

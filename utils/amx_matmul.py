@@ -1,0 +1,237 @@
+"""Products in bfloat16 by the processor's matrix instructions, with what follows them done in between.
+
+A block of sums is finished while the matrix unit works on the next one: a bias is added, and an activation taken; or
+what reaches a cut is noted, and the rest never written. A library would do the one after the other. Sums are float32.
+"""
+
+from typing import NamedTuple
+
+import numba
+import numpy as np
+
+from utils import amx, avx512, matmul
+from utils.compiled import compiled
+
+# Rows and columns of a block of sums, and the numbers that one step adds up.
+_ROWS, _COLUMNS, _DEPTH = 32, 32, 32
+_PLAIN, _ROUNDED, _GELU = 0, 1, 2
+_FINISHES = {("none", np.float32): _PLAIN, ("none", np.uint16): _ROUNDED, ("gelu", np.uint16): _GELU}
+# Of the right-hand matrix, what all rows go through before the next part does: it should stay in a core's own cache.
+_KEPT_BYTES = 5 << 18
+_inlined = numba.njit(inline="always", error_model="numpy")
+
+
+def supports(shape: tuple[int, int], activation: str = "none") -> bool:
+    """True if matrices of this shape, [k, n], can be packed and multiplied by here."""
+    return amx.is_usable() and shape[0] % _DEPTH == 0 and shape[1] % _COLUMNS == 0 and activation in ("none", "gelu")
+
+
+def supports_rows(k: int) -> bool:
+    """True if rows of this width can be multiplied by each other here."""
+    return amx.is_usable() and k % _DEPTH == 0
+
+
+class Packed:
+    """A matrix in the order of the right-hand tiles.
+
+    Args:
+        values: bfloat16 (uint16) [k, n], for which ``supports`` says yes.
+
+    Attributes:
+        tiles: uint32 [n / 16, k / 32, 16, 16], each of two numbers.
+    """
+
+    def __init__(self, values: np.ndarray):
+        k, n = values.shape
+        assert supports((k, n))
+        pairs = values.reshape(k // 32, 16, 2, n // 16, 16).transpose(3, 0, 1, 4, 2)
+        self.tiles = matmul.empty((n // 16, k // 32, 16, 16), np.uint32)
+        self.tiles.view(np.uint16).reshape(pairs.shape)[:] = pairs
+
+    @classmethod
+    def of_rows(cls, rows: np.ndarray) -> "Packed":
+        """Of [n, k], as [k, n], filled up to a multiple of 32 columns with 0."""
+        n, k = rows.shape
+        padded = np.zeros((-(-n // _COLUMNS) * _COLUMNS, k), np.uint16)
+        padded[:n] = rows
+        self = cls.__new__(cls)
+        self.tiles = matmul.empty((len(padded) // 16, k // 32, 16, 16), np.uint32)
+        self.tiles[:] = padded.view(np.uint32).reshape(-1, 16, k // 32, 16).transpose(0, 2, 3, 1)
+        return self
+
+    def multiply(self, left: np.ndarray, result: np.ndarray, bias: np.ndarray, activation: str = "none") -> None:
+        """``result`` becomes the activation of left times this plus bias, on this thread alone.
+
+        Args:
+            left: bfloat16 (uint16) [m, k], m a multiple of 32; C-contiguous, as is the result.
+            result: float32 or bfloat16 [m, n]; bfloat16 if there is an activation.
+            bias: float32 [n].
+        """
+        assert len(left) % _ROWS == 0 and left.shape[1] == _DEPTH * self.tiles.shape[1]
+        assert result.shape == (len(left), 16 * len(self.tiles)) and len(bias) == result.shape[1]
+        finish = _FINISHES[activation, result.dtype.type]
+        sums = matmul.empty((_ROWS, _COLUMNS), np.float32)
+        _multiply(amx.WHOLE_TILES, left, self.tiles, _KEPT_BYTES, bias, finish, sums, result.view(np.uint8))
+
+    def reaching(self, left: np.ndarray, more: np.ndarray, cuts: np.ndarray, found: "Found", first: int) -> int:
+        """Note the sums of left times this, plus ``more``, that reach their column's cut; returns how many do.
+
+        Args:
+            left: bfloat16 (uint16) [m, k], C-contiguous.
+            more: float32 [m].
+            cuts: float32 [n], infinity where columns were filled up.
+            found: what is overwritten.
+            first: what the first row is called.
+        """
+        assert len(cuts) == 16 * len(self.tiles) and left.shape[1] == _DEPTH * self.tiles.shape[1]
+        sums, last = matmul.empty((_ROWS, _COLUMNS), np.float32), matmul.empty((_ROWS, left.shape[1]), np.uint16)
+        return _reaching(amx.WHOLE_TILES, left, self.tiles, _KEPT_BYTES, more, cuts, sums, last, first, *found)
+
+
+class Found(NamedTuple):
+    """Room for pairs of a column and a row, int64 [any] twice, and their sums, float32 [any]."""
+
+    columns: np.ndarray
+    rows: np.ndarray
+    sums: np.ndarray
+
+    @classmethod
+    def room(cls, n: int) -> "Found":
+        return cls(np.empty(n, np.int64), np.empty(n, np.int64), np.empty(n, np.float32))
+
+
+@compiled()
+def _multiply(whole_tiles, left, right, kept_bytes, bias, finish, sums, result):
+    steps, columns = right.shape[1], len(right) // 2
+    at_left, from_row = left.ctypes.data, left.strides[0]
+    at_right, from_tile, from_step = right.ctypes.data, right.strides[0], right.strides[1]
+    at_bias, at_result, to_row = bias.ctypes.data, result.ctypes.data, result.strides[0]
+    width = to_row // columns  # bytes of a block's row in the result
+    at_sums, rows_a_step = sums.ctypes.data, -(-_ROWS // steps)
+    amx.configure(whole_tiles.ctypes.data)
+    at_once = max(1, kept_bytes // (2 * from_tile))
+    waiting, waiting_bias, row = at_result, at_bias, _ROWS
+    for first_column in range(0, columns, at_once):
+        for block in range(len(left) // _ROWS):
+            for column in range(first_column, min(first_column + at_once, columns)):
+                clear()
+                for step in range(steps):
+                    above = at_left + block * _ROWS * from_row + 64 * step
+                    multiply(above, from_row, at_right + 2 * column * from_tile + step * from_step, from_tile)
+                    for _ in range(rows_a_step):
+                        if row < _ROWS:
+                            _finish(finish, at_sums + 128 * row, waiting_bias, waiting + row * to_row)
+                            row += 1
+                store(at_sums, 128)
+                waiting, waiting_bias = at_result + block * _ROWS * to_row + column * width, at_bias + 128 * column
+                row = 0
+    for row in range(_ROWS):
+        _finish(finish, at_sums + 128 * row, waiting_bias, waiting + row * to_row)
+    amx.release()
+
+
+@compiled()
+def _reaching(
+    whole_tiles, left, right, kept_bytes, more, cuts, sums, last, first, found_columns, found_rows, found_sums
+):
+    m, steps, columns, count = len(left), right.shape[1], len(right) // 2, 0
+    from_row, at_last, at_cuts = left.strides[0], last.ctypes.data, cuts.ctypes.data
+    at_right, from_tile, from_step = right.ctypes.data, right.strides[0], right.strides[1]
+    at_sums, rows_a_step = sums.ctypes.data, -(-_ROWS // steps)
+    whole = m // _ROWS
+    for row in range(m - whole * _ROWS):  # a tile would read past the array's end
+        last[row] = left[whole * _ROWS + row]
+    amx.configure(whole_tiles.ctypes.data)
+    at_once = max(1, kept_bytes // (2 * from_tile))
+    row, end, waiting_row, waiting_column = 0, 0, 0, 0
+    for first_column in range(0, columns, at_once):
+        for block in range(-(-m // _ROWS)):
+            at_left = left.ctypes.data + block * _ROWS * from_row if block < whole else at_last
+            for column in range(first_column, min(first_column + at_once, columns)):
+                clear()
+                for step in range(steps):
+                    multiply(
+                        at_left + 64 * step, from_row, at_right + 2 * column * from_tile + step * from_step, from_tile
+                    )
+                    for _ in range(rows_a_step):
+                        if row < end:
+                            count = _note(
+                                at_sums, sums, row, waiting_row, waiting_column, more, at_cuts, first, count,
+                                found_columns, found_rows, found_sums,
+                            )  # fmt: skip
+                            row += 1
+                store(at_sums, 128)
+                waiting_row, waiting_column = block * _ROWS, column * _COLUMNS
+                row, end = 0, min(_ROWS, m - waiting_row)
+    for row in range(end):
+        count = _note(
+            at_sums, sums, row, waiting_row, waiting_column, more, at_cuts, first, count,
+            found_columns, found_rows, found_sums,
+        )  # fmt: skip
+    amx.release()
+    return count
+
+
+@_inlined
+def _note(
+    at_sums, sums, row, from_row, from_column, more, at_cuts, first, count, found_columns, found_rows, found_sums
+):
+    """A row of a block of sums: which reach."""
+    own = from_row + row
+    bits = avx512.reaching(at_sums + 128 * row, more[own], at_cuts + 4 * from_column)
+    while bits:
+        place = avx512.lowest_bit(bits)
+        found_columns[count], found_rows[count] = from_column + place, first + own
+        found_sums[count] = sums[row, place] + more[own]
+        count += 1
+        bits = np.uint32(bits & np.uint32(bits - np.uint32(1)))
+    return count
+
+
+@_inlined
+def _finish(finish, sums, bias, to):
+    if finish == _GELU:
+        avx512.add_gelu_rounded(sums, bias, to)
+    elif finish == _ROUNDED:
+        avx512.add_rounded(sums, bias, to)
+    else:
+        avx512.add(sums, bias, to)
+
+
+# A block of sums is the four tiles 0 to 3, side by side and below each other.
+
+
+@_inlined
+def clear():
+    """Set a block of sums to 0."""
+    amx.zero(0)
+    amx.zero(1)
+    amx.zero(2)
+    amx.zero(3)
+
+
+@_inlined
+def multiply(left, from_row, right, from_tile):
+    """Add a product of [32, 32] by [32, 32] to it.
+
+    Args:
+        left: the address of bfloat16, rows ``from_row`` bytes apart.
+        right: that of a packed tile, whose right neighbour is ``from_tile`` bytes on.
+    """
+    amx.load(4, left, from_row)
+    amx.load(5, left + 16 * from_row, from_row)
+    amx.load(6, right, 64)
+    amx.load(7, right + from_tile, 64)
+    amx.multiply(0, 4, 6)
+    amx.multiply(1, 4, 7)
+    amx.multiply(2, 5, 6)
+    amx.multiply(3, 5, 7)
+
+
+@_inlined
+def store(to, to_row):
+    """Write it to float32, rows ``to_row`` bytes apart."""
+    amx.store(0, to, to_row)
+    amx.store(1, to + 64, to_row)
+    amx.store(2, to + 16 * to_row, to_row)
+    amx.store(3, to + 16 * to_row + 64, to_row)
