@@ -55,3 +55,31 @@ def test_what_is_not_supported():
     assert not amx_matmul.supports((48, 96))
     assert not amx_matmul.supports((64, 40))
     assert not amx_matmul.supports((64, 96), "relu")
+
+
+@pytest.mark.parametrize("kept", [1, 1 << 20])
+@pytest.mark.parametrize(("m", "k", "n"), [(1, 32, 5), (32, 32, 32), (100, 64, 70), (75, 1600, 33)])
+def test_finds_what_reaches_its_cut(m, k, n, kept, monkeypatch):
+    monkeypatch.setattr(amx_matmul, "_KEPT_BYTES", kept)
+    left, right = random(1, m, k), random(2, n, k)
+    more = np.random.default_rng(3).standard_normal(m).astype(np.float32)
+    sums = as_float(left) @ as_float(right).T + more[:, None]
+    packed = amx_matmul.Packed.of_rows(right)
+    cuts = np.full(16 * len(packed.tiles), np.inf, np.float32)
+    cuts[:n] = np.random.default_rng(4).standard_normal(n) * k**0.5
+    cuts[0] = -np.inf  # everything reaches it
+    room = amx_matmul.Room.of(m, packed)
+    for first in (0, 1000):
+        found = packed.reaching(left, more, cuts, first, room)
+        expected = np.nonzero(cuts[:n, None] <= sums.T)
+        assert sorted(zip(found.columns, found.rows - first, strict=True)) == list(zip(*expected, strict=True))
+        np.testing.assert_allclose(found.sums, sums[found.rows - first, found.columns], atol=1e-3)
+
+
+def test_what_is_no_number_reaches_nothing():
+    left, right = random(1, 32, 32), random(2, 32, 32)
+    left[3] = 0x7FC0
+    packed = amx_matmul.Packed.of_rows(right)
+    room = amx_matmul.Room.of(32, packed)
+    found = packed.reaching(left, np.zeros(32, np.float32), np.full(32, -1e9, np.float32), 0, room)
+    assert set(found.rows.tolist()) == set(range(32)) - {3}

@@ -73,31 +73,44 @@ class Packed:
         sums = matmul.empty((_ROWS, _COLUMNS), np.float32)
         _multiply(amx.WHOLE_TILES, left, self.tiles, _KEPT_BYTES, bias, finish, sums, result.view(np.uint8))
 
-    def reaching(self, left: np.ndarray, more: np.ndarray, cuts: np.ndarray, found: "Found", first: int) -> int:
-        """Note the sums of left times this, plus ``more``, that reach their column's cut; returns how many do.
+    def reaching(self, left: np.ndarray, more: np.ndarray, cuts: np.ndarray, first: int, room: "Room") -> "Found":
+        """The sums of left times this, plus ``more``, that reach their column's cut.
 
         Args:
             left: bfloat16 (uint16) [m, k], C-contiguous.
             more: float32 [m].
             cuts: float32 [n], infinity where columns were filled up.
-            found: what is overwritten.
             first: what the first row is called.
+            room: where they are put, until the next call with it.
         """
         assert len(cuts) == 16 * len(self.tiles) and left.shape[1] == _DEPTH * self.tiles.shape[1]
-        sums, last = matmul.empty((_ROWS, _COLUMNS), np.float32), matmul.empty((_ROWS, left.shape[1]), np.uint16)
-        return _reaching(amx.WHOLE_TILES, left, self.tiles, _KEPT_BYTES, more, cuts, sums, last, first, *found)
+        assert len(room.found.sums) >= len(left) * len(cuts)
+        kept = _KEPT_BYTES
+        n = _reaching(amx.WHOLE_TILES, left, self.tiles, kept, more, cuts, first, room.block, room.last, room.found)
+        return Found(*(column[:n] for column in room.found))
 
 
 class Found(NamedTuple):
-    """Room for pairs of a column and a row, int64 [any] twice, and their sums, float32 [any]."""
+    """Pairs of a column and a row, int64 [n] twice, and their sums, float32 [n]."""
 
     columns: np.ndarray
     rows: np.ndarray
     sums: np.ndarray
 
+
+class Room(NamedTuple):
+    """What ``reaching`` writes to: what it finds; a block of sums; the last rows, where they make no whole block."""
+
+    found: Found
+    block: np.ndarray
+    last: np.ndarray
+
     @classmethod
-    def room(cls, n: int) -> "Found":
-        return cls(np.empty(n, np.int64), np.empty(n, np.int64), np.empty(n, np.float32))
+    def of(cls, m: int, packed: Packed) -> "Room":
+        """For up to ``m`` rows."""
+        n, k = 16 * len(packed.tiles), _DEPTH * packed.tiles.shape[1]
+        found = Found(np.empty(m * n, np.int64), np.empty(m * n, np.int64), np.empty(m * n, np.float32))
+        return cls(found, matmul.empty((_ROWS, _COLUMNS), np.float32), matmul.empty((_ROWS, k), np.uint16))
 
 
 @compiled()
@@ -131,9 +144,7 @@ def _multiply(whole_tiles, left, right, kept_bytes, bias, finish, sums, result):
 
 
 @compiled()
-def _reaching(
-    whole_tiles, left, right, kept_bytes, more, cuts, sums, last, first, found_columns, found_rows, found_sums
-):
+def _reaching(whole_tiles, left, right, kept_bytes, more, cuts, first, sums, last, found):
     m, steps, columns, count = len(left), right.shape[1], len(right) // 2, 0
     from_row, at_last, at_cuts = left.strides[0], last.ctypes.data, cuts.ctypes.data
     at_right, from_tile, from_step = right.ctypes.data, right.strides[0], right.strides[1]
@@ -143,46 +154,37 @@ def _reaching(
         last[row] = left[whole * _ROWS + row]
     amx.configure(whole_tiles.ctypes.data)
     at_once = max(1, kept_bytes // (2 * from_tile))
-    row, end, waiting_row, waiting_column = 0, 0, 0, 0
+    row, end, waiting = 0, 0, (0, 0)
     for first_column in range(0, columns, at_once):
         for block in range(-(-m // _ROWS)):
             at_left = left.ctypes.data + block * _ROWS * from_row if block < whole else at_last
             for column in range(first_column, min(first_column + at_once, columns)):
                 clear()
+                at_column = at_right + 2 * column * from_tile
                 for step in range(steps):
-                    multiply(
-                        at_left + 64 * step, from_row, at_right + 2 * column * from_tile + step * from_step, from_tile
-                    )
+                    multiply(at_left + 64 * step, from_row, at_column + step * from_step, from_tile)
                     for _ in range(rows_a_step):
                         if row < end:
-                            count = _note(
-                                at_sums, sums, row, waiting_row, waiting_column, more, at_cuts, first, count,
-                                found_columns, found_rows, found_sums,
-                            )  # fmt: skip
+                            count = _note(sums, at_sums, row, waiting, more, at_cuts, first, found, count)
                             row += 1
                 store(at_sums, 128)
-                waiting_row, waiting_column = block * _ROWS, column * _COLUMNS
-                row, end = 0, min(_ROWS, m - waiting_row)
+                waiting = block * _ROWS, column * _COLUMNS
+                row, end = 0, min(_ROWS, m - block * _ROWS)
     for row in range(end):
-        count = _note(
-            at_sums, sums, row, waiting_row, waiting_column, more, at_cuts, first, count,
-            found_columns, found_rows, found_sums,
-        )  # fmt: skip
+        count = _note(sums, at_sums, row, waiting, more, at_cuts, first, found, count)
     amx.release()
     return count
 
 
 @_inlined
-def _note(
-    at_sums, sums, row, from_row, from_column, more, at_cuts, first, count, found_columns, found_rows, found_sums
-):
-    """A row of a block of sums: which reach."""
-    own = from_row + row
-    bits = avx512.reaching(at_sums + 128 * row, more[own], at_cuts + 4 * from_column)
+def _note(sums, at_sums, row, block, more, at_cuts, first, found, count):
+    """Which sums reach, of a row of a block; and the number of all so far."""
+    own = block[0] + row
+    bits = avx512.reaching(at_sums + 128 * row, more[own], at_cuts + 4 * block[1])
     while bits:
         place = avx512.lowest_bit(bits)
-        found_columns[count], found_rows[count] = from_column + place, first + own
-        found_sums[count] = sums[row, place] + more[own]
+        found.columns[count], found.rows[count] = block[1] + place, first + own
+        found.sums[count] = sums[row, place] + more[own]
         count += 1
         bits = np.uint32(bits & np.uint32(bits - np.uint32(1)))
     return count

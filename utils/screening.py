@@ -289,11 +289,11 @@ class ScreenedIndex:
         packed = amx_matmul.Packed.of_rows(left)
         filled_up = np.full(-(-len(cuts) // _ALIGNED) * _ALIGNED, np.inf, np.float32)
         filled_up[: len(cuts)] = cuts
-        found, nothing = amx_matmul.Found.room(len(left) * _ROW_BLOCK), np.zeros(_ROW_BLOCK, np.float32)
+        room, nothing = amx_matmul.Room.of(_ROW_BLOCK, packed), np.zeros(_ROW_BLOCK, np.float32)
         for start in range(0, len(right), _ROW_BLOCK):
-            n = packed.reaching(right[start : start + _ROW_BLOCK], nothing, filled_up, found, start)
-            if n:
-                yield np.stack((found.columns[:n], found.rows[:n]))
+            found = packed.reaching(right[start : start + _ROW_BLOCK], nothing, filled_up, start, room)
+            if len(found.rows):
+                yield np.stack((found.columns, found.rows))
 
     def _take(
         self,

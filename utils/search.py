@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 # Queries that are taken through the corpus together, fewer if they want many neighbours each; a block of the
 # corpus is made ready once for all of them.
-_QUERY_BLOCK, _NEIGHBORS = 2048, 1 << 18
+_QUERY_BLOCK, _NEIGHBORS = 4096, 1 << 19
 # One screening product is at most this many queries by this many corpus rows, which stay in the cache while
 # they are compared: 4 MB for bfloat16, 8 MB for float32.
 _BFLOAT16_BLOCK, _FLOAT32_BLOCK = (512, 2048), (512, 4096)
@@ -32,13 +32,13 @@ _AMX_ROWS, _TILE = 256, 32
 # Rows that are looked at together; and as many, in runs of so many, give about the mean of all.
 _SAMPLE_ROWS, _SAMPLE_RUN = 4096, 256
 # Room for the candidates of a query, as a multiple of k; and at least.
-_CANDIDATES, _FEWEST_CANDIDATES = 4, 64
+_CANDIDATES, _FEWEST_CANDIDATES = 3, 64
 # Roundings that a screened score goes through besides those of its sum.
 _ROUNDINGS = 4
 # Below twice the smallest normal float32, what a processor may take a product of bfloat16 for is 0.
 _TINY = 2.0**-125
 # Queries that rank 0 sends round at a time, fewer if they want many neighbours each.
-_EXCHANGE_QUERIES, _EXCHANGE_NEIGHBORS = 4096, 1 << 20
+_EXCHANGE_QUERIES, _EXCHANGE_NEIGHBORS = 8192, 1 << 20
 # Rows that faiss is asked for on a GPU beyond k.
 _EXTRA = 32
 
@@ -260,16 +260,16 @@ class _AmxScreen(_Bfloat16Screen):
 
         super().__init__(queries, corpus)
         self._packed = amx_matmul.Packed.of_rows(self._queries)
-        self._found = amx_matmul.Found.room(len(queries) * _AMX_ROWS)
+        self._room = amx_matmul.Room.of(_AMX_ROWS, self._packed)
 
     def go_through(self, rows: np.ndarray, first_row: int, found: "_Candidates") -> None:
         self.take(rows)
         for start in range(0, len(rows), _AMX_ROWS):
             part = slice(start, start + _AMX_ROWS)
-            n = self._packed.reaching(
-                self._rows[part], self._shift[part], found.cuts, self._found, first_row + start
-            )  # fmt: skip
-            found.collect_pairs(*(column[:n] for column in self._found))
+            pairs = self._packed.reaching(
+                self._rows[part], self._shift[part], found.cuts, first_row + start, self._room
+            )
+            found.collect_pairs(*pairs)
 
 
 def _screen(queries: np.ndarray, corpus: _Shape) -> _Screen:

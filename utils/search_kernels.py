@@ -42,7 +42,7 @@ class State(NamedTuple):
 
 @compiled()
 def canonical(left, right, terms):
-    """The inner product of left float64 [d], holding float32 values, and right float32 [d].
+    """The inner product of two float32 [d], in float64.
 
     The product of two float32 is exact in float64. The products are added up by halves, the second half to
     the first until one is left: an order that a processor can follow several at a time. ``terms``, float64
@@ -51,12 +51,21 @@ def canonical(left, right, terms):
     n = len(left)
     if n == 0:
         return 0.0
-    for j in range(n):
-        terms[j] = left[j] * np.float64(right[j])
+    half = n // 2
+    # Parts are cut out first: an index that might be negative, for all that the compiler knows, keeps it from taking
+    # several values at once.
+    left_part, right_part, last_left, last_right = left[:half], right[:half], left[n - half :], right[n - half :]
+    for j in range(half):
+        first = np.float64(left_part[j]) * np.float64(right_part[j])
+        terms[j] = first + np.float64(last_left[j]) * np.float64(last_right[j])
+    if 2 * half < n:
+        terms[half] = np.float64(left[half]) * np.float64(right[half])
+    n -= half
     while n > 1:
         half = n // 2
+        last = terms[n - half : n]
         for j in range(half):
-            terms[j] += terms[n - half + j]
+            terms[j] += last[j]
         n -= half
     return terms[0]
 
@@ -64,11 +73,9 @@ def canonical(left, right, terms):
 @compiled()
 def score_pairs(left, left_rows, right, right_rows):
     """The canonical scores, float64 [n], of pairs of rows (int64 [n]) of two float32 [any, d] arrays."""
-    scores = np.empty(len(right_rows))
-    row, terms = np.empty(right.shape[1]), np.empty(right.shape[1])
+    scores, terms = np.empty(len(right_rows)), np.empty(right.shape[1])
     for i in range(len(scores)):
-        row[:] = left[left_rows[i]]
-        scores[i] = canonical(row, right[right_rows[i]], terms)
+        scores[i] = canonical(left[left_rows[i]], right[right_rows[i]], terms)
     return scores
 
 
@@ -209,7 +216,7 @@ def _clear(query, problem, state):
     state.count[query] = left
     if left > max(problem.k, 3 * (len(scores) - CHUNK) // 4):
         # So many near-ties that the bound cannot part them: settle them now, canonically.
-        vector, terms, found = problem.queries[query].astype(np.float64), np.empty(problem.queries.shape[1]), 0
+        vector, terms, found = problem.queries[query], np.empty(problem.queries.shape[1]), 0
         best_scores, best_rows = np.empty(problem.k), np.empty(problem.k, np.int64)
         for place in range(left):
             score = canonical(vector, problem.corpus[rows[place]], terms)
