@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from utils import matmul, runtime, search_kernels
-from utils.scores import Neighbors, largest_norm, pair_scores, rounding_bound
+from utils.scores import Neighbors, largest_norm, plain, rounding_bound
 from utils.threads import in_threads
 
 logger = logging.getLogger(__name__)
@@ -32,6 +32,8 @@ _PASS_COST, _PAIR_COST, _BFLOAT16_COST, _BFLOAT16_LOSS = 20, 30_000, 0.25, 0.004
 _WORTHWHILE = 0.8
 # One product of sketches is at most this many queries by this many rows: 2 MB, about a core's own cache.
 _QUERY_BLOCK, _ROW_BLOCK = 512, 1024
+# Where products are our own and not written, by this many.
+_AMX_ROW_BLOCK = 4096
 # In bfloat16, widths are filled up to a multiple of what the processor takes at once: others take twice the time.
 _ALIGNED = 32
 # Pairs that are scored at a time.
@@ -151,12 +153,12 @@ class ScreenedIndex:
         source: float32 [n, d] that holds every row which will be added; its row numbers are then ``add``'s.
     """
 
-    block_rows = 8192
+    block_rows = 16384
 
     def __init__(self, sketcher: Sketcher, dim: int, capacity: int, source: np.ndarray | None):
         from utils import amx_matmul
 
-        self._sketcher, self._source = sketcher, source
+        self._sketcher, self._source = sketcher, None if source is None else plain(source)
         # In bfloat16 where that multiplies faster: half the memory, too.
         self._type = np.uint16 if matmul.bfloat16_is_fast() else np.float32
         aligned = _ALIGNED if self._type is np.uint16 else 1
@@ -194,13 +196,13 @@ class ScreenedIndex:
         best = Neighbors.none(n, 1)
         if self._n == 0 or n == 0:
             return best
-        slack, cuts = self._cuts(queries, self._norm, self._residual, floor)
+        cuts = self._cuts(queries, self._norm, self._residual, floor)
         size = min(_QUERY_BLOCK, -(-n // runtime.cpu_threads()))
 
         def work(start: int) -> None:
             part = slice(start, start + size)
             result = best.scores[part, 0], best.rows[part, 0]
-            self._search_block(queries.vectors[part], queries.sketches[part], cuts[part], floor, slack, *result)
+            self._search_block(plain(queries.vectors[part]), queries.sketches[part], cuts[part], floor, *result)
 
         in_threads(work, range(0, n, size))
         return best
@@ -215,12 +217,12 @@ class ScreenedIndex:
             Places in ``part``, and the numbers of the other rows, int64 [pairs] twice.
         """
         some = rows.only(part)
-        _, cuts = self._cuts(some, rows.norm, float(rows.residuals.max(initial=0.0)), floor)
+        cuts = self._cuts(some, rows.norm, float(rows.residuals.max(initial=0.0)), floor)
         for pairs in self._reaching(some.sketches, rows.sketches[: part[-1]], cuts):
             yield pairs[0], pairs[1]
 
-    def _cuts(self, queries: Sketched, norm: float, residual: float, floor: float) -> tuple[float, np.ndarray]:
-        """The slack of a score, and each query's lowest bound, float32 [n], of a row that may reach ``floor``.
+    def _cuts(self, queries: Sketched, norm: float, residual: float, floor: float) -> np.ndarray:
+        """Each query's lowest bound, float32 [n], of a row that may reach ``floor``.
 
         Args:
             norm, residual: the largest of the rows.
@@ -228,7 +230,7 @@ class ScreenedIndex:
         slack = self._sketcher.slack(norm * queries.norm)
         # What rounding may have taken from a product of sketches, which are as long as their vectors.
         lost = 1.01 * (queries.residuals * norm + (queries.norm + queries.residuals) * residual)
-        return slack, (floor - 2 * slack - lost).astype(np.float32)
+        return (floor - 2 * slack - lost).astype(np.float32)
 
     def _multiply(self, left: np.ndarray, right: np.ndarray, bounds: np.ndarray) -> None:
         """``bounds`` become the products of two blocks of sketches."""
@@ -252,7 +254,6 @@ class ScreenedIndex:
         sketches: np.ndarray,
         cuts: np.ndarray,
         floor: float,
-        slack: float,
         score: np.ndarray,
         row: np.ndarray,
     ) -> None:
@@ -263,10 +264,10 @@ class ScreenedIndex:
             waiting.append(pairs)
             n_waiting += pairs.shape[1]
             if n_waiting > _PAIRS:
-                self._take(queries, waiting, floor, slack, score, row)
+                self._take(queries, waiting, floor, score, row)
                 waiting, n_waiting = [], 0
         if waiting:
-            self._take(queries, waiting, floor, slack, score, row)
+            self._take(queries, waiting, floor, score, row)
 
     def _reaching(self, left: np.ndarray, right: np.ndarray, cuts: np.ndarray) -> Iterator[np.ndarray]:
         """The pairs of sketches whose product reaches the left one's cut, block by block, int64 [2, pairs > 0]."""
@@ -289,31 +290,26 @@ class ScreenedIndex:
         packed = amx_matmul.Packed.of_rows(left)
         filled_up = np.full(-(-len(cuts) // _ALIGNED) * _ALIGNED, np.inf, np.float32)
         filled_up[: len(cuts)] = cuts
-        room, nothing = amx_matmul.Room.of(_ROW_BLOCK, packed), np.zeros(_ROW_BLOCK, np.float32)
-        for start in range(0, len(right), _ROW_BLOCK):
-            found = packed.reaching(right[start : start + _ROW_BLOCK], nothing, filled_up, start, room)
+        room, nothing = amx_matmul.Room.of(_AMX_ROW_BLOCK, packed), np.zeros(_AMX_ROW_BLOCK, np.float32)
+        for start in range(0, len(right), _AMX_ROW_BLOCK):
+            found = packed.reaching(right[start : start + _AMX_ROW_BLOCK], nothing, filled_up, start, room)
             if len(found.rows):
                 yield np.stack((found.columns, found.rows))
 
     def _take(
-        self,
-        queries: np.ndarray,
-        pairs: list[np.ndarray],
-        floor: float,
-        slack: float,
-        score: np.ndarray,
-        row: np.ndarray,
+        self, queries: np.ndarray, pairs: list[np.ndarray], floor: float, score: np.ndarray, row: np.ndarray
     ) -> None:
         """Score pairs and keep each query's best; of equals, the one with the lower row."""
         query, place = np.concatenate(pairs, axis=1)
-        for first in range(0, len(query), _PAIRS):
-            part = slice(first, first + _PAIRS)
-            left, numbers = queries[query[part]], self._numbers[place[part]]
-            right = self._vectors[place[part]] if self._source is None else self._source[numbers]
-            near = np.flatnonzero(np.einsum("ij,ij->i", left, right) >= floor - slack)
-            exact = pair_scores(left[near], right[near])
-            order = np.lexsort((numbers[near], -exact, query[part][near]))
-            exact, owner, numbers = exact[order], query[part][near][order], numbers[near][order]
-            leads = np.diff(owner, prepend=-1) > 0
-            leads &= (exact >= floor) & (exact > score[owner])
-            score[owner[leads]], row[owner[leads]] = exact[leads], numbers[leads]
+        numbers = self._numbers[place]
+        if self._source is None:
+            exact = search_kernels.score_pairs(queries, query, self._vectors, place)
+        else:
+            exact = search_kernels.score_pairs(queries, query, self._source, numbers)
+        reach = np.flatnonzero(exact >= floor)
+        query, numbers, exact = query[reach], numbers[reach], exact[reach]
+        order = np.lexsort((numbers, -exact, query))
+        query, numbers, exact = query[order], numbers[order], exact[order]
+        leads = np.diff(query, prepend=-1) > 0
+        leads &= exact > score[query]
+        score[query[leads]], row[query[leads]] = exact[leads], numbers[leads]
