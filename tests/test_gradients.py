@@ -5,7 +5,7 @@ import pytest
 from conftest import make_rows, run_script, write_jsonl
 from gradient_worker import BATCH, CASES, GROUP, Case, gradients
 
-from utils import checkpoint, losses, tokenizing, training_data, training_rows
+from utils import checkpoint, losses, matmul, tokenizing, training_data, training_rows
 from utils.batch_plan import Plan
 from utils.distributed import Ranks
 
@@ -212,6 +212,33 @@ def test_the_cpu_attention_is_the_textbooks(share, size, monkeypatch):
     both_ways(
         inputs, lambda *t: cpu_layers.attention(t[:3], t[3:], lengths, heads, drop), textbook, 1e-5 * size**2
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("n", [1, 130, 700, 2300])
+def test_a_bfloat16_layer_multiplies_what_it_rounds(n):
+    import paddle
+
+    from utils import cpu_layers
+
+    if not matmul.bfloat16_is_fast():
+        pytest.skip("this processor has no bfloat16 products")
+    rng = np.random.default_rng(n)
+    x, weight, gradient = (rng.standard_normal(shape).astype(np.float32) for shape in ((n, 48), (48, 40), (n, 40)))
+
+    def rounded(values):
+        return (matmul.to_bfloat16(values).astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+
+    tensors = [paddle.to_tensor(values, stop_gradient=False) for values in (x, weight)]
+    result = cpu_layers.linear(*tensors)
+    result.backward(paddle.to_tensor(gradient))
+    x, weight, gradient = map(rounded, (x, weight, gradient))
+    for found, left, right in (
+        (result, x, weight), (tensors[0].grad, gradient, weight.T), (tensors[1].grad, x.T, gradient),
+    ):  # fmt: skip
+        bound = np.abs(left) @ np.abs(right) * (left.shape[1] + 2) * 2.0**-24
+        assert (np.abs(found.numpy() - left @ right) <= bound).all()
+    tensors[1].stop_gradient = True
+    cpu_layers.linear(*tensors).sum().backward()
 
 
 def test_cpu_dropout_draws_evenly():

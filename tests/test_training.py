@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, make_rows, read_jsonl, run_script, write_jsonl
 
-from utils import arguments, checkpoint, training
+from utils import arguments, checkpoint, matmul, training
 from utils.arguments import ArgumentError, ModelArguments, build, parse
 from utils.embedding import build_encoders
 from utils.gradients import GradientStep
@@ -102,6 +102,24 @@ def test_xlm_roberta_too(run, tiny_model, tmp_path):
     lean = encoder.embed(ids, lengths).numpy()
     encoder._lean = None
     np.testing.assert_allclose(lean, encoder.embed(ids, lengths).numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("has_it", [True, False])
+def test_bf16_on_a_cpu_multiplies_in_it_where_that_is_fast(run, tmp_path, monkeypatch, caplog, has_it):
+    if has_it and not matmul.bfloat16_is_fast():
+        pytest.skip("this processor has no bfloat16 products")
+    monkeypatch.setattr(matmul, "bfloat16_is_fast", lambda: has_it)
+    with caplog.at_level("INFO"):
+        run("plain", num_train_epochs=1, save_strategy="no")
+        run("low", num_train_epochs=1, save_strategy="no", bf16=True)
+    assert ("bf16 is of no use here" in caplog.text) != has_it
+    plain, low = (weights(tmp_path / name) for name in ("plain", "low"))
+    assert (max(np.abs(plain[name] - low[name]).max() for name in plain) > 0) == has_it
+    losses = [
+        [entry["loss"] for entry in read_jsonl(tmp_path / name / "training.jsonl") if "loss" in entry]
+        for name in ("plain", "low")
+    ]
+    np.testing.assert_allclose(*losses, rtol=0.02)
 
 
 class Killed(BaseException):

@@ -5,8 +5,9 @@ text ends; attention works text by text and head by head, so that a head's score
 cache, and it keeps none of them for the backward pass: it computes them again (FlashAttention, Dao et
 al., 2022).
 
-Matrix products are Paddle's, which run at the machine's peak. All that lies between two products is one
-pass over memory on all cores (``cpu_kernels``); Paddle's own operators take several, on one core.
+Matrix products are Paddle's, which run at the machine's peak; in bfloat16, ``linear`` makes them. All that lies
+between two products is one pass over memory on all cores (``cpu_kernels``); Paddle's own operators take several, on
+one core.
 """
 
 import functools
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from utils import matmul, runtime
 from utils.threads import in_threads
 
 if TYPE_CHECKING:
@@ -23,6 +25,9 @@ if TYPE_CHECKING:
 
 # Rows that one thread works on at a time. Sums over rows are made block by block, so this is part of their last bits.
 _ROWS = 256
+# Rows that are multiplied in bfloat16 at a time; what the last ones are filled up to a multiple of, since preparing a
+# product takes longer than running it; and the fewest whose part of a weight's gradient is worth a sum of its own.
+_BFLOAT16_ROWS, _FILLED_ROWS, _SUMMED_ROWS = 512, 128, 1024
 # Scores that one piece of work may have: the heads of long texts are shared between threads.
 _SCORES = 1 << 19
 
@@ -38,6 +43,11 @@ class Drop:
         """Key, rarest and raised as ``cpu_kernels`` takes them; the key is of the seed and a place."""
         key = np.random.SeedSequence([*self.seed, *place]).generate_state(1)[0] if self.share else 0
         return np.uint32(key), np.uint32(min(round(self.share * 2**32), 2**32 - 1)), np.float32(1 / (1 - self.share))
+
+
+def linear(x: "Tensor", weight: "Tensor") -> "Tensor":
+    """x [n, in] times weight [in, out], both rounded to bfloat16, as are the gradients that come back."""
+    return _layers().Linear.apply(x, weight)
 
 
 def dropout(x: "Tensor", drop: Drop) -> "Tensor":
@@ -95,6 +105,43 @@ def _in_blocks(n: int, work: Callable[..., None], sums: np.ndarray | None = None
     for own in in_threads(block, range(0, n, _ROWS)):
         if sums is not None:
             sums += own
+
+
+def _rounded(values: np.ndarray) -> np.ndarray:
+    """Float32 rows [n, h] in bfloat16, filled up with zeros to a multiple of ``_FILLED_ROWS``."""
+    n = len(values)
+    result = matmul.empty((-(-n // _FILLED_ROWS) * _FILLED_ROWS, values.shape[1]), np.uint16)
+    _in_blocks(n, lambda rows: matmul.to_bfloat16(values[rows], result[rows]))
+    result[n:] = 0
+    return result
+
+
+def _product(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Float32 [n, b] of bfloat16 [n, a] and [a, b]."""
+    result = matmul.empty((len(left), right.shape[1]), np.float32)
+
+    def work(start: int) -> None:
+        rows = slice(start, start + _BFLOAT16_ROWS)
+        matmul.matmul(left[rows], right, result[rows])
+
+    in_threads(work, range(0, len(left), _BFLOAT16_ROWS))
+    return result
+
+
+def _product_over_rows(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Float32 [a, b] of bfloat16 [n, a], transposed, and [n, b]."""
+    n_parts = max(1, min(runtime.cpu_threads(), len(left) // _SUMMED_ROWS))
+    size = -(-len(left) // (n_parts * _FILLED_ROWS)) * _FILLED_ROWS
+
+    def work(start: int) -> np.ndarray:
+        rows, result = slice(start, start + size), matmul.empty((left.shape[1], right.shape[1]), np.float32)
+        matmul.matmul(left[rows].T, right[rows], result)
+        return result
+
+    total, *others = in_threads(work, range(0, len(left), size))
+    for other in others:
+        total += other
+    return total
 
 
 @dataclass
@@ -185,6 +232,20 @@ def _layers():
         return _tensor(result)
 
     class Layers:
+        class Linear(PyLayer):
+            @staticmethod
+            def forward(ctx, x, weight):
+                ctx.needed, ctx.n = _needed(x, weight), len(x)
+                ctx.left, ctx.right = _rounded(_array(x)), matmul.to_bfloat16(_array(weight))
+                return _tensor(_product(ctx.left, ctx.right)[: ctx.n])
+
+            @staticmethod
+            def backward(ctx, gradient):
+                own, (wants_x, wants_weight) = _rounded(_array(gradient)), ctx.needed
+                d_x = _product(own, ctx.right.T)[: ctx.n] if wants_x else None
+                d_weight = _product_over_rows(ctx.left, own) if wants_weight else None
+                return _gradients((d_x, d_weight), ctx.needed)
+
         class Dropout(PyLayer):
             @staticmethod
             def forward(ctx, x, drop):

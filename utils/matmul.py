@@ -94,13 +94,16 @@ def empty(shape: int | tuple[int, ...], dtype: np.dtype | type) -> np.ndarray:
     return room[start : start + size].view(dtype).reshape(shape)
 
 
-def to_bfloat16(values: np.ndarray) -> np.ndarray:
+def to_bfloat16(values: np.ndarray, rounded: np.ndarray | None = None) -> np.ndarray:
     """Float32 of any shape rounded to the nearest bfloat16, ties to even; uint16, as from ``empty``.
 
     What is too small for a normal number becomes 0, as it does inside the product.
+
+    Args:
+        rounded: where to, C-contiguous; a new array by default.
     """
     values = np.ascontiguousarray(values)
-    rounded = empty(values.shape, np.uint16)
+    rounded = empty(values.shape, np.uint16) if rounded is None else rounded
     _round(values.reshape(-1).view(np.uint32), rounded.reshape(-1))
     return rounded
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from utils import cpu_layers, engines, onednn, runtime, weights
+from utils import cpu_layers, engines, matmul, onednn, runtime, weights
 from utils.checkpoint import Checkpoint
 from utils.cpu_layers import Drop
 from utils.encoder import pooling_weights
@@ -48,6 +48,11 @@ _ADAPTED = (
 )  # fmt: skip
 
 
+def can_multiply_in_bfloat16(checkpoint: Checkpoint) -> bool:
+    """True if ``TrainableEncoder(bfloat16=True)`` is for this checkpoint, and faster on this processor."""
+    return engines.device() == "cpu" and onednn.supports(checkpoint) and matmul.bfloat16_is_fast()
+
+
 class TrainableEncoder:
     """PaddleNLP's model of a checkpoint, in float32, and how to embed with it.
 
@@ -56,6 +61,7 @@ class TrainableEncoder:
         recompute: recompute activations in the backward pass.
         lora: rank and alpha of low-rank adapters, which then are all that is trained.
         dropout: instead of the checkpoint's own shares.
+        bfloat16: multiply in bfloat16 on the CPU; see ``can_multiply_in_bfloat16``.
     """
 
     def __init__(
@@ -66,8 +72,10 @@ class TrainableEncoder:
         flash_attention: bool = False,
         lora: tuple[int, int] | None = None,
         dropout: float | None = None,
+        bfloat16: bool = False,
     ):
         self.checkpoint, self.pooling, self.recompute = checkpoint, pooling, recompute
+        self._bfloat16 = bfloat16
         paddle = runtime.import_paddle()
         paddle.set_device(engines.device())
         if engines.device() == "cpu":
@@ -128,7 +136,9 @@ class TrainableEncoder:
         if self._lean is not None and engines.device() == "cpu":
             packed = np.zeros((len(ids), int(mask.sum())), np.float32)
             packed[np.nonzero(mask)[0], np.arange(packed.shape[1])] = shares[mask]
-            return paddle.matmul(paddle.to_tensor(packed), self._lean(_Packed(ids, mask), self.recompute))
+            return paddle.matmul(
+                paddle.to_tensor(packed), self._lean(_Packed(ids, mask, self._bfloat16), self.recompute)
+            )
         if self._lean is not None:
             hidden = self._lean(_Padded(ids, mask), self.recompute)
         else:
@@ -273,8 +283,8 @@ class _Padded:
 class _Packed:
     """A batch as a CPU likes it: texts one after another, ids [tokens]. The same operations by ``cpu_layers``."""
 
-    def __init__(self, ids: np.ndarray, mask: np.ndarray):
-        self.ids, self.positions = ids[mask], np.nonzero(mask)[1]
+    def __init__(self, ids: np.ndarray, mask: np.ndarray, bfloat16: bool):
+        self.ids, self.positions, self._bfloat16 = ids[mask], np.nonzero(mask)[1], bfloat16
         self._lengths = mask.sum(axis=1).tolist()
 
     def product(self, layer: "nn.Layer", x: "Tensor") -> "Product":
@@ -282,7 +292,8 @@ class _Packed:
         import paddle
 
         if type(layer) is paddle.nn.Linear:
-            return paddle.matmul(x, layer.weight), layer.bias
+            multiply = cpu_layers.linear if self._bfloat16 else paddle.matmul
+            return multiply(x, layer.weight), layer.bias
         return layer(x), None
 
     def attention(self, products: list["Product"], heads: int, drop: Drop) -> "Tensor":

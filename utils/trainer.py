@@ -22,7 +22,7 @@ from utils.gradients import GradientStep, reduce
 from utils.losses import Targets
 from utils.outputs import described, write_whole
 from utils.paddlenlp_models import import_paddlenlp
-from utils.trainable import TrainableEncoder
+from utils.trainable import TrainableEncoder, can_multiply_in_bfloat16
 from utils.training_data import Loader
 
 if TYPE_CHECKING:
@@ -50,7 +50,10 @@ def make(job: "Job"):
     paddle.seed(given.seed)
     lora = (given.lora_rank, given.lora_alpha) if given.lora else None
     flash_attention = bool(given.use_flash_attention) and engines.device() == "gpu"
-    job.encoder = TrainableEncoder(job.base, job.pooling, given.recompute, flash_attention, lora, given.dropout)
+    bfloat16 = bool(getattr(given, "bf16", None)) and can_multiply_in_bfloat16(job.base)
+    job.encoder = TrainableEncoder(
+        job.base, job.pooling, given.recompute, flash_attention, lora, given.dropout, bfloat16
+    )  # fmt: skip
     if given.word_embeddings == "freeze" or given.freeze_layers:
         job.encoder.freeze(given.freeze_layers)
 

@@ -16,7 +16,7 @@ from utils.distributed import Ranks
 from utils.encoder import Encoder, EncoderSettings
 from utils.outputs import LOCK_PATIENCE_S, described, take_lock, write_whole
 from utils.paddlenlp_models import import_paddlenlp
-from utils.trainable import TrainableEncoder, TrainableEngine, merged_state
+from utils.trainable import TrainableEncoder, TrainableEngine, can_multiply_in_bfloat16, merged_state
 from utils.training_data import Collator, Preflight
 from utils.training_rows import TrainingRows
 
@@ -278,8 +278,9 @@ class Job:
         on_gpu = engines.device() == "gpu"
         for name in ("bf16", "fp16"):
             if options.get(name) and not on_gpu:
-                logger.info("%s needs a GPU; training in float32", name)
-                options[name] = False
+                options[name] = False  # the Trainer's way is a GPU's
+                if name == "fp16" or not can_multiply_in_bfloat16(self.base):
+                    logger.info("%s is of no use here; training in float32", name)
         if options.pop("sharding", None) and self.ranks.size > 1:
             logger.info("sharding saves memory only and is not used: every rank keeps the whole optimizer")
         options |= {
