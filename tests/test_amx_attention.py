@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from utils import amx, amx_attention, matmul
+from utils import amx, amx_attention, amx_attention_gradients, matmul
 
 pytestmark = pytest.mark.skipif(not amx.is_usable(), reason="the processor has no AMX")
 
@@ -51,3 +51,47 @@ def test_a_text_that_is_not_a_number_stays_so():
     amx_attention.attention(qkv, np.array([8, 8]), 1, context)
     assert np.isnan(as_float(context[0])).all()
     assert np.isfinite(as_float(context[1])).all()
+
+
+def expected_gradients(qkv: np.ndarray, outer: np.ndarray, heads: int) -> list[np.ndarray]:
+    """Of one text: queries before they were scaled, keys and values, float64 [t, heads * width] each."""
+    t, width = outer.shape
+    query, key, value = as_float(qkv).reshape(t, 3, heads, -1).transpose(1, 2, 0, 3)
+    outer = as_float(outer).reshape(t, heads, -1).transpose(1, 0, 2)
+    scores = query @ key.swapaxes(1, 2)
+    weights = 2 ** (scores - scores.max(axis=-1, keepdims=True))
+    weights /= weights.sum(axis=-1, keepdims=True)
+    d_weights = outer @ value.swapaxes(1, 2)
+    d_scores = weights * (d_weights - (weights * d_weights).sum(axis=-1, keepdims=True))
+    by_head = (
+        d_scores @ key * (width // heads) ** -0.5,
+        d_scores.swapaxes(1, 2) @ query * np.log(2),
+        weights.swapaxes(1, 2) @ outer,
+    )
+    return [part.swapaxes(0, 1).reshape(t, width) for part in by_head]
+
+
+@pytest.mark.parametrize("width", [32, 64])
+@pytest.mark.parametrize("t", [1, 5, 32, 33, 100, 260])
+def test_gradients_equal_those_spelt_out(width, t):
+    heads, rng = 2, np.random.default_rng(t + width)
+    values = rng.standard_normal((t, 3 * heads * width)).astype(np.float32)
+    values[:, : heads * width] *= (width**-0.5) / np.log(2)
+    qkv = matmul.to_bfloat16(values)
+    outer = matmul.to_bfloat16(rng.standard_normal((t, heads * width)).astype(np.float32))
+    results = [np.full(outer.shape, np.nan, np.float32) for _ in range(3)]
+    amx_attention_gradients.attention_backward(qkv, outer, heads, results)
+    for found, gradient in zip(results, expected_gradients(qkv, outer, heads), strict=True):
+        # Two roundings to bfloat16, of 2**-9 of a value each at most, and what the powers add.
+        scale = np.sqrt((gradient**2).mean()) if t > 1 else 1.0
+        assert np.sqrt(((found - gradient) ** 2).mean()) <= 0.004 * scale
+        assert np.abs(found - gradient).max() <= 0.05 * scale
+
+
+def test_gradients_of_what_is_no_number_are_none():
+    qkv = matmul.to_bfloat16(np.random.default_rng(0).standard_normal((8, 96)).astype(np.float32))
+    outer = matmul.to_bfloat16(np.random.default_rng(1).standard_normal((8, 32)).astype(np.float32))
+    outer[3, 2] = NAN
+    results = [np.zeros((8, 32), np.float32) for _ in range(3)]
+    amx_attention_gradients.attention_backward(qkv, outer, 1, results)
+    assert all(np.isnan(result).any() for result in results)

@@ -52,6 +52,7 @@ FORBIDDEN = {
     "amx": HEAVY - {"numpy"} | {"records", "distributed", "trainable", "training", "onednn"},
     "avx512": HEAVY - {"numpy"} | {"records", "distributed", "trainable", "training", "onednn"},
     "amx_matmul": HEAVY - {"numpy"} | {"records", "distributed", "trainable", "training", "onednn"},
+    "amx_attention_gradients": HEAVY - {"numpy"} | {"records", "distributed", "trainable", "training", "onednn"},
     "amx_attention": HEAVY - {"numpy"} | {"records", "distributed", "trainable", "training", "onednn"},
     "cpu_kernels": HEAVY - {"numpy"} | {"records", "distributed", "trainable", "training"},
     "cpu_layers": {"faiss", "paddlenlp", "records", "distributed", "trainable", "training"},
@@ -65,9 +66,16 @@ FORBIDDEN = {
 # These cost seconds, so no module may import them before it needs them.
 LAZY = {
     "paddle", "paddlenlp", "faiss", "tqdm", "safetensors", "tokenizers", "sentencepiece", "bm25s", "jieba",
-    "amx", "avx512", "amx_matmul", "amx_attention", "cpu_kernels",  # for numba
+    "amx", "avx512", "amx_matmul", "amx_attention", "amx_attention_gradients", "cpu_kernels",  # for numba
 }  # fmt: skip
-COMPILED = {"amx", "avx512", "amx_matmul", "amx_attention", "cpu_kernels"}  # and so these may import each other
+COMPILED = {
+    "amx",
+    "avx512",
+    "amx_matmul",
+    "amx_attention",
+    "amx_attention_gradients",
+    "cpu_kernels",
+}  # and so these may import each other
 
 
 def imported(tree: ast.AST) -> set[str]:

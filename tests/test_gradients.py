@@ -214,6 +214,32 @@ def test_the_cpu_attention_is_the_textbooks(share, size, monkeypatch):
     )  # fmt: skip
 
 
+def test_the_rounded_attention_is_nearly_the_other():
+    import paddle
+
+    from utils import cpu_layers
+
+    if not cpu_layers._can_round(32, cpu_layers.Drop()):
+        pytest.skip("this processor has no AMX")
+    paddle.seed(2)
+    lengths, heads = [7, 40, 1, 70], 3
+    inputs = [paddle.randn([sum(lengths), heads * 32]) for _ in range(3)] + [paddle.randn([heads * 32])] * 3
+    outer, found = paddle.randn(inputs[0].shape), []
+    for bfloat16 in (False, True):
+        tensors = [tensor.clone().detach() for tensor in inputs]
+        for tensor in tensors:
+            tensor.stop_gradient = False
+        result = cpu_layers.attention(tensors[:3], tensors[3:], lengths, heads, bfloat16=bfloat16)
+        (result * outer).sum().backward()
+        found.append([result.numpy(), *(tensor.grad.numpy() for tensor in tensors)])
+    key_bias = 5  # added to every score of a row alike, it changes nothing: its gradient is 0 but for rounding
+    for number, (exact, rounded) in enumerate(zip(*found, strict=True)):
+        assert 0 < np.linalg.norm(rounded - exact) <= (1.0 if number == key_bias else 0.01 * np.linalg.norm(exact))
+    dropped = cpu_layers.attention(inputs[:3], inputs[3:], lengths, heads, cpu_layers.Drop(0.5, [1]), bfloat16=True)
+    same = cpu_layers.attention(inputs[:3], inputs[3:], lengths, heads, cpu_layers.Drop(0.5, [1]))
+    np.testing.assert_array_equal(dropped.numpy(), same.numpy())
+
+
 @pytest.mark.parametrize("n", [1, 130, 700, 2300])
 def test_a_bfloat16_layer_multiplies_what_it_rounds(n):
     import paddle

@@ -17,9 +17,9 @@ from utils.cpu_kernels import MATHS
 
 _F, _U = np.float32, np.uint32
 # Queries that go through together, and the keys that a tile holds in each of the two products.
-_QUERIES, _SCORED, _SUMMED = 32, 16, 32
+QUERIES, _SCORED, _SUMMED = 32, 16, 32
 # Keys are filled up to a multiple of both; and the score of such a key.
-_ALIGNED, _LOWEST = 32, np.float32(-3e38)
+ALIGNED, _LOWEST = 32, np.float32(-3e38)
 _PAIRS = 16  # of bfloat16 in a tile's row
 _inlined = numba.njit(fastmath=MATHS, inline="always", error_model="numpy")
 _compiled = compiled(MATHS)
@@ -41,16 +41,16 @@ def attention(qkv: np.ndarray, lengths: np.ndarray, heads: int, context: np.ndar
     """
     own = context.shape[2] // heads
     assert supports(own)
-    widest = -(-context.shape[1] // _ALIGNED) * _ALIGNED
+    widest = -(-context.shape[1] // ALIGNED) * ALIGNED
     room = _Room(
         matmul.empty((widest // _SCORED, own // 32, _PAIRS, _SCORED), np.uint32),
         matmul.empty((own // 16, widest // _SUMMED, _PAIRS, 16), np.uint32),
         # Rows are a line of the cache longer than need be: at a power of two apart, they would all fall into few of
         # its places.
-        matmul.empty((_QUERIES, widest + 16), np.float32),
-        matmul.empty((_QUERIES, widest + 32), np.uint16),
-        matmul.empty((_QUERIES, own), np.float32),
-        matmul.empty((_QUERIES, own), np.uint16),
+        matmul.empty((QUERIES, widest + 16), np.float32),
+        matmul.empty((QUERIES, widest + 32), np.uint16),
+        matmul.empty((QUERIES, own), np.float32),
+        matmul.empty((QUERIES, own), np.uint16),
     )
     _attention(amx.WHOLE_TILES, qkv, lengths, heads, room, context)
 
@@ -74,25 +74,25 @@ class _Room(NamedTuple):
 def _attention(whole_tiles, qkv, lengths, heads, room, context):
     b, _, width = context.shape
     own = width // heads
-    totals, pairs = np.empty(_QUERIES, np.float32), qkv.view(np.uint32)
+    totals, pairs = np.empty(QUERIES, np.float32), qkv.view(np.uint32)
     keys, values, scores, weights = room.keys, room.values, room.scores, room.weights
     amx.configure(whole_tiles.ctypes.data)
     for text in range(b):
         length = lengths[text]
-        padded = -(-length // _ALIGNED) * _ALIGNED
+        padded = -(-length // ALIGNED) * ALIGNED
         for head in range(heads):
             query, key, value = head * own, width + head * own, 2 * width + head * own
-            _pack_keys(pairs[text], length, padded, key // 2, keys)
-            _pack_values(qkv[text], length, padded, value, own, values)
-            for first in range(0, length, _QUERIES):
-                n = min(_QUERIES, length - first)
+            pack_keys(pairs[text], length, padded, key // 2, keys)
+            pack_values(qkv[text], length, padded, value, own, values)
+            for first in range(0, length, QUERIES):
+                n = min(QUERIES, length - first)
                 left, stride = qkv[text, first, query:].ctypes.data, qkv.strides[1]
-                if n < _QUERIES:  # a tile would read past the text's end, and perhaps past the array's
-                    _copy(qkv[text], first, n, query, room.last)
+                if n < QUERIES:  # a tile would read past the text's end, and perhaps past the array's
+                    copy_rows(qkv[text], first, n, query, room.last)
                     left, stride = room.last.ctypes.data, room.last.strides[0]
-                _multiply(left, stride, keys, own // 32, padded // 32, scores)
-                _weigh(scores, n, length, padded, weights, totals)
-                _multiply(weights.ctypes.data, weights.strides[0], values, padded // _SUMMED, own // 32, room.sums)
+                multiply_rows(left, stride, keys, own // 32, padded // 32, scores)
+                weigh(scores, n, length, padded, weights, totals)
+                multiply_rows(weights.ctypes.data, weights.strides[0], values, padded // _SUMMED, own // 32, room.sums)
                 for i in range(n):
                     to = context[text, first + i, query:].ctypes.data
                     avx512.scaled(room.sums[i].ctypes.data, own, _F(1.0) / totals[i], to)
@@ -100,7 +100,7 @@ def _attention(whole_tiles, qkv, lengths, heads, room, context):
 
 
 @_inlined
-def _multiply(left, from_row, right, steps, columns, result):
+def multiply_rows(left, from_row, right, steps, columns, result):
     """The first 32 * ``columns`` columns of ``result``, float32 [32, any], become those of left times right.
 
     Args:
@@ -132,7 +132,7 @@ def _multiply(left, from_row, right, steps, columns, result):
 
 
 @_inlined
-def _copy(rows, first, n, column, block):
+def copy_rows(rows, first, n, column, block):
     for i in range(n):
         block[i] = rows[first + i, column : column + block.shape[1]]
 
@@ -142,7 +142,7 @@ def _copy(rows, first, n, column, block):
 
 
 @_inlined
-def _pack_keys(rows, length, padded, column, packed):
+def pack_keys(rows, length, padded, column, packed):
     """A head's keys, in pairs (uint32), as the right-hand tiles of queries times keys; 0 past the last of them."""
     for tile in range(padded // _SCORED):
         for step in range(packed.shape[1]):
@@ -159,7 +159,7 @@ def _pack_keys(rows, length, padded, column, packed):
 
 
 @_inlined
-def _pack_values(rows, length, padded, column, width, packed):
+def pack_values(rows, length, padded, column, width, packed):
     """A head's values as the right-hand tiles of weights times values; 0 past the last of them."""
     for p in range(length // 2):
         to = packed[0, p // _PAIRS, p % _PAIRS].ctypes.data
@@ -176,7 +176,7 @@ def _pack_values(rows, length, padded, column, width, packed):
 
 
 @_inlined
-def _weigh(scores, n, length, padded, weights, totals):
+def weigh(scores, n, length, padded, weights, totals):
     """``n`` rows of ``length`` scores become weights, bfloat16, which add up to what goes into ``totals``."""
     for i in range(n):
         row = scores[i]

@@ -75,6 +75,7 @@ def attention(
     lengths: Sequence[int],
     heads: int,
     drop: Drop | None = None,
+    bfloat16: bool = False,
 ) -> "Tensor":
     """Softmax attention of each text within itself (Vaswani et al., 2017).
 
@@ -84,11 +85,12 @@ def attention(
         biases: [heads * width] or None, of each.
         lengths: tokens of each text.
         drop: of the attention weights.
+        bfloat16: round what is multiplied, where the processor has AMX and nothing is dropped.
 
     Returns:
         float32 [tokens, heads * width].
     """
-    return _layers().Attention.apply(*products, *biases, list(lengths), heads, drop or Drop())
+    return _layers().Attention.apply(*products, *biases, list(lengths), heads, drop or Drop(), bfloat16)
 
 
 def _in_blocks(n: int, work: Callable[..., None], sums: np.ndarray | None = None) -> None:
@@ -191,6 +193,63 @@ class _Attention:
             work(lambda array: array[tokens], self.biases, width, heads, self.drop.settled(text))
 
         in_threads(piece, range(len(pieces)))
+
+
+@dataclass
+class _RoundedAttention(_Attention):
+    """The same by the processor's matrix instructions, without dropout."""
+
+    def forward(self) -> np.ndarray:
+        """The attention's output."""
+        from utils import amx_attention
+
+        n, width = self.products[0].shape
+        self._qkv, context = matmul.empty((n, 3 * width), np.uint16), matmul.empty((n, width), np.uint16)
+        result = matmul.empty((n, width), np.float32)
+        # The kernel takes powers of 2.
+        scales = np.float32((width // self.heads) ** -0.5 / np.log(2)), np.float32(1), np.float32(1)
+
+        def round_rows(rows: slice) -> None:
+            for part, (product, bias, scale) in enumerate(zip(self.products, self.biases, scales, strict=True)):
+                own = (product[rows] + bias) * scale
+                self._qkv[rows, part * width : (part + 1) * width] = matmul.to_bfloat16(own)
+
+        def attend(tokens: slice) -> None:
+            own = self._qkv[tokens]
+            amx_attention.attention(own[None], np.array([len(own)]), self.heads, context[tokens][None])
+            result.view(np.uint32)[tokens] = context[tokens].astype(np.uint32) << 16
+
+        _in_blocks(n, round_rows)
+        self._in_texts(attend)
+        return result
+
+    def backward(self, gradient: np.ndarray) -> list[np.ndarray]:
+        """The gradients of the three products, given that of the output."""
+        from utils import amx_attention_gradients
+
+        outer = matmul.empty(gradient.shape, np.uint16)
+        results = [matmul.empty(gradient.shape, np.float32) for _ in self.products]
+
+        def work(tokens: slice) -> None:
+            own = [result[tokens] for result in results]
+            amx_attention_gradients.attention_backward(self._qkv[tokens], outer[tokens], self.heads, own)
+
+        _in_blocks(len(gradient), lambda rows: matmul.to_bfloat16(gradient[rows], outer[rows]))
+        self._in_texts(work)
+        return results
+
+    def _in_texts(self, work: Callable[[slice], None]) -> None:
+        """``work`` of each text's tokens, the longest texts first."""
+        ends = np.cumsum(self.lengths)
+        order = np.argsort(self.lengths, kind="stable")[::-1].tolist()
+        in_threads(lambda text: work(slice(ends[text] - self.lengths[text], ends[text])), order)
+
+
+def _can_round(width: int, drop: Drop) -> bool:
+    """True if ``_RoundedAttention`` is for heads of this width."""
+    from utils import amx_attention
+
+    return not drop.share and amx_attention.supports(width)
 
 
 def _array(tensor: "Tensor") -> np.ndarray:
@@ -316,11 +375,13 @@ def _layers():
 
         class Attention(PyLayer):
             @staticmethod
-            def forward(ctx, query, key, value, query_bias, key_bias, value_bias, lengths, heads, drop):
+            def forward(ctx, query, key, value, query_bias, key_bias, value_bias, lengths, heads, drop, bfloat16):
                 tensors = (query, key, value), (query_bias, key_bias, value_bias)
                 ctx.needed = _needed(*tensors[0], *tensors[1])
                 biases = np.stack([bias_of(bias, query.shape[1]) for bias in tensors[1]])
-                ctx.call = _Attention([_array(tensor) for tensor in tensors[0]], biases, lengths, heads, drop)
+                rounds = bfloat16 and _can_round(query.shape[1] // heads, drop)
+                kind = _RoundedAttention if rounds else _Attention
+                ctx.call = kind([_array(tensor) for tensor in tensors[0]], biases, lengths, heads, drop)
                 return _tensor(ctx.call.forward())
 
             @staticmethod

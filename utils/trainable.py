@@ -297,7 +297,7 @@ class _Packed:
         return layer(x), None
 
     def attention(self, products: list["Product"], heads: int, drop: Drop) -> "Tensor":
-        return cpu_layers.attention(*zip(*products, strict=True), self._lengths, heads, drop)
+        return cpu_layers.attention(*zip(*products, strict=True), self._lengths, heads, drop, self._bfloat16)
 
     def add_norm(self, norm: "nn.Layer", x: "Tensor", product: "Product", drop: Drop) -> "Tensor":
         return cpu_layers.add_norm(x, *product, norm.weight, norm.bias, norm._epsilon, drop)
