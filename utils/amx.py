@@ -22,8 +22,12 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from utils import runtime
+from utils.compiled import inlined
 
 logger = logging.getLogger(__name__)
+
+# What compiled loops use beside the tiles (``avx512``); a virtual machine may hide some of it.
+_NEEDED = ("amx_tile", "amx_bf16", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16")
 
 # Linux wants a process to ask for the registers of tiles once (arch/x86/include/uapi/asm/prctl.h).
 _ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_TILE_DATA = 158, 0x1023, 18
@@ -39,8 +43,8 @@ _ADDRESS = _BYTE.as_pointer()
 
 @cache
 def is_usable() -> bool:
-    """True if the processor has these instructions and Linux lets this process use them."""
-    if not runtime.cpu_has("amx_tile", "amx_bf16"):
+    """True if the processor has these instructions and AVX-512, and Linux lets this process use them."""
+    if not runtime.cpu_has(*_NEEDED):
         return False
     if ctypes.CDLL(None).syscall(_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_TILE_DATA) == 0:
         return True
@@ -97,3 +101,52 @@ def store(typing, tile, address, stride):
 def multiply(typing, sums, left, right):
     """Add the product of two tiles of bfloat16 to a tile of float32."""
     return types.void(sums, left, right), _instruction("tdpbf16ps", 3)
+
+
+# A block is the four tiles 0 to 3, side by side and below each other: 32 by 32 sums, float32. The others serve it.
+_inlined = inlined()
+
+
+@_inlined
+def clear_block():
+    """Set it to 0."""
+    zero(0)
+    zero(1)
+    zero(2)
+    zero(3)
+
+
+@_inlined
+def add_product(left, from_row, right, from_tile):
+    """Add a product of bfloat16 [32, 32] by [32, 32] to it.
+
+    Args:
+        left: an address, rows ``from_row`` bytes apart.
+        right: that of a right-hand tile, whose neighbour for the next 16 columns is ``from_tile`` bytes on.
+    """
+    load(4, left, from_row)
+    load(5, left + 16 * from_row, from_row)
+    load(6, right, 64)
+    load(7, right + from_tile, 64)
+    multiply(0, 4, 6)
+    multiply(1, 4, 7)
+    multiply(2, 5, 6)
+    multiply(3, 5, 7)
+
+
+@_inlined
+def load_block(address, stride):
+    """Set it to float32 [32, 32], rows ``stride`` bytes apart."""
+    load(0, address, stride)
+    load(1, address + 64, stride)
+    load(2, address + 16 * stride, stride)
+    load(3, address + 16 * stride + 64, stride)
+
+
+@_inlined
+def store_block(address, stride):
+    """The reverse."""
+    store(0, address, stride)
+    store(1, address + 64, stride)
+    store(2, address + 16 * stride, stride)
+    store(3, address + 16 * stride + 64, stride)

@@ -8,11 +8,10 @@ over the values.
 
 from typing import NamedTuple
 
-import numba
 import numpy as np
 
 from utils import amx, avx512, matmul
-from utils.compiled import compiled
+from utils.compiled import compiled, inlined
 from utils.cpu_kernels import MATHS
 
 _F, _U = np.float32, np.uint32
@@ -21,7 +20,7 @@ QUERIES, _SCORED, _SUMMED = 32, 16, 32
 # Keys are filled up to a multiple of both; and the score of such a key.
 ALIGNED, _LOWEST = 32, np.float32(-3e38)
 _PAIRS = 16  # of bfloat16 in a tile's row
-_inlined = numba.njit(fastmath=MATHS, inline="always", error_model="numpy")
+_inlined = inlined(MATHS)
 _compiled = compiled(MATHS)
 
 
@@ -110,25 +109,10 @@ def multiply_rows(left, from_row, right, steps, columns, result):
     b, from_column, from_step = right.ctypes.data, right.strides[0], right.strides[1]
     c, to_row = result.ctypes.data, result.strides[0]
     for column in range(columns):
-        amx.zero(0)
-        amx.zero(1)
-        amx.zero(2)
-        amx.zero(3)
+        amx.clear_block()
         for step in range(steps):
-            above, first = left + 64 * step, b + 2 * column * from_column + step * from_step
-            amx.load(4, above, from_row)
-            amx.load(5, above + 16 * from_row, from_row)
-            amx.load(6, first, 64)
-            amx.load(7, first + from_column, 64)
-            amx.multiply(0, 4, 6)
-            amx.multiply(1, 4, 7)
-            amx.multiply(2, 5, 6)
-            amx.multiply(3, 5, 7)
-        to = c + 128 * column
-        amx.store(0, to, to_row)
-        amx.store(1, to + 64, to_row)
-        amx.store(2, to + 16 * to_row, to_row)
-        amx.store(3, to + 16 * to_row + 64, to_row)
+            amx.add_product(left + 64 * step, from_row, b + 2 * column * from_column + step * from_step, from_column)
+        amx.store_block(c + 128 * column, to_row)
 
 
 @_inlined

@@ -10,17 +10,16 @@ P and dS are rounded to bfloat16 before they are multiplied; sums are float32.
 
 from typing import NamedTuple
 
-import numba
 import numpy as np
 
 from utils import amx, avx512, matmul
 from utils.amx_attention import ALIGNED, QUERIES, copy_rows, multiply_rows, pack_keys, pack_values, weigh
-from utils.compiled import compiled
+from utils.compiled import compiled, inlined
 from utils.cpu_kernels import MATHS
 
 _F, _U = np.float32, np.uint32
 _LOG_2 = np.float32(np.log(2))
-_inlined = numba.njit(fastmath=MATHS, inline="always", error_model="numpy")
+_inlined = inlined(MATHS)
 
 
 def attention_backward(qkv: np.ndarray, outer: np.ndarray, heads: int, results: list[np.ndarray]) -> None:
@@ -166,22 +165,9 @@ def _turn_back(turned, factor, length, column, rows):
 @_inlined
 def _accumulate(left, from_row, right, columns, sums, to_row):
     """Add a product of [32, 32] by [32, 32 * columns] to float32 [32, 32 * columns]."""
-    amx.load(4, left, from_row)
-    amx.load(5, left + 16 * from_row, from_row)
     b, from_column = right.ctypes.data, right.strides[0]
     for column in range(columns):
         to = sums + 128 * column
-        amx.load(0, to, to_row)
-        amx.load(1, to + 64, to_row)
-        amx.load(2, to + 16 * to_row, to_row)
-        amx.load(3, to + 16 * to_row + 64, to_row)
-        amx.load(6, b + 2 * column * from_column, 64)
-        amx.load(7, b + (2 * column + 1) * from_column, 64)
-        amx.multiply(0, 4, 6)
-        amx.multiply(1, 4, 7)
-        amx.multiply(2, 5, 6)
-        amx.multiply(3, 5, 7)
-        amx.store(0, to, to_row)
-        amx.store(1, to + 64, to_row)
-        amx.store(2, to + 16 * to_row, to_row)
-        amx.store(3, to + 16 * to_row + 64, to_row)
+        amx.load_block(to, to_row)
+        amx.add_product(left, from_row, b + 2 * column * from_column, from_column)
+        amx.store_block(to, to_row)

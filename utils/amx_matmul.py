@@ -6,11 +6,10 @@ what reaches a cut is noted, and the rest never written. A library would do the 
 
 from typing import NamedTuple
 
-import numba
 import numpy as np
 
 from utils import amx, avx512, matmul
-from utils.compiled import compiled
+from utils.compiled import compiled, inlined
 
 # Rows and columns of a block of sums, and the numbers that one step adds up.
 _ROWS, _COLUMNS, _DEPTH = 32, 32, 32
@@ -18,7 +17,7 @@ _PLAIN, _ROUNDED, _GELU = 0, 1, 2
 _FINISHES = {("none", np.float32): _PLAIN, ("none", np.uint16): _ROUNDED, ("gelu", np.uint16): _GELU}
 # Of the right-hand matrix, what all rows go through before the next part does: it should stay in a core's own cache.
 _KEPT_BYTES = 5 << 18
-_inlined = numba.njit(inline="always", error_model="numpy")
+_inlined = inlined()
 
 
 def supports(shape: tuple[int, int], activation: str = "none") -> bool:
@@ -127,15 +126,15 @@ def _multiply(whole_tiles, left, right, kept_bytes, bias, finish, sums, result):
     for first_column in range(0, columns, at_once):
         for block in range(len(left) // _ROWS):
             for column in range(first_column, min(first_column + at_once, columns)):
-                clear()
+                amx.clear_block()
                 for step in range(steps):
                     above = at_left + block * _ROWS * from_row + 64 * step
-                    multiply(above, from_row, at_right + 2 * column * from_tile + step * from_step, from_tile)
+                    amx.add_product(above, from_row, at_right + 2 * column * from_tile + step * from_step, from_tile)
                     for _ in range(rows_a_step):
                         if row < _ROWS:
                             _finish(finish, at_sums + 128 * row, waiting_bias, waiting + row * to_row)
                             row += 1
-                store(at_sums, 128)
+                amx.store_block(at_sums, 128)
                 waiting, waiting_bias = at_result + block * _ROWS * to_row + column * width, at_bias + 128 * column
                 row = 0
     for row in range(_ROWS):
@@ -159,15 +158,15 @@ def _reaching(whole_tiles, left, right, kept_bytes, more, cuts, first, sums, las
         for block in range(-(-m // _ROWS)):
             at_left = left.ctypes.data + block * _ROWS * from_row if block < whole else at_last
             for column in range(first_column, min(first_column + at_once, columns)):
-                clear()
+                amx.clear_block()
                 at_column = at_right + 2 * column * from_tile
                 for step in range(steps):
-                    multiply(at_left + 64 * step, from_row, at_column + step * from_step, from_tile)
+                    amx.add_product(at_left + 64 * step, from_row, at_column + step * from_step, from_tile)
                     for _ in range(rows_a_step):
                         if row < end:
                             count = _note(sums, at_sums, row, waiting, more, at_cuts, first, found, count)
                             row += 1
-                store(at_sums, 128)
+                amx.store_block(at_sums, 128)
                 waiting = block * _ROWS, column * _COLUMNS
                 row, end = 0, min(_ROWS, m - block * _ROWS)
     for row in range(end):
@@ -198,42 +197,3 @@ def _finish(finish, sums, bias, to):
         avx512.add_rounded(sums, bias, to)
     else:
         avx512.add(sums, bias, to)
-
-
-# A block of sums is the four tiles 0 to 3, side by side and below each other.
-
-
-@_inlined
-def clear():
-    """Set a block of sums to 0."""
-    amx.zero(0)
-    amx.zero(1)
-    amx.zero(2)
-    amx.zero(3)
-
-
-@_inlined
-def multiply(left, from_row, right, from_tile):
-    """Add a product of [32, 32] by [32, 32] to it.
-
-    Args:
-        left: the address of bfloat16, rows ``from_row`` bytes apart.
-        right: that of a packed tile, whose right neighbour is ``from_tile`` bytes on.
-    """
-    amx.load(4, left, from_row)
-    amx.load(5, left + 16 * from_row, from_row)
-    amx.load(6, right, 64)
-    amx.load(7, right + from_tile, 64)
-    amx.multiply(0, 4, 6)
-    amx.multiply(1, 4, 7)
-    amx.multiply(2, 5, 6)
-    amx.multiply(3, 5, 7)
-
-
-@_inlined
-def store(to, to_row):
-    """Write it to float32, rows ``to_row`` bytes apart."""
-    amx.store(0, to, to_row)
-    amx.store(1, to + 64, to_row)
-    amx.store(2, to + 16 * to_row, to_row)
-    amx.store(3, to + 16 * to_row + 64, to_row)

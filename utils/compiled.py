@@ -46,3 +46,12 @@ def compiled(fastmath: bool | set[str] = False) -> Callable:
             return numba.njit(**options)(function)
 
     return decorate
+
+
+def inlined(fastmath: bool | set[str] = False) -> Callable:
+    """A decorator for what such a function calls: it becomes a part of it.
+
+    Here, because numba must not make anything before the processor's features are settled above: what it made would
+    round otherwise than in a process that settled them first.
+    """
+    return numba.njit(fastmath=fastmath, inline="always", error_model="numpy")

@@ -7,15 +7,14 @@ Dropout draws nothing: whether a value stays is a hash of its place and of a key
 pass, a replayed forward pass and a resumed training find the same decisions and nothing need be kept.
 """
 
-import numba
 import numpy as np
 
-from utils.compiled import compiled
+from utils.compiled import compiled, inlined
 
 _F, _U = np.float32, np.uint32
 # No flag that would let the compiler assume away infinities and NaN: a training that went wrong must show.
 MATHS = {"reassoc", "contract", "arcp", "nsz"}
-_inlined = numba.njit(fastmath=MATHS, inline="always", error_model="numpy")
+_inlined = inlined(MATHS)
 _compiled = compiled(MATHS)
 
 
