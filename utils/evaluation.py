@@ -268,16 +268,16 @@ def _measure(
 
 def _log_memory(n: int, n_corpus: int, dim: int, depth: int, n_metrics: int, ranks: Ranks) -> None:
     """What the search will need, before it starts."""
-    passages = n_corpus * dim * 4 / ranks.size
-    queries = n * dim * 4
+    vectors, by_whom = (n_corpus + n) * dim * 4, ""
+    if runtime.local_world_size() < ranks.size:  # on one machine, every rank maps them
+        held = n_corpus * dim * 4 / ranks.size
+        by_whom = f" by rank 0, {held / 2**20:.0f} MiB in memory on each of {ranks.size} ranks"
     # A screened block and its rescoring on each thread, a block's neighbours with their candidates, the values.
     working = runtime.cpu_threads() * (160 << 20) + _QUERY_BLOCK * depth * 120 + n * n_metrics * 8
     logger.info(
         "search: %s queries x %s passages of %d dimensions, the best %d of each, in blocks: %.0f MiB of vectors "
         "mapped from disk%s, at most %.0f MiB of working memory",
-        f"{n:,}", f"{n_corpus:,}", dim, depth, (n_corpus * dim * 4 + queries) / 2**20,
-        f" by rank 0, {passages / 2**20:.0f} MiB in memory on each of {ranks.size} ranks" if ranks.size > 1 else "",
-        working / 2**20,
+        f"{n:,}", f"{n_corpus:,}", dim, depth, vectors / 2**20, by_whom, working / 2**20,
     )  # fmt: skip
 
 

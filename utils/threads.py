@@ -5,8 +5,6 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import TypeVar
 
-import numpy as np
-
 from utils import runtime
 
 Result = TypeVar("Result")
@@ -24,18 +22,6 @@ def in_threads(work: Callable[[int], Result], starts: Iterable[int]) -> list[Res
     if runtime.cpu_threads() == 1 or len(starts) == 1:
         return [work(start) for start in starts]
     return list(_pool().map(work, starts))
-
-
-def products(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """All inner products, float32 [a, d] by [b, d] to [a, b], on all our threads."""
-    result = np.empty((len(left), len(right)), np.float32)
-    size = max(1, -(-len(left) // runtime.cpu_threads()))
-
-    def work(start: int) -> None:
-        np.matmul(left[start : start + size], right.T, out=result[start : start + size])
-
-    in_threads(work, range(0, len(left), size))
-    return result
 
 
 @cache

@@ -75,7 +75,7 @@ class TrainableEncoder:
         bfloat16: bool = False,
     ):
         self.checkpoint, self.pooling, self.recompute = checkpoint, pooling, recompute
-        self._bfloat16 = bfloat16
+        self.bfloat16 = bfloat16
         paddle = runtime.import_paddle()
         paddle.set_device(engines.device())
         if engines.device() == "cpu":
@@ -137,7 +137,7 @@ class TrainableEncoder:
             packed = np.zeros((len(ids), int(mask.sum())), np.float32)
             packed[np.nonzero(mask)[0], np.arange(packed.shape[1])] = shares[mask]
             return paddle.matmul(
-                paddle.to_tensor(packed), self._lean(_Packed(ids, mask, self._bfloat16), self.recompute)
+                paddle.to_tensor(packed), self._lean(_Packed(ids, mask, self.bfloat16), self.recompute)
             )
         if self._lean is not None:
             hidden = self._lean(_Padded(ids, mask), self.recompute)
@@ -210,7 +210,11 @@ class TrainableEngine:
 
     def description(self) -> dict:
         """What of the engine the vectors depend on."""
-        return {"engine": self.name, "device": engines.device(), "dtype": "float32"}
+        return {
+            "engine": self.name,
+            "device": engines.device(),
+            "dtype": "bfloat16" if self._encoder.bfloat16 else "float32",
+        }
 
     def loaded(self) -> "TrainableEngine":
         """The engine itself."""
