@@ -338,11 +338,16 @@ class _LeanForward:
 
         x = self._embedded(batch)
         for number, parts in enumerate(self.layers):
+            # Drawn here and not in the layer: when it is recomputed, another pass may have set another seed.
+            shares = self.attention_dropout, self.hidden_dropout, self.hidden_dropout
+            drops = [self._drop(share, number, place) for place, share in enumerate(shares)]
 
-            def layer(x: "Tensor", number: int = number, parts: list = parts) -> "Tensor":
-                return self._layer(x, batch, number, parts)
+            def layer(x: "Tensor", drops: list[Drop] = drops, parts: list = parts) -> "Tensor":
+                return self._layer(x, batch, drops, parts)
 
-            x = recomputed(layer, x) if recompute and self.model.training else layer(x)
+            # Paddle gives a recomputed layer no gradients if its input needs none (the first that is trained).
+            again = recompute and self.model.training and not x.stop_gradient
+            x = recomputed(layer, x) if again else layer(x)
         return x
 
     def _embedded(self, batch: _Padded | _Packed) -> "Tensor":
@@ -355,12 +360,8 @@ class _LeanForward:
         x = batch.add_norm(self.norm, embeddings.word_embeddings(paddle.to_tensor(batch.ids)), added, Drop())
         return batch.dropout(x, self._drop(self.hidden_dropout, len(self.layers), 0))
 
-    def _layer(self, x: "Tensor", batch: _Padded | _Packed, number: int, parts: list) -> "Tensor":
+    def _layer(self, x: "Tensor", batch: _Padded | _Packed, drops: list[Drop], parts: list) -> "Tensor":
         *projections, out, norm1, up, down, norm2 = parts
-        drops = [
-            self._drop(share, number, place)
-            for place, share in enumerate((self.attention_dropout, self.hidden_dropout, self.hidden_dropout))
-        ]
         context = batch.attention([batch.product(layer, x) for layer in projections], self.heads, drops[0])
         x = batch.add_norm(norm1, x, batch.product(out, context), drops[1])
         return batch.add_norm(norm2, x, batch.product(down, self._activated(batch, up, x)), drops[2])
