@@ -50,6 +50,12 @@ def test_gelu_far_from_0_and_of_what_is_no_number():
     np.testing.assert_allclose(as_float(result), expected, atol=7e-5, rtol=2.0**-8)
 
 
+def test_no_rows_write_nothing():
+    beside = np.full((64, 32), 7, np.float32)
+    amx_matmul.Packed(random(1, 32, 32)).multiply(random(1, 0, 32), beside[:0], np.zeros(32, np.float32))
+    assert (beside == 7).all()
+
+
 def test_what_is_not_supported():
     assert amx_matmul.supports((64, 96), "gelu")
     assert not amx_matmul.supports((48, 96))

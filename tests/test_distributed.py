@@ -39,7 +39,11 @@ THREE_RANKS = """
     def main():
         distributed._TEXTS_A_BLOCK = 2
         ranks = distributed.Ranks()
+        # The second rank's processor has something that the others lack, and lacks something that they have.
+        everything = runtime.cpu_flags() | {"common", "others"}
+        runtime.keep_cpu_flags(everything - {"others"} | {"own"} if ranks.rank == 1 else everything)
         assert ranks.start(lambda: 7) == (7 if ranks.is_first else None)
+        assert runtime.cpu_has("common") and not runtime.cpu_has("others") and not runtime.cpu_has("own")
         expected = np.arange(6, dtype=np.float32).reshape(2, 3)
         np.testing.assert_array_equal(ranks.broadcast(expected if ranks.is_first else None), expected)
         np.testing.assert_array_equal(ranks.broadcast(expected if ranks.is_first else None, (2, 3)), expected)

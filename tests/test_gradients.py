@@ -281,6 +281,18 @@ def test_cpu_dropout_draws_evenly():
         assert abs(np.corrcoef(first.ravel(), other.ravel())[0, 1]) < 0.01
 
 
+def test_no_key_moves_anothers_mask_along():
+    """Keys that differ by as much as places do."""
+    from utils import cpu_kernels
+
+    whole, masks = np.ones((1, 20_000), np.float32), []
+    for key in (5, (5 + 1000 * 0x9E3779B1) % 2**32):
+        masks.append(np.empty_like(whole))
+        cpu_kernels.dropout(whole, 0, np.uint32(key), np.uint32(2**31), np.float32(2), masks[-1])
+    for moved in (1000, -1000):
+        assert abs(np.corrcoef(masks[0].ravel(), np.roll(masks[1], moved).ravel())[0, 1]) < 0.05
+
+
 def test_nan_comes_through_the_cpu_layers():
     import paddle
 

@@ -22,12 +22,13 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from utils import runtime
-from utils.compiled import inlined
+from utils.compiled import inlined, may_use
 
 logger = logging.getLogger(__name__)
 
-# What compiled loops use beside the tiles (``avx512``); a virtual machine may hide some of it.
+# With what compiled loops use beside the tiles (``avx512``), of which a virtual machine may hide some: Linux's names.
 _NEEDED = ("amx_tile", "amx_bf16", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16")
+_NEEDED_BY_LLVM = ("amx-tile", "amx-bf16", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512bf16")
 
 # Linux wants a process to ask for the registers of tiles once (arch/x86/include/uapi/asm/prctl.h).
 _ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_TILE_DATA = 158, 0x1023, 18
@@ -41,10 +42,15 @@ _BYTE, _LONG = ir.IntType(8), ir.IntType(64)
 _ADDRESS = _BYTE.as_pointer()
 
 
-@cache
 def is_usable() -> bool:
-    """True if the processor has these instructions and AVX-512, and Linux lets this process use them."""
-    if not runtime.cpu_has(*_NEEDED):
+    """True if the processor has these instructions and AVX-512, and numba and Linux let this process use them."""
+    return runtime.cpu_has(*_NEEDED) and _is_allowed()
+
+
+@cache
+def _is_allowed() -> bool:
+    if not may_use(*_NEEDED_BY_LLVM):
+        logger.info("the processor has AMX, but numba is told (NUMBA_CPU_NAME, NUMBA_CPU_FEATURES) that it has not")
         return False
     if ctypes.CDLL(None).syscall(_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_TILE_DATA) == 0:
         return True

@@ -11,8 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from utils import amx, avx512, matmul
-from utils.compiled import compiled, inlined
-from utils.cpu_kernels import MATHS
+from utils.compiled import MATHS, compiled, inlined
 
 _F, _U = np.float32, np.uint32
 # Queries that go through together, and the keys that a tile holds in each of the two products.

@@ -14,8 +14,7 @@ import numpy as np
 
 from utils import amx, avx512, matmul
 from utils.amx_attention import ALIGNED, QUERIES, copy_rows, multiply_rows, pack_keys, pack_values, weigh
-from utils.compiled import compiled, inlined
-from utils.cpu_kernels import MATHS
+from utils.compiled import MATHS, compiled, inlined
 
 _F, _U = np.float32, np.uint32
 _LOG_2 = np.float32(np.log(2))

@@ -68,6 +68,8 @@ class Packed:
         """
         assert len(left) % _ROWS == 0 and left.shape[1] == _DEPTH * self.tiles.shape[1]
         assert result.shape == (len(left), 16 * len(self.tiles)) and len(bias) == result.shape[1]
+        if len(left) == 0:
+            return
         finish = _FINISHES[activation, result.dtype.type]
         sums = matmul.empty((_ROWS, _COLUMNS), np.float32)
         _multiply(amx.WHOLE_TILES, left, self.tiles, _KEPT_BYTES, bias, finish, sums, result.view(np.uint8))

@@ -22,6 +22,8 @@ from pathlib import Path
 
 import numpy as np
 
+from utils import runtime
+
 logger = logging.getLogger(__name__)
 
 NAME = "multilingual-e5-small"
@@ -56,15 +58,9 @@ _LAYER_NAMES = {
 _PARAMETER_NAMES = {"w": "weight", "b": "bias"}
 
 
-def cache_root() -> Path:
-    """The toolkit's folder in the user's cache (``XDG_CACHE_HOME``, else ``~/.cache``)."""
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return Path(base) / "paddle-embedding-toolkit"
-
-
 def folder() -> Path:
     """Where the built model stands, whether or not it has been built."""
-    return cache_root() / f"{NAME}-v{_LAYOUT}"
+    return runtime.cache_root() / f"{NAME}-v{_LAYOUT}"
 
 
 def build() -> Path:

@@ -1,49 +1,89 @@
-"""Loops compiled by numba: how, and where the machine code is kept."""
+"""Loops compiled by numba: how, for which processor, and where the machine code is kept."""
 
 import hashlib
+import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import numba
+from numba.core.caching import FunctionCache
 from numba.core.codegen import get_host_cpu_features
 
 from utils import runtime
 
+logger = logging.getLogger(__name__)
 
-def _kept_for_these_sources() -> str:
-    """A folder beside the modules, of these sources alone.
+# No flag that would let the compiler assume away infinities and NaN: a training that went wrong must show.
+MATHS = {"reassoc", "contract", "arcp", "nsz"}
 
-    numba notices when a function's own file has changed, but not when one has whose functions were compiled into it.
+
+def _features() -> str:
+    """What numba may use of the processor, as LLVM writes it: ``+avx512bw,-sse4a``."""
+    return numba.config.CPU_FEATURES if numba.config.CPU_FEATURES is not None else get_host_cpu_features()
+
+
+def may_use(*features: str) -> bool:
+    """True if numba compiles for processors with these features, by LLVM's names for them."""
+    return {f"+{feature}" for feature in features} <= set(_features().split(","))
+
+
+def _folder_for_these_sources() -> str:
+    """Where the machine code of these sources, for this processor, is kept: beside them, or else with the user's.
+
+    numba notices when a function's own file has changed, but not when one has whose functions were compiled into it;
+    and two kinds of processor that share a folder could take each other's file, of one function that is new to both.
     """
-    folder, digest = Path(__file__).resolve().parent, hashlib.sha256()
+    folder = Path(__file__).resolve().parent
+    digest = hashlib.sha256(f"{numba.config.CPU_NAME} {_features()}".encode())
     for source in (path.read_bytes() for path in sorted(folder.glob("*.py"))):
         if b"numba" in source or b"import compiled" in source:
             digest.update(source)
-    return str(folder / "__pycache__" / f"numba-{digest.hexdigest()[:16]}")
+    beside = folder / "__pycache__"
+    if not os.access(beside if beside.is_dir() else folder, os.W_OK):
+        beside = runtime.cache_root()
+    return str(beside / f"numba-{digest.hexdigest()[:16]}")
 
 
-if not numba.config.CACHE_DIR:
-    numba.config.CACHE_DIR = _kept_for_these_sources()
 if numba.config.CPU_FEATURES is None and runtime.cpu_has("avx512_bf16"):
     # LLVM keeps to half the width of these processors' registers, for the sake of older ones that slowed down.
     numba.config.CPU_FEATURES = f"{get_host_cpu_features()},-prefer-256-bit"
+if not numba.config.CACHE_DIR:
+    numba.config.CACHE_DIR = _folder_for_these_sources()
+
+
+class _Cache(FunctionCache):
+    """A function's machine code on disk. A disk that is full costs the time to compile, and not the run."""
+
+    def load_overload(self, signature, target_context):
+        try:
+            return super().load_overload(signature, target_context)
+        except OSError:
+            return None
+
+    def save_overload(self, signature, data):
+        try:
+            super().save_overload(signature, data)
+        except OSError as error:
+            logger.info("machine code is not kept for the next run: %s", error)
 
 
 def compiled(fastmath: bool | set[str] = False) -> Callable:
     """A decorator: the function, compiled at its first call, and running without Python's lock.
 
-    The machine code is kept for other processes, if this folder or the user's cache can be written.
+    The machine code is kept for other processes where that is possible.
 
     Args:
         fastmath: what the compiler may assume of floating-point numbers (numba's own argument).
     """
-    options = {"fastmath": fastmath, "nogil": True, "error_model": "numpy"}
 
     def decorate(function: Callable) -> Callable:
+        dispatcher = numba.njit(fastmath=fastmath, nogil=True, error_model="numpy")(function)
         try:
-            return numba.njit(cache=True, **options)(function)
+            dispatcher._cache = _Cache(function)  # what njit(cache=True) does
         except RuntimeError:  # nowhere to keep it
-            return numba.njit(**options)(function)
+            logger.info("machine code of %s is kept nowhere", function.__name__)
+        return dispatcher
 
     return decorate
 

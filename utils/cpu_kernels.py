@@ -9,11 +9,9 @@ pass, a replayed forward pass and a resumed training find the same decisions and
 
 import numpy as np
 
-from utils.compiled import compiled, inlined
+from utils.compiled import MATHS, compiled, inlined
 
 _F, _U = np.float32, np.uint32
-# No flag that would let the compiler assume away infinities and NaN: a training that went wrong must show.
-MATHS = {"reassoc", "contract", "arcp", "nsz"}
 _inlined = inlined(MATHS)
 _compiled = compiled(MATHS)
 
@@ -55,8 +53,9 @@ def coarse_exp2(x):
 @_inlined
 def _kept(place, key, rarest):
     """Whether dropout keeps the value at a place; a share of ``rarest`` / 2**32 is not (MurmurHash3's finaliser)."""
-    mixed = _U(_U(place) * _U(0x9E3779B1) + key)
-    mixed = _U(_U(mixed ^ _U(mixed >> _U(16))) * _U(0x85EBCA6B))
+    mixed = _U(_U(place) * _U(0x9E3779B1))
+    # The key comes after a round of mixing: added to the place, it would only move along one and the same sequence.
+    mixed = _U(_U(_U(mixed ^ _U(mixed >> _U(16))) * _U(0x85EBCA6B)) ^ key)
     mixed = _U(_U(mixed ^ _U(mixed >> _U(13))) * _U(0xC2B2AE35))
     return _U(mixed ^ _U(mixed >> _U(16))) >= rarest
 

@@ -221,6 +221,7 @@ class _RoundedAttention(_Attention):
 
         _in_blocks(n, round_rows)
         self._in_texts(attend)
+        self.products = []  # the backward pass needs only what they were rounded to
         return result
 
     def backward(self, gradient: np.ndarray) -> list[np.ndarray]:
@@ -228,7 +229,7 @@ class _RoundedAttention(_Attention):
         from utils import amx_attention_gradients
 
         outer = matmul.empty(gradient.shape, np.uint16)
-        results = [matmul.empty(gradient.shape, np.float32) for _ in self.products]
+        results = [matmul.empty(gradient.shape, np.float32) for _ in range(3)]
 
         def work(tokens: slice) -> None:
             own = [result[tokens] for result in results]

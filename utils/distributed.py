@@ -6,6 +6,7 @@ imported.
 
 import contextlib
 import fcntl
+import logging
 import os
 import socket
 import struct
@@ -15,6 +16,8 @@ from typing import TypeVar
 import numpy as np
 
 from utils import mapped, runtime
+
+logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
@@ -97,6 +100,17 @@ class Ranks:
             with _quiet_output():
                 paddle.distributed.init_parallel_env()
             self._joined = True
+            self._settle_processor_features()
+
+    def _settle_processor_features(self) -> None:
+        """Machines may differ, and bfloat16 on some of them would make vectors depend on who computed which."""
+        own = runtime.cpu_flags()
+        common = frozenset.intersection(*self.gather_object(own))
+        runtime.keep_cpu_flags(common)
+        if lost := sorted(own - common):
+            logger.info(
+                "rank %d does without features of its processor that others lack: %s", self.rank, " ".join(lost)
+            )
 
     def broadcast_object(self, value):
         """Rank 0's value, on every rank."""

@@ -51,7 +51,6 @@ def is_usable() -> bool:
     return True
 
 
-@cache
 def bfloat16_is_fast() -> bool:
     """True if the processor multiplies bfloat16 natively, and ``matmul`` works here."""
     return (runtime.cpu_has("avx512_bf16") or runtime.cpu_has("amx_bf16")) and is_usable()

@@ -18,6 +18,8 @@ from pathlib import Path
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _PR_SET_PDEATHSIG = 1
 
+_flags: frozenset[str] | None = None
+
 
 def prepare() -> None:
     """Set the process up for Paddle. Call before the first ``import paddle``; safe to call again."""
@@ -74,10 +76,32 @@ def cpu_threads() -> int:
     return max(1, len(os.sched_getaffinity(0)) // local_world_size())
 
 
+def cache_root() -> Path:
+    """The toolkit's folder in the user's cache (``XDG_CACHE_HOME``, else ``~/.cache``)."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(base) / "paddle-embedding-toolkit"
+
+
 def cpu_has(*flags: str) -> bool:
-    """True if the processor has every one of these features, by their names in /proc/cpuinfo."""
-    info = _cpu_info()
-    return all(f" {flag} " in info for flag in flags)
+    """True if the processor has every one of these features, and all other ranks' have them too, once they have met."""
+    return cpu_flags().issuperset(flags)
+
+
+def cpu_flags() -> frozenset[str]:
+    """The processor's features that count, by their names in /proc/cpuinfo."""
+    global _flags
+    if _flags is None:
+        lines = (line.partition(":") for line in _cpu_info().splitlines())
+        _flags = frozenset(
+            word for name, _, words in lines if name.strip() in ("flags", "Features") for word in words.split()
+        )
+    return _flags
+
+
+def keep_cpu_flags(common: frozenset[str]) -> None:
+    """From now on only these features count: what is computed must not depend on which rank computes it."""
+    global _flags
+    _flags = common
 
 
 def _cpu_info() -> str:
@@ -85,7 +109,7 @@ def _cpu_info() -> str:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
         return ""
-    return text.partition("\n\n")[0].replace("\n", " \n") + " "
+    return text.partition("\n\n")[0]
 
 
 def _keep_large_blocks() -> None:

@@ -1,0 +1,42 @@
+"""Compiled loops where the disk is full, and where numba is told of another processor."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+PRODUCT = """
+    import resource, sys
+    import numpy as np
+    resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
+    from utils import search_kernels
+    ones = np.ones((2, 8), np.float32)
+    rows = np.zeros(1, np.int64)
+    assert search_kernels.score_pairs(ones, rows, ones, rows)[0] == 8
+    from utils import amx
+    print(amx.is_usable())
+"""
+
+
+def run(limit: str, **environment: str) -> subprocess.CompletedProcess:
+    code = "\n".join(line.strip() for line in PRODUCT.format(limit=limit).splitlines())
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=os.environ | environment, capture_output=True, text=True
+    )
+
+
+def test_machine_code_that_cannot_be_kept_costs_no_run(tmp_path):
+    """A limit of one byte a file stands for a full disk: Python ignores the signal, and the call fails alike."""
+    done = run("1", NUMBA_CACHE_DIR=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    kept = run("resource.RLIM_INFINITY", NUMBA_CACHE_DIR=str(tmp_path))
+    assert kept.returncode == 0, kept.stderr
+    assert list(tmp_path.rglob("*.nbc"))
+
+
+@pytest.mark.parametrize("told", [{"NUMBA_CPU_NAME": "generic"}, {"NUMBA_CPU_FEATURES": "+avx2,+fma"}])
+def test_amx_is_used_only_where_numba_knows_of_it(told, tmp_path):
+    done = run("resource.RLIM_INFINITY", NUMBA_CACHE_DIR=str(tmp_path), **told)
+    assert (done.returncode, done.stdout) == (0, "False\n"), done.stderr
