@@ -5,7 +5,7 @@ import pytest
 from test_dedup import clean, clustered, one_by_one
 
 from utils import dedup, screening
-from utils.scores import largest_norm
+from utils.scores import largest_norm, pair_scores
 from utils.screening import ScreenedIndex, Sketcher, fit
 from utils.search import ExactIndex
 
@@ -54,6 +54,17 @@ def test_cleaning_with_screening_equals_one_by_one(threshold, spread, arithmetic
         kept, removed = one_by_one(vectors, threshold)
         assert result.kept_rows.tolist() == kept
         assert {d.row: (d.kept_row, d.score) for d in result.duplicates} == removed
+
+
+@pytest.mark.parametrize("scale", [1e-21, 1e-15, 1e15])
+def test_vectors_of_any_length_are_cleaned_alike(scale, arithmetic, monkeypatch):
+    monkeypatch.setattr(dedup, "_SCREENED_ROWS", 1)
+    vectors = anisotropic(300)
+    sketcher = Sketcher(leading(vectors, 12))
+    monkeypatch.setattr(screening, "fit", lambda sample, threshold: sketcher)
+    vectors = (vectors * scale).astype(np.float32)
+    threshold = float(np.quantile(pair_scores(vectors[:100], vectors[100:200]), 0.97))
+    assert clean(vectors, threshold).kept_rows.tolist() == one_by_one(vectors, threshold)[0]
 
 
 def prepared(index, vectors):

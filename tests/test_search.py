@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from thread_ranks import on_ranks
 
-from utils import search
+from utils import matmul, search
 from utils.distributed import Ranks
 from utils.mapped import release
 from utils.scores import Neighbors, merge, pair_scores, rounding_bound
@@ -52,6 +52,23 @@ def test_scores_a_few_units_apart_are_settled_in_float64(arithmetic):
     found = ExactIndex(384, vectors=corpus).search(base, 50)
     expected = brute_force(base, corpus, 50)
     np.testing.assert_array_equal(found.rows, expected.rows)
+
+
+def test_a_corpus_that_is_its_own_mean_is_settled_in_float64(arithmetic):
+    """Nothing is left to multiply then, and only float64's own roundings tell the two sides apart."""
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        row = (rng.standard_normal((1, 384)) / 20).astype(np.float32)
+        row = (matmul.to_bfloat16(row).astype(np.uint32) << 16).view(np.float32)
+        query = (rng.standard_normal((1, 384)) / 20).astype(np.float32)
+        floor = pair_scores(query, row)[0]
+        assert ExactIndex(384, vectors=row).search(query, 1, floor).rows[0, 0] == 0
+        row[0, 3] = 0
+        other = row.copy()
+        other[0, 3] = 1e-18
+        corpus = np.concatenate([row, other])
+        if len(set(pair_scores(query, corpus))) == 1:
+            assert ExactIndex(384, vectors=corpus).search(query, 1).rows[0, 0] == 0
 
 
 @pytest.mark.parametrize(("common", "scale"), [(3.0, 1.0), (0.0, 1e3), (0.0, 1e-18)])

@@ -29,6 +29,8 @@ _BLOCK_ROWS = 1024
 _PART_ROWS = 512
 # Pairs of a block at or above the threshold, of each rank; if there are more, blocks become smaller.
 _MOST_PAIRS = 1 << 20
+# Pairs that a thread scores at a time.
+_SCORED_PAIRS = 1 << 16
 # Fewer rows are compared in less time than screening takes to set up.
 _SCREENED_ROWS = 16_384
 
@@ -91,7 +93,7 @@ def remove_near_duplicates(
         within = _pairs_within(block, index, deal.own, threshold)
         best, pairs = _of_all_ranks(index.search(block, threshold), within, ranks)
         if pairs is None:
-            size //= 2
+            size = max(1, size // 4)
             continue
         decided, stays = _settle(here, best, pairs)
         duplicates += decided
@@ -100,6 +102,8 @@ def remove_near_duplicates(
         index.add(block.only(mine), here[mine])
         done += len(here)
         progress(len(here))
+        if 4 * len(pairs.scores) < _MOST_PAIRS:  # as many as twice the rows may have
+            size = min(2 * size, index.block_rows)
     return DedupResult(np.concatenate(kept) if kept else np.zeros(0, np.int64), duplicates, threshold)
 
 
@@ -150,8 +154,12 @@ def _index(
     """This rank's part of the rows kept so far, still empty: screened where that is worth its set-up."""
     capacity = math.ceil(len(rows) / ranks.size)
     if len(rows) >= _SCREENED_ROWS and device != "gpu":
-        drawn = np.sort(np.random.default_rng(0).choice(rows, min(len(rows), SAMPLE_ROWS), replace=False))
-        sketcher = screening.fit(_fetched(drawn, everywhere, vectors, dim, ranks), threshold)
+        sketcher = None
+        if ranks.is_first:
+            drawn = np.sort(np.random.default_rng(0).choice(rows, min(len(rows), SAMPLE_ROWS), replace=False))
+            sketcher = screening.fit(plain(vectors[drawn]), threshold)
+        # Sketches are compared across ranks: directions that another machine rounded otherwise would not do.
+        sketcher = ranks.broadcast_object(sketcher)
         if sketcher is not None:
             return ScreenedIndex(sketcher, dim, capacity, everywhere)
     return _FullIndex(dim, capacity, device)
@@ -214,14 +222,16 @@ def _pairs_within(
 
     def work(start: int) -> None:
         part = own[start : start + _PART_ROWS]
-        for place, earlier in index.near(block, part, threshold):
-            if sum(len(pairs.scores) for pairs in found) > _MOST_PAIRS:
-                return
-            before = earlier < part[place]
-            later, earlier = part[place[before]], earlier[before]
-            scores = scores_of(block.vectors, later, block.vectors, earlier)
-            reach = scores >= threshold
-            found.append(_Pairs(later[reach], earlier[reach], scores[reach]))
+        for places, others in index.near(block, part, threshold):
+            for first in range(0, len(places), _SCORED_PAIRS):
+                if sum(len(pairs.scores) for pairs in found) > _MOST_PAIRS:
+                    return
+                later, earlier = part[places[first : first + _SCORED_PAIRS]], others[first : first + _SCORED_PAIRS]
+                before = earlier < later
+                later, earlier = later[before], earlier[before]
+                scores = scores_of(block.vectors, later, block.vectors, earlier)
+                reach = scores >= threshold
+                found.append(_Pairs(later[reach], earlier[reach], scores[reach]))
 
     in_threads(work, range(0, len(own), _PART_ROWS))
     return _Pairs.joined(found)

@@ -14,6 +14,10 @@ from utils.mapped import release
 
 # Pairs that are scored at a time.
 _PAIRS = 1024
+# Below twice the smallest normal float32, what a processor may take a product of bfloat16 for is 0.
+_TINY = 2.0**-125
+# Sums of squares below this may have lost some to float32's smallest number.
+_SMALL_SQUARE = 1e-30
 
 
 class Neighbors(NamedTuple):
@@ -79,9 +83,10 @@ def rounding_bound(dim: int, norms: float) -> float:
     """How far a float32 inner product may lie from the true one, for vectors whose norms multiply to ``norms``.
 
     The classical bound gamma_n |x| |y| with n = dim + 1 and unit roundoff 2^-24 (Higham, Accuracy and
-    Stability of Numerical Algorithms, section 3.1); it holds for any order of summation.
+    Stability of Numerical Algorithms, section 3.1); it holds for any order of summation. And what a number too
+    small for the processor's products loses, for each of them.
     """
-    return (dim + 1) * 2.0**-24 * 1.01 * norms
+    return (dim + 1) * 2.0**-24 * 1.01 * norms + dim * _TINY
 
 
 def largest_norm(vectors: np.ndarray) -> float:
@@ -89,7 +94,10 @@ def largest_norm(vectors: np.ndarray) -> float:
     largest = 0.0
     for start in range(0, len(vectors), 1 << 14):
         block = vectors[start : start + (1 << 14)]
-        largest = max(largest, float(np.einsum("ij,ij->i", block, block).max(initial=0.0)))
+        squares = np.einsum("ij,ij->i", block, block)
+        if squares.max(initial=0.0) < _SMALL_SQUARE:
+            squares = np.einsum("ij,ij->i", block, block, dtype=np.float64)
+        largest = max(largest, float(squares.max(initial=0.0)))
     return largest**0.5 * (1 + 1e-3)
 
 

@@ -33,7 +33,7 @@ _WORTHWHILE = 0.8
 # One product of sketches is at most this many queries by this many rows: 2 MB, about a core's own cache.
 _QUERY_BLOCK, _ROW_BLOCK = 512, 1024
 # Where products are our own and not written, by this many.
-_AMX_ROW_BLOCK = 4096
+_AMX_ROW_BLOCK = 1024
 # In bfloat16, widths are filled up to a multiple of what the processor takes at once: others take twice the time.
 _ALIGNED = 32
 # Pairs that are scored at a time.

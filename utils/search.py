@@ -35,8 +35,6 @@ _SAMPLE_ROWS, _SAMPLE_RUN = 4096, 256
 _CANDIDATES, _FEWEST_CANDIDATES = 3, 64
 # Roundings that a screened score goes through besides those of its sum.
 _ROUNDINGS = 4
-# Below twice the smallest normal float32, what a processor may take a product of bfloat16 for is 0.
-_TINY = 2.0**-125
 # Queries that rank 0 sends round at a time, fewer if they want many neighbours each.
 _EXCHANGE_QUERIES, _EXCHANGE_NEIGHBORS = 8192, 1 << 20
 # Rows that faiss is asked for on a GPU beyond k.
@@ -236,13 +234,16 @@ class _Bfloat16Screen(_Screen):
         self._centre, self._corpus_centre = queries.mean(axis=0), corpus.centre
         self._queries = matmul.to_bfloat16(queries - self._centre)
         norms, residuals = search_kernels.sizes(queries, self._centre, self._queries)
-        self.offset = queries.astype(np.float64) @ corpus.centre.astype(np.float64)
+        wide, centre = queries.astype(np.float64), corpus.centre.astype(np.float64)
+        self.offset = wide @ centre
         norms_rounded, norm_rounded = norms + residuals, corpus.norm + corpus.residual
         rounded = residuals * corpus.norm + norms_rounded * corpus.residual
         # Twice the bound: the processor may add two products up before it rounds.
         summed = 2 * norms_rounded * norm_rounded + np.linalg.norm(self._centre.astype(np.float64)) * norm_rounded
-        lost = queries.shape[1] * _TINY
-        self.slack = 1.0001 * rounded + rounding_bound(queries.shape[1] + _ROUNDINGS, summed) + lost
+        # The offset's own rounding and the canonical score's, both of float64: all there is where p' is next to 0.
+        longest = np.linalg.norm(wide, axis=1) * (np.linalg.norm(centre) + corpus.norm)
+        in_float64 = 2 * (queries.shape[1] + 2) * 2.0**-53 * longest
+        self.slack = 1.0001 * rounded + rounding_bound(queries.shape[1] + _ROUNDINGS, summed) + in_float64
 
     def take(self, rows: np.ndarray) -> None:
         centred = rows - self._corpus_centre
