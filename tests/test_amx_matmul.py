@@ -74,9 +74,9 @@ def test_finds_what_reaches_its_cut(m, k, n, kept, monkeypatch):
     cuts = np.full(16 * len(packed.tiles), np.inf, np.float32)
     cuts[:n] = np.random.default_rng(4).standard_normal(n) * k**0.5
     cuts[0] = -np.inf  # everything reaches it
-    room = amx_matmul.Room.of(m, packed)
+    scratch = amx_matmul.Scratch.of(m, packed)
     for first in (0, 1000):
-        found = packed.reaching(left, more, cuts, first, room)
+        found = packed.reaching(left, more, cuts, first, scratch)
         expected = np.nonzero(cuts[:n, None] <= sums.T)
         assert sorted(zip(found.columns, found.rows - first, strict=True)) == list(zip(*expected, strict=True))
         np.testing.assert_allclose(found.sums, sums[found.rows - first, found.columns], atol=1e-3)
@@ -86,6 +86,6 @@ def test_what_is_no_number_reaches_nothing():
     left, right = random(1, 32, 32), random(2, 32, 32)
     left[3] = 0x7FC0
     packed = amx_matmul.Packed.of_rows(right)
-    room = amx_matmul.Room.of(32, packed)
-    found = packed.reaching(left, np.zeros(32, np.float32), np.full(32, -1e9, np.float32), 0, room)
+    scratch = amx_matmul.Scratch.of(32, packed)
+    found = packed.reaching(left, np.zeros(32, np.float32), np.full(32, -1e9, np.float32), 0, scratch)
     assert set(found.rows.tolist()) == set(range(32)) - {3}

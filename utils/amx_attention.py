@@ -40,7 +40,7 @@ def attention(qkv: np.ndarray, lengths: np.ndarray, heads: int, context: np.ndar
     own = context.shape[2] // heads
     assert supports(own)
     widest = -(-context.shape[1] // ALIGNED) * ALIGNED
-    room = _Room(
+    scratch = _Scratch(
         matmul.empty((widest // _SCORED, own // 32, _PAIRS, _SCORED), np.uint32),
         matmul.empty((own // 16, widest // _SUMMED, _PAIRS, 16), np.uint32),
         # Rows are a line of the cache longer than need be: at a power of two apart, they would all fall into few of
@@ -50,10 +50,10 @@ def attention(qkv: np.ndarray, lengths: np.ndarray, heads: int, context: np.ndar
         matmul.empty((QUERIES, own), np.float32),
         matmul.empty((QUERIES, own), np.uint16),
     )
-    _attention(amx.WHOLE_TILES, qkv, lengths, heads, room, context)
+    _attention(amx.WHOLE_TILES, qkv, lengths, heads, scratch, context)
 
 
-class _Room(NamedTuple):
+class _Scratch(NamedTuple):
     """Where a head's work goes on; all begin with a line of the cache, or each access would take two.
 
     keys: uint32 [tiles, steps, 16, 16], packed. values: uint32 [columns, tiles, 16, 16], packed. scores: float32
@@ -69,11 +69,11 @@ class _Room(NamedTuple):
 
 
 @_compiled
-def _attention(whole_tiles, qkv, lengths, heads, room, context):
+def _attention(whole_tiles, qkv, lengths, heads, scratch, context):
     b, _, width = context.shape
     own = width // heads
     totals, pairs = np.empty(QUERIES, np.float32), qkv.view(np.uint32)
-    keys, values, scores, weights = room.keys, room.values, room.scores, room.weights
+    keys, values, scores, weights = scratch.keys, scratch.values, scratch.scores, scratch.weights
     amx.configure(whole_tiles.ctypes.data)
     for text in range(b):
         length = lengths[text]
@@ -86,14 +86,16 @@ def _attention(whole_tiles, qkv, lengths, heads, room, context):
                 n = min(QUERIES, length - first)
                 left, stride = qkv[text, first, query:].ctypes.data, qkv.strides[1]
                 if n < QUERIES:  # a tile would read past the text's end, and perhaps past the array's
-                    copy_rows(qkv[text], first, n, query, room.last)
-                    left, stride = room.last.ctypes.data, room.last.strides[0]
+                    copy_rows(qkv[text], first, n, query, scratch.last)
+                    left, stride = scratch.last.ctypes.data, scratch.last.strides[0]
                 multiply_rows(left, stride, keys, own // 32, padded // 32, scores)
-                weigh(scores, n, length, padded, weights, totals)
-                multiply_rows(weights.ctypes.data, weights.strides[0], values, padded // _SUMMED, own // 32, room.sums)
+                exponentiate(scores, n, length, padded, weights, totals)
+                multiply_rows(
+                    weights.ctypes.data, weights.strides[0], values, padded // _SUMMED, own // 32, scratch.sums
+                )
                 for i in range(n):
                     to = context[text, first + i, query:].ctypes.data
-                    avx512.scaled(room.sums[i].ctypes.data, own, _F(1.0) / totals[i], to)
+                    avx512.scaled(scratch.sums[i].ctypes.data, own, _F(1.0) / totals[i], to)
     amx.release()
 
 
@@ -159,7 +161,7 @@ def pack_values(rows, length, padded, column, width, packed):
 
 
 @_inlined
-def weigh(scores, n, length, padded, weights, totals):
+def exponentiate(scores, n, length, padded, weights, totals):
     """``n`` rows of ``length`` scores become weights, bfloat16, which add up to what goes into ``totals``."""
     for i in range(n):
         row = scores[i]

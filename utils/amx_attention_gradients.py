@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from utils import amx, avx512, matmul
-from utils.amx_attention import ALIGNED, QUERIES, copy_rows, multiply_rows, pack_keys, pack_values, weigh
+from utils.amx_attention import ALIGNED, QUERIES, copy_rows, exponentiate, multiply_rows, pack_keys, pack_values
 from utils.compiled import MATHS, compiled, inlined
 
 _F, _U = np.float32, np.uint32
@@ -21,19 +21,19 @@ _LOG_2 = np.float32(np.log(2))
 _inlined = inlined(MATHS)
 
 
-def attention_backward(qkv: np.ndarray, outer: np.ndarray, heads: int, results: list[np.ndarray]) -> None:
+def attention_backward(qkv: np.ndarray, d_context: np.ndarray, heads: int, results: list[np.ndarray]) -> None:
     """The gradients of ``amx_attention.attention`` of one text without padding.
 
     Args:
         qkv: uint16 (bfloat16) [t, 3 * heads * width], as for the attention: its scores are logarithms to base 2.
-        outer: uint16 (bfloat16) [t, heads * width], the gradient of what came out.
+        d_context: uint16 (bfloat16) [t, heads * width], the gradient of what came out.
         results: float32 [t, heads * width] each, filled in: the gradients of queries, before they were scaled by
             1 / (log 2 * sqrt(width)), of keys, and of values.
     """
-    t, own = len(qkv), outer.shape[1] // heads
+    t, own = len(qkv), d_context.shape[1] // heads
     widest = -(-t // ALIGNED) * ALIGNED
     # Rows are a line of the cache longer than need be: see amx_attention.
-    room = _Room(
+    scratch = _Scratch(
         matmul.empty((3, widest // 16, own // 32, 16, 16), np.uint32),
         matmul.empty((own // 16, widest // 32, 16, 16), np.uint32),
         matmul.empty((2, own, widest + 32), np.uint16),
@@ -45,22 +45,22 @@ def attention_backward(qkv: np.ndarray, outer: np.ndarray, heads: int, results: 
         matmul.empty((2, QUERIES, own), np.uint16),
         np.empty((2, widest), np.float32),
     )
-    _backward(amx.WHOLE_TILES, qkv, outer, heads, room, *results)
+    _backward(amx.WHOLE_TILES, qkv, d_context, heads, scratch, *results)
 
 
-class _Room(NamedTuple):
+class _Scratch(NamedTuple):
     """Where a head's work goes on; see ``amx_attention``.
 
     across: keys and values, packed to be multiplied by rows of theirs. along: keys, packed to be summed up over.
-    turned: queries and outer gradient, bfloat16 [2, width, t]. sums: the gradients of keys and of values, float32
+    transposed: queries and ``d_context``, bfloat16 [2, width, t]. sums: the gradients of keys and of values, float32
     [2, width, t]. scores: of a block, and the gradients of its weights, float32 [2, 32, t]. weights: bfloat16
     [2, 32, t], a block's weights and gradients of scores. packed: the same, packed. result: float32 [32, width]. last:
-    bfloat16 [2, 32, width], the last queries and outer gradients. row: float32 [2, t].
+    bfloat16 [2, 32, width], the last queries and ``d_context``. row: float32 [2, t].
     """
 
     across: np.ndarray
     along: np.ndarray
-    turned: np.ndarray
+    transposed: np.ndarray
     sums: np.ndarray
     scores: np.ndarray
     weights: np.ndarray
@@ -71,58 +71,60 @@ class _Room(NamedTuple):
 
 
 @compiled(MATHS)
-def _backward(whole_tiles, qkv, outer, heads, room, d_query, d_key, d_value):
-    length, width = outer.shape
+def _backward(whole_tiles, qkv, d_context, heads, scratch, d_query, d_key, d_value):
+    length, width = d_context.shape
     own = width // heads
     padded = -(-length // ALIGNED) * ALIGNED
     scale = _F(1.0) / np.sqrt(_F(own))
     pairs, totals = qkv.view(np.uint32), np.empty(QUERIES, np.float32)
-    keys, values = room.across[0], room.across[1]
-    scores, d_weights = room.scores[0], room.scores[1]
-    weights, d_scores = room.weights[0], room.weights[1]
-    room.last[:] = 0
+    keys, values = scratch.across[0], scratch.across[1]
+    scores, d_weights = scratch.scores[0], scratch.scores[1]
+    weights, d_scores = scratch.weights[0], scratch.weights[1]
+    scratch.last[:] = 0
     amx.configure(whole_tiles.ctypes.data)
     for head in range(heads):
         query, key, value = head * own, width + head * own, 2 * width + head * own
         pack_keys(pairs, length, padded, key // 2, keys)
         pack_keys(pairs, length, padded, value // 2, values)
-        pack_values(qkv, length, padded, key, own, room.along)
-        _turn(qkv, length, query, room.turned[0])
-        _turn(outer, length, query, room.turned[1])
-        room.sums[:] = _F(0.0)
+        pack_values(qkv, length, padded, key, own, scratch.along)
+        _transpose(qkv, length, query, scratch.transposed[0])
+        _transpose(d_context, length, query, scratch.transposed[1])
+        scratch.sums[:] = _F(0.0)
         for first in range(0, length, QUERIES):
             n = min(QUERIES, length - first)
             left, left_step = qkv[first, query:].ctypes.data, qkv.strides[0]
-            right, right_step = outer[first, query:].ctypes.data, outer.strides[0]
+            right, right_step = d_context[first, query:].ctypes.data, d_context.strides[0]
             if n < QUERIES:  # a tile would read past the text's end
-                copy_rows(qkv, first, n, query, room.last[0])
-                copy_rows(outer, first, n, query, room.last[1])
-                left, left_step = room.last[0].ctypes.data, room.last.strides[1]
-                right, right_step = room.last[1].ctypes.data, room.last.strides[1]
+                copy_rows(qkv, first, n, query, scratch.last[0])
+                copy_rows(d_context, first, n, query, scratch.last[1])
+                left, left_step = scratch.last[0].ctypes.data, scratch.last.strides[1]
+                right, right_step = scratch.last[1].ctypes.data, scratch.last.strides[1]
             multiply_rows(left, left_step, keys, own // 32, padded // 32, scores)
-            weigh(scores, n, length, padded, weights, totals)
+            exponentiate(scores, n, length, padded, weights, totals)
             multiply_rows(right, right_step, values, own // 32, padded // 32, d_weights)
             for i in range(n):
-                _row(weights[i], d_scores[i], d_weights[i], _F(1.0) / totals[i], padded, room.row[0], room.row[1])
+                _row(weights[i], d_scores[i], d_weights[i], _F(1.0) / totals[i], padded, scratch.row[0], scratch.row[1])
             weights[n:] = 0
             d_scores[n:] = 0
-            multiply_rows(d_scores.ctypes.data, d_scores.strides[0], room.along, padded // 32, own // 32, room.result)
+            multiply_rows(
+                d_scores.ctypes.data, d_scores.strides[0], scratch.along, padded // 32, own // 32, scratch.result
+            )
             for i in range(n):
-                to, result = d_query[first + i, query : query + own], room.result[i]
+                to, result = d_query[first + i, query : query + own], scratch.result[i]
                 for j in range(own):
                     to[j] = result[j] * scale
             for which in range(2):
-                block, packed = room.weights[1 - which], room.packed[which]
+                block, packed = scratch.weights[1 - which], scratch.packed[which]
                 for p in range(QUERIES // 2):
                     one, other = block[2 * p].ctypes.data, block[2 * p + 1].ctypes.data
                     avx512.paired(one, other, padded, packed[0, p].ctypes.data, packed.strides[0])
-                turned = room.turned[which]
+                transposed = scratch.transposed[which]
                 for part in range(own // 32):
-                    at_left = turned[32 * part, first:].ctypes.data
-                    at_sums = room.sums[which, 32 * part].ctypes.data
-                    _accumulate(at_left, turned.strides[0], packed, padded // 32, at_sums, room.sums.strides[1])
-        _turn_back(room.sums[0], _LOG_2, length, query, d_key)
-        _turn_back(room.sums[1], _F(1.0), length, query, d_value)
+                    at_left = transposed[32 * part, first:].ctypes.data
+                    at_sums = scratch.sums[which, 32 * part].ctypes.data
+                    _accumulate(at_left, transposed.strides[0], packed, padded // 32, at_sums, scratch.sums.strides[1])
+        _transpose_back(scratch.sums[0], _LOG_2, length, query, d_key)
+        _transpose_back(scratch.sums[1], _F(1.0), length, query, d_value)
     amx.release()
 
 
@@ -143,22 +145,22 @@ def _row(weights, d_scores, d_weights, share, padded, weight, product):
 
 
 @_inlined
-def _turn(rows, length, column, turned):
+def _transpose(rows, length, column, transposed):
     """A head's columns of rows as rows, filled up with 0."""
-    for i in range(len(turned)):
-        own = turned[i]
+    for i in range(len(transposed)):
+        own = transposed[i]
         for j in range(length):
             own[j] = rows[j, column + i]
         own[length:] = 0
 
 
 @_inlined
-def _turn_back(turned, factor, length, column, rows):
+def _transpose_back(transposed, factor, length, column, rows):
     """The reverse, times a factor."""
     for j in range(length):
-        own = rows[j, column : column + len(turned)]
-        for i in range(len(turned)):
-            own[i] = turned[i, j] * factor
+        own = rows[j, column : column + len(transposed)]
+        for i in range(len(transposed)):
+            own[i] = transposed[i, j] * factor
 
 
 @_inlined

@@ -14,7 +14,7 @@ from utils.compiled import compiled, inlined
 # Rows and columns of a block of sums, and the numbers that one step adds up.
 _ROWS, _COLUMNS, _DEPTH = 32, 32, 32
 _PLAIN, _ROUNDED, _GELU = 0, 1, 2
-_FINISHES = {("none", np.float32): _PLAIN, ("none", np.uint16): _ROUNDED, ("gelu", np.uint16): _GELU}
+_EPILOGUES = {("none", np.float32): _PLAIN, ("none", np.uint16): _ROUNDED, ("gelu", np.uint16): _GELU}
 # Of the right-hand matrix, what all rows go through before the next part does: it should stay in a core's own cache.
 _KEPT_BYTES = 5 << 18
 _inlined = inlined()
@@ -70,25 +70,29 @@ class Packed:
         assert result.shape == (len(left), 16 * len(self.tiles)) and len(bias) == result.shape[1]
         if len(left) == 0:
             return
-        finish = _FINISHES[activation, result.dtype.type]
+        epilogue = _EPILOGUES[activation, result.dtype.type]
         sums = matmul.empty((_ROWS, _COLUMNS), np.float32)
-        _multiply(amx.WHOLE_TILES, left, self.tiles, _KEPT_BYTES, bias, finish, sums, result.view(np.uint8))
+        _multiply(amx.WHOLE_TILES, left, self.tiles, _KEPT_BYTES, bias, epilogue, sums, result.view(np.uint8))
 
-    def reaching(self, left: np.ndarray, more: np.ndarray, cuts: np.ndarray, first: int, room: "Room") -> "Found":
-        """The sums of left times this, plus ``more``, that reach their column's cut.
+    def reaching(
+        self, left: np.ndarray, row_bias: np.ndarray, cuts: np.ndarray, first: int, scratch: "Scratch"
+    ) -> "Found":
+        """The sums of left times this, plus a bias a row, that reach their column's cut.
 
         Args:
             left: bfloat16 (uint16) [m, k], C-contiguous.
-            more: float32 [m].
+            row_bias: float32 [m].
             cuts: float32 [n], infinity where columns were filled up.
             first: what the first row is called.
-            room: where they are put, until the next call with it.
+            scratch: where they are put, until the next call with it.
         """
         assert len(cuts) == 16 * len(self.tiles) and left.shape[1] == _DEPTH * self.tiles.shape[1]
-        assert len(room.found.sums) >= len(left) * len(cuts)
+        assert len(scratch.found.sums) >= len(left) * len(cuts)
         kept = _KEPT_BYTES
-        n = _reaching(amx.WHOLE_TILES, left, self.tiles, kept, more, cuts, first, room.block, room.last, room.found)
-        return Found(*(column[:n] for column in room.found))
+        n = _reaching(
+            amx.WHOLE_TILES, left, self.tiles, kept, row_bias, cuts, first, scratch.block, scratch.last, scratch.found
+        )
+        return Found(*(column[:n] for column in scratch.found))
 
 
 class Found(NamedTuple):
@@ -99,7 +103,7 @@ class Found(NamedTuple):
     sums: np.ndarray
 
 
-class Room(NamedTuple):
+class Scratch(NamedTuple):
     """What ``reaching`` writes to: what it finds; a block of sums; the last rows, where they make no whole block."""
 
     found: Found
@@ -107,15 +111,22 @@ class Room(NamedTuple):
     last: np.ndarray
 
     @classmethod
-    def of(cls, m: int, packed: Packed) -> "Room":
+    def of(cls, m: int, packed: Packed) -> "Scratch":
         """For up to ``m`` rows."""
         n, k = 16 * len(packed.tiles), _DEPTH * packed.tiles.shape[1]
         found = Found(np.empty(m * n, np.int64), np.empty(m * n, np.int64), np.empty(m * n, np.float32))
         return cls(found, matmul.empty((_ROWS, _COLUMNS), np.float32), matmul.empty((_ROWS, k), np.uint16))
 
 
+# Both loops go over blocks of sums in turn. While the tiles take one block's steps, the vector unit goes over the rows
+# of the block before, which has been stored and is waiting; the last one's rows are left for the end:
+#
+#     tiles:    block 0, steps | block 1, steps  | ... | block n, steps   |
+#     vectors:  (none waits)   | rows of block 0 | ... | rows of n - 1    | rows of block n
+
+
 @compiled()
-def _multiply(whole_tiles, left, right, kept_bytes, bias, finish, sums, result):
+def _multiply(whole_tiles, left, right, kept_bytes, bias, epilogue, sums, result):
     steps, columns = right.shape[1], len(right) // 2
     at_left, from_row = left.ctypes.data, left.strides[0]
     at_right, from_tile, from_step = right.ctypes.data, right.strides[0], right.strides[1]
@@ -124,7 +135,7 @@ def _multiply(whole_tiles, left, right, kept_bytes, bias, finish, sums, result):
     at_sums, rows_a_step = sums.ctypes.data, -(-_ROWS // steps)
     amx.configure(whole_tiles.ctypes.data)
     at_once = max(1, kept_bytes // (2 * from_tile))
-    waiting, waiting_bias, row = at_result, at_bias, _ROWS
+    waiting, waiting_bias, row = at_result, at_bias, _ROWS  # none of its rows is left to do
     for first_column in range(0, columns, at_once):
         for block in range(len(left) // _ROWS):
             for column in range(first_column, min(first_column + at_once, columns)):
@@ -134,18 +145,18 @@ def _multiply(whole_tiles, left, right, kept_bytes, bias, finish, sums, result):
                     amx.add_product(above, from_row, at_right + 2 * column * from_tile + step * from_step, from_tile)
                     for _ in range(rows_a_step):
                         if row < _ROWS:
-                            _finish(finish, at_sums + 128 * row, waiting_bias, waiting + row * to_row)
+                            _epilogue(epilogue, at_sums + 128 * row, waiting_bias, waiting + row * to_row)
                             row += 1
                 amx.store_block(at_sums, 128)
                 waiting, waiting_bias = at_result + block * _ROWS * to_row + column * width, at_bias + 128 * column
                 row = 0
     for row in range(_ROWS):
-        _finish(finish, at_sums + 128 * row, waiting_bias, waiting + row * to_row)
+        _epilogue(epilogue, at_sums + 128 * row, waiting_bias, waiting + row * to_row)
     amx.release()
 
 
 @compiled()
-def _reaching(whole_tiles, left, right, kept_bytes, more, cuts, first, sums, last, found):
+def _reaching(whole_tiles, left, right, kept_bytes, row_bias, cuts, first, sums, last, found):
     m, steps, columns, count = len(left), right.shape[1], len(right) // 2, 0
     from_row, at_last, at_cuts = left.strides[0], last.ctypes.data, cuts.ctypes.data
     at_right, from_tile, from_step = right.ctypes.data, right.strides[0], right.strides[1]
@@ -166,36 +177,36 @@ def _reaching(whole_tiles, left, right, kept_bytes, more, cuts, first, sums, las
                     amx.add_product(at_left + 64 * step, from_row, at_column + step * from_step, from_tile)
                     for _ in range(rows_a_step):
                         if row < end:
-                            count = _note(sums, at_sums, row, waiting, more, at_cuts, first, found, count)
+                            count = _note(sums, at_sums, row, waiting, row_bias, at_cuts, first, found, count)
                             row += 1
                 amx.store_block(at_sums, 128)
                 waiting = block * _ROWS, column * _COLUMNS
                 row, end = 0, min(_ROWS, m - block * _ROWS)
     for row in range(end):
-        count = _note(sums, at_sums, row, waiting, more, at_cuts, first, found, count)
+        count = _note(sums, at_sums, row, waiting, row_bias, at_cuts, first, found, count)
     amx.release()
     return count
 
 
 @_inlined
-def _note(sums, at_sums, row, block, more, at_cuts, first, found, count):
+def _note(sums, at_sums, row, block, row_bias, at_cuts, first, found, count):
     """Which sums reach, of a row of a block; and the number of all so far."""
     own = block[0] + row
-    bits = avx512.reaching(at_sums + 128 * row, more[own], at_cuts + 4 * block[1])
+    bits = avx512.reaching(at_sums + 128 * row, row_bias[own], at_cuts + 4 * block[1])
     while bits:
         place = avx512.lowest_bit(bits)
         found.columns[count], found.rows[count] = block[1] + place, first + own
-        found.sums[count] = sums[row, place] + more[own]
+        found.sums[count] = sums[row, place] + row_bias[own]
         count += 1
         bits = np.uint32(bits & np.uint32(bits - np.uint32(1)))
     return count
 
 
 @_inlined
-def _finish(finish, sums, bias, to):
-    if finish == _GELU:
+def _epilogue(epilogue, sums, bias, to):
+    if epilogue == _GELU:
         avx512.add_gelu_rounded(sums, bias, to)
-    elif finish == _ROUNDED:
+    elif epilogue == _ROUNDED:
         avx512.add_rounded(sums, bias, to)
     else:
         avx512.add(sums, bias, to)

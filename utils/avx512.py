@@ -183,7 +183,7 @@ def paired(typing, row, other, n, pairs, step):
     return types.void(types.intp, types.intp, types.intp, types.intp, types.intp), generate
 
 
-def _finish(what: Callable[[ir.IRBuilder, ir.Value], ir.Value], rounds: bool) -> Callable:
+def _epilogue(what: Callable[[ir.IRBuilder, ir.Value], ir.Value], rounds: bool) -> Callable:
     """What generates ``what`` of 32 float32 plus as many others."""
 
     def generate(context, builder, signature, arguments):
@@ -202,25 +202,25 @@ def _finish(what: Callable[[ir.IRBuilder, ir.Value], ir.Value], rounds: bool) ->
     return generate
 
 
-_FINISHED = types.void(types.intp, types.intp, types.intp)
+_EPILOGUE = types.void(types.intp, types.intp, types.intp)
 
 
 @intrinsic
 def add(typing, row, other, to):
     """32 float32 of each of two rows, added up at ``to``."""
-    return _FINISHED, _finish(lambda builder, x: x, rounds=False)
+    return _EPILOGUE, _epilogue(lambda builder, x: x, rounds=False)
 
 
 @intrinsic
 def add_rounded(typing, row, other, to):
     """The same, rounded to bfloat16."""
-    return _FINISHED, _finish(lambda builder, x: x, rounds=True)
+    return _EPILOGUE, _epilogue(lambda builder, x: x, rounds=True)
 
 
 @intrinsic
 def add_gelu_rounded(typing, row, other, to):
     """The same of their GELU, which is good to 6e-5 before rounding."""
-    return _FINISHED, _finish(_gelu, rounds=True)
+    return _EPILOGUE, _epilogue(_gelu, rounds=True)
 
 
 @intrinsic

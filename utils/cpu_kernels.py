@@ -38,7 +38,7 @@ def _exp(x):
 def coarse_exp2(x):
     """2**x to 8e-5 of its value, never below 2**-100, for what is rounded to bfloat16.
 
-    The cubic is the one whose largest relative error over half a unit to either side of 0 is the least.
+    The cubic is the one whose largest relative error over half a normalised to either side of 0 is the least.
     """
     x = _F(-100.0) if x < _F(-100.0) else x
     power = np.floor(x + _F(0.5))
@@ -51,13 +51,13 @@ def coarse_exp2(x):
 
 
 @_inlined
-def _kept(place, key, rarest):
-    """Whether dropout keeps the value at a place; a share of ``rarest`` / 2**32 is not (MurmurHash3's finaliser)."""
+def _kept(place, key, threshold):
+    """Whether dropout keeps the value at a place; a share of ``threshold`` / 2**32 is not (MurmurHash3's finaliser)."""
     mixed = _U(_U(place) * _U(0x9E3779B1))
     # The key comes after a round of mixing: added to the place, it would only move along one and the same sequence.
     mixed = _U(_U(_U(mixed ^ _U(mixed >> _U(16))) * _U(0x85EBCA6B)) ^ key)
     mixed = _U(_U(mixed ^ _U(mixed >> _U(13))) * _U(0xC2B2AE35))
-    return _U(mixed ^ _U(mixed >> _U(16))) >= rarest
+    return _U(mixed ^ _U(mixed >> _U(16))) >= threshold
 
 
 @_inlined
@@ -67,13 +67,13 @@ def _ordered(bits):
 
 
 @_compiled
-def dropout(x, first, key, rarest, raised, result):
-    """Values of x [n, h] times ``raised``, or 0; ``first`` is the number of its first row."""
+def dropout(x, first, key, threshold, upscale, result):
+    """Values of x [n, h] times ``upscale``, or 0; ``first`` is the number of its first row."""
     n, h = x.shape
     for i in range(n):
         for j in range(h):
             place = (first + i) * h + j
-            result[i, j] = x[i, j] * raised if _kept(place, key, rarest) else _F(0.0)
+            result[i, j] = x[i, j] * upscale if _kept(place, key, threshold) else _F(0.0)
 
 
 @_compiled
@@ -119,33 +119,33 @@ def add_columns(x, sums):
 
 
 @_compiled
-def add_norm(x, z, bias, gain, offset, epsilon, first, key, rarest, raised, y, unit, scales):
+def add_norm(x, z, bias, gain, offset, epsilon, first, key, threshold, upscale, y, normalised, scales):
     """y = layer norm of x + dropout(z + bias), all [n, h]; keeps the normed rows and what scaled them [n]."""
     n, h = x.shape
     for i in range(n):
         total = _F(0.0)
         for j in range(h):
             value = z[i, j] + bias[j]
-            if rarest > _U(0):
-                value = value * raised if _kept((first + i) * h + j, key, rarest) else _F(0.0)
+            if threshold > _U(0):
+                value = value * upscale if _kept((first + i) * h + j, key, threshold) else _F(0.0)
             value += x[i, j]
-            unit[i, j] = value
+            normalised[i, j] = value
             total += value
         mean = total / _F(h)
         total = _F(0.0)
         for j in range(h):
-            value = unit[i, j] - mean
+            value = normalised[i, j] - mean
             total += value * value
         scale = _F(1.0) / np.sqrt(total / _F(h) + epsilon)
         scales[i] = scale
         for j in range(h):
-            value = (unit[i, j] - mean) * scale
-            unit[i, j] = value
+            value = (normalised[i, j] - mean) * scale
+            normalised[i, j] = value
             y[i, j] = value * gain[j] + offset[j]
 
 
 @_compiled
-def add_norm_backward(gradient, unit, scales, gain, first, key, rarest, raised, d_x, d_z, sums):
+def add_norm_backward(gradient, normalised, scales, gain, first, key, threshold, upscale, d_x, d_z, sums):
     """The gradients of ``add_norm``: of x, of z, and added to ``sums`` [3, h] of gain, offset and bias."""
     n, h = gradient.shape
     for i in range(n):
@@ -153,24 +153,24 @@ def add_norm_backward(gradient, unit, scales, gain, first, key, rarest, raised, 
         for j in range(h):
             own = gradient[i, j] * gain[j]
             total += own
-            along += own * unit[i, j]
+            along += own * normalised[i, j]
         total /= _F(h)
         along /= _F(h)
         scale = scales[i]
         for j in range(h):
             own = gradient[i, j]
-            value = (own * gain[j] - total - unit[i, j] * along) * scale
+            value = (own * gain[j] - total - normalised[i, j] * along) * scale
             d_x[i, j] = value
-            if rarest > _U(0):
-                value = value * raised if _kept((first + i) * h + j, key, rarest) else _F(0.0)
+            if threshold > _U(0):
+                value = value * upscale if _kept((first + i) * h + j, key, threshold) else _F(0.0)
             d_z[i, j] = value
-            sums[0, j] += own * unit[i, j]
+            sums[0, j] += own * normalised[i, j]
             sums[1, j] += own
             sums[2, j] += value
 
 
 @_compiled
-def _softmax(scores, first, key, rarest, raised, dropped):
+def _softmax(scores, first, key, threshold, upscale, dropped):
     """Rows of scores [n, t] become their softmax; ``dropped``, if dropout is on, the same after it."""
     n, t = scores.shape
     for i in range(n):
@@ -186,21 +186,21 @@ def _softmax(scores, first, key, rarest, raised, dropped):
         total = _F(1.0) / total
         for j in range(t):
             scores[i, j] *= total
-        if rarest > _U(0):
+        if threshold > _U(0):
             for j in range(t):
-                dropped[i, j] = scores[i, j] * raised if _kept((first + i) * t + j, key, rarest) else _F(0.0)
+                dropped[i, j] = scores[i, j] * upscale if _kept((first + i) * t + j, key, threshold) else _F(0.0)
 
 
 @_compiled
-def _softmax_backward(weights, first, key, rarest, raised, gradient):
+def _softmax_backward(weights, first, key, threshold, upscale, gradient):
     """``gradient`` [n, t] of the weights after dropout becomes that of the scores."""
     n, t = weights.shape
     for i in range(n):
         total = _F(0.0)
         for j in range(t):
             value = gradient[i, j]
-            if rarest > _U(0):
-                value = value * raised if _kept((first + i) * t + j, key, rarest) else _F(0.0)
+            if threshold > _U(0):
+                value = value * upscale if _kept((first + i) * t + j, key, threshold) else _F(0.0)
                 gradient[i, j] = value
             total += value * weights[i, j]
         for j in range(t):
@@ -229,7 +229,7 @@ def _put(result, scale, column, rows):
 
 
 @_inlined
-def _weigh(query, key, value, biases, scale, head, settled, q, k, v, weights, dropped):
+def _attention_weights(query, key, value, biases, scale, head, settled, q, k, v, weights, dropped):
     """A head's queries, keys and values, and its attention weights before and after dropout."""
     t, width = q.shape
     _take(query, biases[0], scale, head * width, q)
@@ -246,7 +246,7 @@ def attention(query, key, value, biases, width, heads, settled, result):
     Args:
         query, key, value, result: [t, all heads * width].
         biases: [3, all heads * width], added to the first three.
-        settled: key, rarest and raised of the dropout of the weights.
+        settled: key, threshold and upscale of the dropout of the weights.
     """
     t = len(query)
     scale, one = _F(1.0) / np.sqrt(_F(width)), _F(1.0)
@@ -255,7 +255,7 @@ def attention(query, key, value, biases, width, heads, settled, result):
     dropped = _empty(t, t) if settled[1] > _U(0) else weights
     for head in range(heads[0], heads[1]):
         column = head * width
-        _weigh(query, key, value, biases, scale, head, settled, q, k, v, weights, dropped)
+        _attention_weights(query, key, value, biases, scale, head, settled, q, k, v, weights, dropped)
         np.dot(dropped, v, own)
         _put(own, one, column, result)
 
@@ -266,16 +266,16 @@ def attention_backward(query, key, value, biases, width, heads, settled, gradien
     t = len(query)
     scale, one = _F(1.0) / np.sqrt(_F(width)), _F(1.0)
     no_bias = np.zeros(query.shape[1], np.float32)
-    q, k, v, outer, own = _empty(t, width), _empty(t, width), _empty(t, width), _empty(t, width), _empty(t, width)
+    q, k, v, d_result, own = _empty(t, width), _empty(t, width), _empty(t, width), _empty(t, width), _empty(t, width)
     weights, d_weights = _empty(t, t), _empty(t, t)
     dropped = _empty(t, t) if settled[1] > _U(0) else weights
     for head in range(heads[0], heads[1]):
         column = head * width
-        _weigh(query, key, value, biases, scale, head, settled, q, k, v, weights, dropped)
-        _take(gradient, no_bias, one, column, outer)
-        np.dot(dropped.T, outer, own)
+        _attention_weights(query, key, value, biases, scale, head, settled, q, k, v, weights, dropped)
+        _take(gradient, no_bias, one, column, d_result)
+        np.dot(dropped.T, d_result, own)
         _put(own, one, column, d_value)
-        np.dot(outer, v.T, d_weights)
+        np.dot(d_result, v.T, d_weights)
         _softmax_backward(weights, head * t, settled[0], settled[1], settled[2], d_weights)
         np.dot(d_weights, k, own)
         _put(own, scale, column, d_query)

@@ -40,7 +40,7 @@ class Drop:
     seed: Sequence[int] = ()
 
     def settled(self, *place: int) -> tuple[np.uint32, np.uint32, np.float32]:
-        """Key, rarest and raised as ``cpu_kernels`` takes them; the key is of the seed and a place."""
+        """Key, threshold and upscale as ``cpu_kernels`` takes them; the key is of the seed and a place."""
         key = np.random.SeedSequence([*self.seed, *place]).generate_state(1)[0] if self.share else 0
         return np.uint32(key), np.uint32(min(round(self.share * 2**32), 2**32 - 1)), np.float32(1 / (1 - self.share))
 
@@ -228,14 +228,14 @@ class _RoundedAttention(_Attention):
         """The gradients of the three products, given that of the output."""
         from utils import amx_attention_gradients
 
-        outer = matmul.empty(gradient.shape, np.uint16)
+        rounded = matmul.empty(gradient.shape, np.uint16)
         results = [matmul.empty(gradient.shape, np.float32) for _ in range(3)]
 
         def work(tokens: slice) -> None:
             own = [result[tokens] for result in results]
-            amx_attention_gradients.attention_backward(self._qkv[tokens], outer[tokens], self.heads, own)
+            amx_attention_gradients.attention_backward(self._qkv[tokens], rounded[tokens], self.heads, own)
 
-        _in_blocks(len(gradient), lambda rows: matmul.to_bfloat16(gradient[rows], outer[rows]))
+        _in_blocks(len(gradient), lambda rows: matmul.to_bfloat16(gradient[rows], rounded[rows]))
         self._in_texts(work)
         return results
 
@@ -348,12 +348,13 @@ def _layers():
                     bias_of(bias, x.shape[1]),
                     *map(_array, (gain, offset)),
                 )
-                result, ctx.unit, ctx.scales = np.empty_like(left), np.empty_like(left), np.empty(len(left), np.float32)
+                result, ctx.normalised = np.empty_like(left), np.empty_like(left)
+                ctx.scales = np.empty(len(left), np.float32)
 
                 def work(rows: slice) -> None:
                     cpu_kernels.add_norm(
                         left[rows], right[rows], added, ctx.gain, shift, np.float32(epsilon), rows.start, *ctx.settled,
-                        result[rows], ctx.unit[rows], ctx.scales[rows],
+                        result[rows], ctx.normalised[rows], ctx.scales[rows],
                     )  # fmt: skip
 
                 _in_blocks(len(left), work)
@@ -366,8 +367,8 @@ def _layers():
 
                 def work(rows: slice, sums: np.ndarray) -> None:
                     cpu_kernels.add_norm_backward(
-                        own[rows], ctx.unit[rows], ctx.scales[rows], ctx.gain, rows.start, *ctx.settled, d_x[rows],
-                        d_z[rows], sums,
+                        own[rows], ctx.normalised[rows], ctx.scales[rows], ctx.gain, rows.start, *ctx.settled,
+                        d_x[rows], d_z[rows], sums,
                     )  # fmt: skip
 
                 _in_blocks(len(own), work, sums)

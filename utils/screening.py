@@ -290,9 +290,9 @@ class ScreenedIndex:
         packed = amx_matmul.Packed.of_rows(left)
         filled_up = np.full(-(-len(cuts) // _ALIGNED) * _ALIGNED, np.inf, np.float32)
         filled_up[: len(cuts)] = cuts
-        room, nothing = amx_matmul.Room.of(_AMX_ROW_BLOCK, packed), np.zeros(_AMX_ROW_BLOCK, np.float32)
+        scratch, nothing = amx_matmul.Scratch.of(_AMX_ROW_BLOCK, packed), np.zeros(_AMX_ROW_BLOCK, np.float32)
         for start in range(0, len(right), _AMX_ROW_BLOCK):
-            found = packed.reaching(right[start : start + _AMX_ROW_BLOCK], nothing, filled_up, start, room)
+            found = packed.reaching(right[start : start + _AMX_ROW_BLOCK], nothing, filled_up, start, scratch)
             if len(found.rows):
                 yield np.stack((found.columns, found.rows))
 

@@ -261,14 +261,14 @@ class _AmxScreen(_Bfloat16Screen):
 
         super().__init__(queries, corpus)
         self._packed = amx_matmul.Packed.of_rows(self._queries)
-        self._room = amx_matmul.Room.of(_AMX_ROWS, self._packed)
+        self._scratch = amx_matmul.Scratch.of(_AMX_ROWS, self._packed)
 
     def go_through(self, rows: np.ndarray, first_row: int, found: "_Candidates") -> None:
         self.take(rows)
         for start in range(0, len(rows), _AMX_ROWS):
             part = slice(start, start + _AMX_ROWS)
             pairs = self._packed.reaching(
-                self._rows[part], self._shift[part], found.cuts, first_row + start, self._room
+                self._rows[part], self._shift[part], found.cuts, first_row + start, self._scratch
             )
             found.collect_pairs(*pairs)
 
