@@ -1,6 +1,7 @@
 """Stores, resume, and encoding over them, with an encoder that has no model."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -123,6 +124,16 @@ def test_bad_user_vectors(tmp_path, array, message):
     with pytest.raises(ValueError) as caught:
         read_user_vectors(save(tmp_path / "v.npy", array), 5, normalize=True)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("shape", [b"(5, 83, }", b"(5, -8), }", b"(5, 2" + b"0" * 30 + b"), }", b"(5, '), }"])
+def test_a_damaged_header_of_user_vectors(tmp_path, shape):
+    path = save(tmp_path / "v.npy", np.ones((5, 8), np.float32))
+    content = Path(path).read_bytes()
+    header = content.replace(b"(5, 8), }", shape)[: content.index(b"\n")].ljust(content.index(b"\n"))
+    Path(path).write_bytes(header + content[content.index(b"\n") :])
+    with pytest.raises(ValueError, match=r"v\.npy"):
+        read_user_vectors(path, 5, normalize=True)
 
 
 def test_text_as_user_vectors(tmp_path):

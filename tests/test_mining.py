@@ -413,6 +413,8 @@ def test_an_approximate_index_reports_its_recall(mine):
         ({"index_factory": "IFV4,Flat"}, "index_factory is 'IFV4,Flat'; expected a faiss factory string"),
         ({"index_factory": "Flat", "index_parameters": "nprobs=2"}, "index_parameters is 'nprobs=2'"),
         ({"index_factory": "IVF9999,Flat"}, "index_factory 'IVF9999,Flat'"),
+        ({"index_factory": "HNSW0"}, "index_factory is 'HNSW0', with a size of 0"),
+        ({"index_factory": "IVF4,Flat", "index_parameters": "nprobe=0"}, "with 'nprobe=0'"),
     ):
         with pytest.raises(ValueError) as caught:
             mine(**options)

@@ -148,6 +148,41 @@ def test_calls_side_by_side_give_the_same_bits(model, dtype):
             np.testing.assert_array_equal(vectors, alone)
 
 
+@needs_onednn
+@pytest.mark.parametrize(
+    ("config", "lost", "message"),
+    [
+        ({}, "layer.1.attention", "lacks the weight encoder.layer.1.attention"),
+        ({"num_hidden_layers": LAYERS + 1}, None, f"lacks the weight encoder.layer.{LAYERS}."),
+        ({"hidden_size": NARROW + HEADS}, None, "the embeddings of words are"),
+        ({"vocab_size": WORDS + 1}, None, "the embeddings of words are"),
+        ({"max_position_embeddings": POSITIONS + 1}, None, "the embeddings of positions are"),
+        ({"intermediate_size": INNER + 1}, None, "layer 0, up: the weight is"),
+        ({"num_attention_heads": NARROW + 1}, None, "heads do not divide"),
+        ({"num_hidden_layers": 0}, None, "num_hidden_layers is 0"),
+        ({"hidden_size": True}, None, "hidden_size is True"),
+        ({"hidden_act": [1]}, None, "hidden_act is [1]"),
+    ],
+)
+def test_weights_that_are_not_what_the_configuration_says_are_refused(model, config, lost, message):
+    given, weights = model()
+    path = given.folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    kept = {name: w for name, w in weights.items() if lost is None or lost not in name}
+    write_safetensors(given.folder / "model.safetensors", kept)
+    with pytest.raises(ValueError) as caught:
+        onednn.OneDNNEngine(checkpoint.resolve(str(given.folder)), "float32")
+    assert message in str(caught.value) and str(given.folder) in str(caught.value)
+
+
+def test_a_lost_shard_is_named(model):
+    given, _ = model()
+    index = {"weight_map": {"a": "model.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (given.folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"model-00002-of-00002\.safetensors: not there"):
+        checkpoint.resolve(str(given.folder))
+
+
 def test_weights_of_every_type_are_read(model):
     half = np.arange(6, dtype=np.float16).reshape(2, 3)
     brain = np.array([0x3F80, 0xC040, 0x0000], np.uint16)

@@ -1,6 +1,8 @@
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from conftest import ROOT
@@ -40,6 +42,56 @@ def test_no_output_overwrites_an_input(tmp_path, name):
     with pytest.raises(ValueError, match="would overwrite an input"):
         write(tmp_path / "out.json", inputs=[None, str(tmp_path / "link")])
     assert (tmp_path / name).read_text() == "precious"
+
+
+def test_a_file_of_an_input_folder_is_kept_but_an_earlier_output_there_is_not(tmp_path):
+    (tmp_path / "beir" / "qrels").mkdir(parents=True)
+    for name in ("queries.jsonl", "qrels/test.tsv"):
+        (tmp_path / "beir" / name).write_text("precious")
+        with pytest.raises(ValueError, match="is a file of"):
+            write(tmp_path / "beir" / name, inputs=[str(tmp_path / "beir")])
+        assert (tmp_path / "beir" / name).read_text() == "precious"
+    for _ in range(2):
+        write(tmp_path / "beir" / "found.jsonl", ("", ".report.json"), [str(tmp_path / "beir")]).commit()
+
+
+def test_devices_and_pipes_are_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    os.mkfifo(tmp_path / "out.json.report.json")
+    for name in ("pipe", "out.json"):
+        with pytest.raises(ValueError, match="is no regular file"):
+            write(tmp_path / name)
+    with pytest.raises(ValueError, match="is no regular file"):
+        write("/dev/null")
+
+
+def test_a_work_folder_that_holds_anothers_files_is_left_alone(tmp_path):
+    work = tmp_path / "out.json.work"
+    work.mkdir()
+    write(tmp_path / "out.json").commit()  # empty, as a kill may leave it
+    work.mkdir()
+    (work / "thesis.txt").write_text("precious")
+    with pytest.raises(ValueError, match="no work folder of an earlier run"):
+        write(tmp_path / "out.json")
+    (work / "lock").write_text("")
+    for inside in ("thesis.txt", "cache"):  # an input, and a cache that is still to be made
+        with pytest.raises(ValueError, match="is removed in the end"):
+            write(tmp_path / "out.json", inputs=[str(work / inside)])
+    assert (work / "thesis.txt").read_text() == "precious"
+
+
+def test_a_child_that_lives_on_does_not_hold_the_lock(tmp_path):
+    lock = outputs_module.take_lock(tmp_path, 0)
+    child = os.fork()
+    if child == 0:
+        time.sleep(30)
+        os._exit(0)
+    lock.close()
+    again = outputs_module.take_lock(tmp_path, 5)  # it may not have begun yet
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert again is not None
+    again.close()
 
 
 def test_paths_that_cannot_be_written_are_refused_beforehand(tmp_path):

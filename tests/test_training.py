@@ -168,6 +168,47 @@ def test_another_runs_checkpoints_are_not_taken_over(run):
     run(learning_rate=5e-4, overwrite_output_dir=True)
 
 
+@pytest.mark.parametrize("name", ["model_state.pdparams", "optimizer.pdopt", "standing.json", "trainer_state.json"])
+@pytest.mark.parametrize("content", [b"", b"[]", None])
+def test_a_damaged_checkpoint_is_named_or_passed_over(run, tmp_path, name, content):
+    run(max_steps=6)
+    newest = tmp_path / "out" / "checkpoint-6"
+    (newest / name).unlink()
+    if content is not None:
+        (newest / name).write_bytes(content)
+    (tmp_path / "out" / "checkpoint-77").write_text("no folder")
+    (tmp_path / "out" / "checkpoint-99").mkdir()
+    if name == "trainer_state.json" and content is None:
+        assert run(max_steps=6).steps == 6  # from the one before
+        return
+    if name == "optimizer.pdopt":  # nothing is read of it where a training had ended
+        (tmp_path / "out" / "standing.json").unlink(missing_ok=True)
+        shutil.rmtree(tmp_path / "out" / "checkpoint-3")
+        os.rename(newest, tmp_path / "out" / "checkpoint-3")
+        state = json.loads((tmp_path / "out" / "checkpoint-3" / "trainer_state.json").read_text())
+        (tmp_path / "out" / "checkpoint-3" / "trainer_state.json").write_text(json.dumps(state | {"global_step": 3}))
+        newest = tmp_path / "out" / "checkpoint-3"
+    with pytest.raises(ValueError, match=f"{newest.name}: cannot be read"):
+        run(max_steps=6)
+
+
+def test_the_base_is_not_written_over(run, tiny_model, tmp_path):
+    shutil.copytree(tiny_model, tmp_path / "out")
+    with pytest.raises(ValueError, match="is the base model's folder"):
+        run(model_name_or_path=str(tmp_path / "out"))
+    with pytest.raises(ValueError, match="would be loaded in place of what is trained"):
+        run()
+    assert (tmp_path / "out" / "config.json").read_text() == (Path(tiny_model) / "config.json").read_text()
+
+
+@pytest.mark.parametrize(
+    "options", [{"metrics_output_path": "m"}, {"hybrid_parallel_topo_order": "foo"}, {"seed": 2**32}]
+)
+def test_arguments_of_the_trainer_that_would_end_it_badly(run, options):
+    with pytest.raises(ArgumentError, match=next(iter(options))):
+        run(**options)
+
+
 def test_the_best_checkpoint_and_early_stopping(run, tmp_path, monkeypatch):
     values = iter([0.3, 0.5, 0.4, 0.5, 0.9, 0.9])
     monkeypatch.setattr(

@@ -65,7 +65,8 @@ def test_teacher_scores_go_with_their_passages(tmp_path):
     assert sorted(batch.scores[0].tolist()) == [-2, 1.5, 3] and batch.scores[0, 0] == 3
     for bad, message in (
         ({"neg_scores": [1]}, "expected a list of 2 numbers"),
-        ({"neg_scores": [1, "2"]}, "expected finite numbers"),
+        ({"neg_scores": [1, "2"]}, "expected numbers of ordinary size"),
+        ({"neg_scores": [1, 10**400]}, "expected numbers of ordinary size"),
         ({"neg_scores": None}, "pos_scores or neg_scores missing"),
     ):
         path = write_jsonl(tmp_path / "b.jsonl", [good | bad])

@@ -59,7 +59,17 @@ def parse(cls: type[Arguments], argv: list[str], description: str) -> Arguments:
     merged = _read_json(path, cls) if path is not None else {}
     types_ = typing.get_type_hints(cls)
     merged |= {name: _from_text(name, text, types_[name]) for name, text in values.items()}
-    return build(cls, **merged)
+    arguments = build(cls, **merged)
+    output = getattr(arguments, "output_data_path", None)
+    if path and output and os.path.exists(output) and os.path.samefile(path, output):
+        raise ArgumentError(f"{path}: the output would overwrite the file of arguments; give another output_data_path")
+    return arguments
+
+
+def texts(arguments, but: str) -> list[str]:
+    """All that an argument other than ``but`` says in words, among it every path."""
+    values = [getattr(arguments, f.name) for f in dataclasses.fields(arguments) if f.name != but]
+    return [text for value in values for text in (value if isinstance(value, list) else [value]) if type(text) is str]
 
 
 def build(cls: type[Arguments], **values) -> Arguments:
@@ -182,6 +192,8 @@ def _from_text(name: str, text: str, hint) -> Any:
 
 
 def _read_json(path: str, cls: type) -> dict:
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ArgumentError(f"{path}: is no regular file; expected a JSON file of arguments")
     try:
         with open(path, encoding="utf-8-sig") as stream:
             values = json.load(stream)

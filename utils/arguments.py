@@ -7,14 +7,16 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from utils.argument_parsing import ArgumentError, build, check, nearest, option, parse
+from utils.argument_parsing import ArgumentError, build, check, nearest, option, parse, texts
 
-__all__ = ["ArgumentError", "build", "check", "option", "parse"]
+__all__ = ["ArgumentError", "build", "check", "option", "parse", "texts"]
 
 # The bundled model's name, which bundled_model.py answers to.
 DEFAULT_MODEL = "multilingual-e5-small"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 POOLINGS = ("cls", "mean", "last")
+# What NumPy and Paddle take alike.
+_LARGEST_SEED = 2**32 - 1
 
 
 @dataclass
@@ -34,7 +36,7 @@ class ModelArguments:
     )
     max_src_len: int | None = option(
         None, "longest text in tokens, special tokens included; default: as the model says, but not over 512",
-        at_least=4,
+        at_least=4, at_most=1 << 20,
     )  # fmt: skip
     pooling: str | None = option(None, "how token vectors become one; default: as the model says", choices=POOLINGS)
     normalize: bool = option(True, "scale vectors to length 1, so that products are cosines")
@@ -126,7 +128,7 @@ class EvaluateArguments(ModelArguments, InputArguments):
     resamples: int = option(2000, "draws of the bootstrap; the randomisation test takes five times as many",
         at_least=100, at_most=1_000_000,
     )  # fmt: skip
-    seed: int = option(0, "of the draws", at_least=0)
+    seed: int = option(0, "of the draws", at_least=0, at_most=_LARGEST_SEED)
     query_embeddings_path: str | None = option(
         None, "a .npy file of your own vectors, float [rows of queries, dim], instead of a model"
     )
@@ -186,7 +188,9 @@ class MiningArguments(ModelArguments, InputArguments):
     range_for_sampling: str = option(
         "0-50", "which of a query's nearest passages are candidates, counted without its own positives: START-STOP"
     )
-    num_negatives: int | None = option(None, "negatives a row; default: 15, or what mix adds up to", at_least=1)
+    num_negatives: int | None = option(
+        None, "negatives a row; default: 15, or what mix adds up to", at_least=1, at_most=1_000_000
+    )
     sampling_strategy: str = option(
         "top", "top: the nearest; random: any of the range; easy: the less similar, the likelier", choices=STRATEGIES
     )
@@ -194,7 +198,7 @@ class MiningArguments(ModelArguments, InputArguments):
     temperature: float = option(
         0.1, "of easy, in units of the positives' mean distance from the background: lower is easier", above=0.0
     )
-    seed: int = option(0, "of random, easy and backfill", at_least=0)
+    seed: int = option(0, "of random, easy and backfill", at_least=0, at_most=_LARGEST_SEED)
     relative_margin: float | None = option(
         0.25, "drop candidates that score within this share of the way from the query's lowest positive down to the"
         " background; null: no such test", at_least=0.0, at_most=1.0,
@@ -315,6 +319,8 @@ class MiningArguments(ModelArguments, InputArguments):
 
 LOSS_TYPES = ("contrastive", "triplet", "hinge", "pairwise_logistic", "cosent", "kl", "margin_mse")
 WORD_EMBEDDINGS = ("train", "freeze")
+_DATA_PARALLEL = "training is data-parallel"
+_WHY = {"metrics_output_path": "losses and metrics are in <output_dir>/training.jsonl"}
 # Arguments of PaddleNLP's Trainer that this toolkit's data-parallel training cannot honour.
 _NOT_SUPPORTED = {
     "count_trained_tokens": (None, False),
@@ -325,6 +331,9 @@ _NOT_SUPPORTED = {
     "offload_optim": (None, False), "do_predict": (None, False), "do_export": (None, False),
     "amp_master_grad": (None, False), "skip_data_intervals": (None,), "label_names": (None,),
     "ignore_data_skip": (None, False), "flatten_param_grads": (None, False),
+    "hybrid_parallel_topo_order": (None, "pp_first", "sharding_first"),
+    # It leaves a process behind; training.jsonl has the metrics.
+    "metrics_output_path": (None,),
 }  # fmt: skip
 
 
@@ -345,7 +354,7 @@ class TrainArguments:
     )
     dataset_weights: list[float] | None = option(
         None, "how often an epoch goes through each file: 0.5 is a new half of it every epoch; default: once",
-        above=0.0,
+        above=0.0, at_most=1000.0,
     )  # fmt: skip
     dev_dataset_path: str | None = option(None, "the dev rows; default: dev.json in the first folder that has one")
     dev_corpus_path: str | None = option(None, "more passages for the dev corpus, in the rows' neg_passage")
@@ -406,10 +415,10 @@ class TrainArguments:
     early_stopping_patience: int | None = option(
         None, "stop after so many evaluations without a better dev metric", at_least=1
     )
-    logging_steps: int = option(10, "log every so many steps", at_least=1)
-    seed: int = option(42, "of shuffling, sampling and dropout", at_least=0)
+    logging_steps: int = option(10, "log every so many steps", at_least=1, at_most=1 << 31)
+    seed: int = option(42, "of shuffling, sampling and dropout", at_least=0, at_most=_LARGEST_SEED)
     lora: bool = option(False, "train low-rank adapters only; the saved model has them merged in")
-    lora_rank: int = option(8, "of the adapters", at_least=1)
+    lora_rank: int = option(8, "of the adapters", at_least=1, at_most=4096)
     lora_alpha: int = option(16, "scale of the adapters", at_least=1)
     recompute: bool = option(False, "recompute activations in the backward pass: less memory, more time")
     export_format: str | None = option(
@@ -439,7 +448,7 @@ class TrainArguments:
         for name, harmless in _NOT_SUPPORTED.items():
             value = getattr(self, name, None)
             if value not in harmless:
-                raise ArgumentError(f"{name} is {value!r}; not supported here: training is data-parallel")
+                raise ArgumentError(f"{name} is {value!r}; not supported here: {_WHY.get(name, _DATA_PARALLEL)}")
         if getattr(self, "fp16", None) and getattr(self, "bf16", None):
             raise ArgumentError("fp16 and bf16 are both true; expected one of them")
         needs_dev = self.load_best_model_at_end or self.early_stopping_patience

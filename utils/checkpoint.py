@@ -28,6 +28,10 @@ TOKENIZER_FILES = (
 
 # Model types whose attention looks only backwards; their sentence is summed up in its last token.
 DECODERS = ("qwen2", "qwen3", "llama", "mistral", "gemma", "gpt")
+_SIZES = (
+    "hidden_size", "vocab_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+    "max_position_embeddings",
+)  # fmt: skip
 _OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert")
 _POOLING_FLAGS = {
     "pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean", "pooling_mode_lasttoken": "last"
@@ -118,10 +122,12 @@ def _understand(folder: Path, tokenizer_folder: Path) -> Checkpoint:
         _safetensors_header(path)
     if not any(any(folder.glob(pattern)) for pattern in WEIGHT_PATTERNS):
         raise ValueError(f"{folder}: no weights there; expected one of {', '.join(WEIGHT_PATTERNS)}")
+    _check_shards(folder)
     model_type = str(config.get("model_type", "")).replace("_", "-")
     hidden_size = config.get("hidden_size")
-    if not model_type or not isinstance(hidden_size, int):
+    if not model_type or hidden_size is None:
         raise ValueError(f"{folder / 'config.json'}: lacks model_type or hidden_size; expected a text encoder's")
+    _check_config(folder / "config.json", config)
     if not any((tokenizer_folder / name).is_file() for name in TOKENIZER_FILES):
         raise ValueError(f"{tokenizer_folder}: no tokenizer there; expected one of {', '.join(TOKENIZER_FILES)}")
     query_prompt, passage_prompt = _prompts(folder)
@@ -139,6 +145,27 @@ def _understand(folder: Path, tokenizer_folder: Path) -> Checkpoint:
         query_template=query_prompt + "{text}",
         passage_template=passage_prompt + "{text}",
     )
+
+
+def _check_shards(folder: Path) -> None:
+    """Every file that an index of weights names must be there."""
+    for path in folder.glob("*.index.json"):
+        files = (_read_json_object(path).get("weight_map") or {}).values()
+        for name in sorted({name for name in files if not (folder / name).is_file()}):
+            raise ValueError(f"{folder / name}: not there, but {path.name} says that it holds a part of the weights")
+
+
+def _check_config(path: Path, config: dict) -> None:
+    """Sizes must be positive whole numbers where they are given, and heads must divide the width."""
+    for name in _SIZES:
+        value = config.get(name)
+        if value is not None and (type(value) is not int or not 0 < value < 1 << 31):
+            raise ValueError(f"{path}: {name} is {value!r}; expected a positive whole number")
+    if not isinstance(config.get("hidden_act", ""), str):
+        raise ValueError(f"{path}: hidden_act is {config['hidden_act']!r}; expected a name")
+    heads = config.get("num_attention_heads", 1)
+    if config["hidden_size"] % heads and config.get("head_dim") is None:
+        raise ValueError(f"{path}: hidden_size is {config['hidden_size']}, which {heads} heads do not divide")
 
 
 def _safetensors_header(path: Path) -> dict:
@@ -235,12 +262,15 @@ def _position_offset(config: dict, model_type: str) -> int:
 
 def _max_length(config: dict, model_type: str) -> int | None:
     positions = config.get("max_position_embeddings")
-    return positions - _position_offset(config, model_type) if isinstance(positions, int) else None
+    return None if positions is None else max(1, positions - _position_offset(config, model_type))
 
 
 def _default_length(folder: Path) -> int | None:
-    length = _read_json_object(folder / "sentence_bert_config.json").get("max_seq_length")
-    return None if length is None else int(length)
+    path = folder / "sentence_bert_config.json"
+    length = _read_json_object(path).get("max_seq_length")
+    if length is not None and (type(length) is not int or not 0 < length < 1 << 31):
+        raise ValueError(f"{path}: max_seq_length is {length!r}; expected a positive whole number")
+    return length
 
 
 def _read_json_object(path: Path) -> dict:
@@ -252,8 +282,10 @@ def _read_json_object(path: Path) -> dict:
 
 def _read_json(path: Path):
     try:
+        if path.exists() and not path.is_file():
+            raise ValueError("it is no regular file")
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         return None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise ValueError(f"{path}: cannot be read as JSON ({error})") from None

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from utils import dedup, engines, report
-from utils.arguments import CleanArguments
+from utils.arguments import CleanArguments, texts
 from utils.dedup import DedupResult
 from utils.distributed import Ranks
 from utils.embedding import build_encoders, embed
@@ -132,7 +132,7 @@ class _Inputs:
             vectors = read_user_vectors(given.embeddings_path, queries.source.n_rows, normalize=True)
         else:
             build_encoders(given)
-        outputs.open_work([given.input_data_path, given.reference_data_path, given.embeddings_path])
+        outputs.open_work(texts(given, but="output_data_path"))
         return cls(queries, reference, vectors)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from utils import collection as collections
 from utils import comparison, engines, metrics, report, runtime, statistics, trec
-from utils.arguments import EvaluateArguments, ModelArguments
+from utils.arguments import EvaluateArguments, ModelArguments, texts
 from utils.collection import Collection
 from utils.comparison import Comparison
 from utils.distributed import Ranks
@@ -29,8 +29,6 @@ _QUERY_BLOCK = 4096
 # What a text costs beside itself: its places in lists and tables, its id and its judgments.
 _OVERHEAD = 300
 _SUFFIXES = (".run.trec", ".qrels.trec", ".rejected.jsonl", ".report.json")
-# Arguments that may name a file which the output must not overwrite.
-_INPUTS = ("dev_path", "neg_path", "corpus_path", "compare_with", "query_embeddings_path", "passage_embeddings_path")
 
 
 class EvaluationResult(dict[str, float]):
@@ -111,7 +109,7 @@ class _Inputs:
         for model in ([_model(given)] if inputs.query_vectors is None else []) + [inputs.other_model]:
             if model is not None:
                 build_encoders(replace(model, dimension=largest))
-        outputs.open_work([getattr(given, name) for name in _INPUTS])
+        outputs.open_work(texts(given, but="output_data_path"))
         return inputs
 
     def _read_vectors(self, given: EvaluateArguments) -> None:

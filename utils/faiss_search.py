@@ -1,5 +1,7 @@
 """Approximate search by an index of faiss; what it finds is scored canonically."""
 
+import re
+
 import numpy as np
 
 from utils import runtime
@@ -32,6 +34,7 @@ class FactoryIndex:
         faiss.omp_set_num_threads(runtime.cpu_threads())
         self.vectors = vectors
         self._index = _build_factory(vectors.shape[1], factory, parameters)
+        self._about = f"{factory!r}" + (f" with {parameters!r}" if parameters else "")
         try:
             # faiss draws a sample of its own; more rows than this would only be copied.
             step = max(1, len(vectors) // _TRAINING_ROWS)
@@ -45,7 +48,10 @@ class FactoryIndex:
         """The best of what the index finds, by canonical score; fewer than ``k`` where it finds fewer."""
         # faiss ranks by float32: a few more, so that canonical scores decide who is among the k.
         width = min(k + _EXTRA, len(self.vectors))
-        rows = self._index.search(np.ascontiguousarray(queries, np.float32), width)[1].astype(np.int64)
+        try:
+            rows = self._index.search(np.ascontiguousarray(queries, np.float32), width)[1].astype(np.int64)
+        except RuntimeError as error:
+            raise ValueError(f"index_factory {self._about}: {_reason(error)}") from None
         query, place = np.nonzero(rows >= 0)
         found = Neighbors.none(len(queries), k)
         best_of_pairs(queries, self.vectors, query, rows[query, place], -np.inf, found)
@@ -67,6 +73,8 @@ def check_factory(dim: int, factory: str, parameters: str | None) -> None:
 def _build_factory(dim: int, factory: str, parameters: str | None):
     import faiss
 
+    if re.search(r"[A-Za-z]0+(?!\d)", factory):  # faiss would end the process
+        raise ValueError(f'index_factory is {factory!r}, with a size of 0; expected such as "IVF1024,Flat"')
     try:
         index = faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
     except RuntimeError as error:

@@ -119,7 +119,12 @@ class OneDNNEngine:
         self._epsilon = np.float32(config.get("layer_norm_eps", config.get("layer_norm_epsilon", 1e-12)))
         # What is multiplied is held in this type.
         self._type = np.uint16 if dtype == "bfloat16" else np.float32
-        embeddings, layers = _sorted_out(weight_files.read_weights(model), weight_files.stores_torch_layout(model))
+        parameters, torch_layout = weight_files.read_weights(model), weight_files.stores_torch_layout(model)
+        try:
+            embeddings, layers = _sorted_out(parameters, torch_layout, config["num_hidden_layers"])
+            _check_shapes(model, embeddings, layers)
+        except ValueError as error:
+            raise ValueError(f"{model.folder}: {error}") from None
         self._words = embeddings["words"]
         # All texts are of token type 0, so its embedding can be added to the positions' once and for all.
         self._positions = np.array(embeddings["positions"][model.position_offset :])
@@ -227,7 +232,9 @@ def _plain(values: np.ndarray) -> np.ndarray:
     return np.array(values, np.float32, order="C")
 
 
-def _sorted_out(weights: Parameters, torch_layout: bool) -> tuple[Parameters, list[dict[str, Parameters]]]:
+def _sorted_out(
+    weights: Parameters, torch_layout: bool, n_layers: int
+) -> tuple[Parameters, list[dict[str, Parameters]]]:
     """Embedding tables, and each layer's parts with linear weights [in, out], under our own names."""
     weights = {re.sub(r"^.*?(?=(embeddings|encoder)\.)", "", name, count=1): w for name, w in weights.items()}
     torch_names = any(name.startswith("encoder.layer.") for name in weights)
@@ -244,8 +251,7 @@ def _sorted_out(weights: Parameters, torch_layout: bool) -> tuple[Parameters, li
         transposed = torch_layout and name in _LINEAR
         return {"weight": weight.T if transposed else weight, "bias": take(f"{full}.bias")}
 
-    numbers = {int(name[len(root) :].split(".")[0]) for name in weights if name.startswith(root)}
-    layers = [{name: part(number, name) for name in _LAYER_PARTS} for number in range(len(numbers))]
+    layers = [{name: part(number, name) for name in _LAYER_PARTS} for number in range(n_layers)]
     norm = "LayerNorm" if "embeddings.LayerNorm.weight" in weights else "layer_norm"
     embeddings = {
         "words": take("embeddings.word_embeddings.weight"),
@@ -256,3 +262,26 @@ def _sorted_out(weights: Parameters, torch_layout: bool) -> tuple[Parameters, li
     if "embeddings.token_type_embeddings.weight" in weights:
         embeddings["types"] = weights["embeddings.token_type_embeddings.weight"]
     return embeddings, layers
+
+
+def _check_shapes(model: Checkpoint, embeddings: Parameters, layers: list[dict[str, Parameters]]) -> None:
+    """Weights of other shapes than the configuration's would be multiplied without complaint, or not at all.
+
+    Raises:
+        ValueError: names the first such weight.
+    """
+    width, inner = model.hidden_size, model.config["intermediate_size"]
+    positions = (model.max_length or 0) + model.position_offset
+    for name, rows in (("words", model.vocabulary), ("positions", positions)):
+        table = embeddings[name]
+        if table.ndim != 2 or len(table) < rows or table.shape[1] != width:
+            raise ValueError(f"the embeddings of {name} are {list(table.shape)}; config.json says [{rows}, {width}]")
+    expected = dict.fromkeys(_LAYER_PARTS, (width, width)) | {"up": (width, inner), "down": (inner, width)}
+    for number, parts in enumerate(layers):
+        for name, values in parts.items():
+            shape = expected[name] if name in _LINEAR else (width,)
+            if values["weight"].shape != shape or values["bias"].shape != shape[-1:]:
+                raise ValueError(
+                    f"layer {number}, {name}: the weight is {list(values['weight'].shape)} and the bias "
+                    f"{list(values['bias'].shape)}; config.json says {list(shape)} and {list(shape[-1:])}"
+                )

@@ -43,7 +43,7 @@ class Outputs:
         """Check every output path, then make and lock the work folder.
 
         Args:
-            inputs: files that no output may overwrite.
+            inputs: files and folders that no output may overwrite; what is no path there is passed over.
 
         Raises:
             OSError: it cannot be made or written.
@@ -51,13 +51,17 @@ class Outputs:
         """
         if self._given.endswith("/") or self.main.is_dir():
             raise IsADirectoryError(f"{self._given}: is a directory; expected a path for the output file")
-        existing = [path for path in inputs if path and os.path.exists(path)]
+        inputs = [path for path in inputs if path]
+        existing = [path for path in inputs if os.path.exists(path)]
+        self._keep_out_of_inputs(inputs, existing)
         for suffix in ("", *self._suffixes):
             final = self._final(suffix)
             if len(os.fsencode(final.name)) > _LONGEST_NAME:
                 raise ValueError(f"{final}: the name is too long; expected at most {_LONGEST_NAME} bytes")
             if final.is_dir():
                 raise IsADirectoryError(f"{final}: is a directory; expected to write a file there")
+            if final.exists() and not final.is_file():
+                raise ValueError(f"{final}: is no regular file; expected a path for a file, which is put there whole")
             for path in existing:
                 if final.exists() and os.path.samefile(path, final):
                     raise ValueError(f"{final}: the output would overwrite an input; give another output path")
@@ -68,6 +72,19 @@ class Outputs:
         if self._lock is None:
             raise ValueError(f"{self._given}: another run is writing this output; wait for it or give another path")
         return self.work
+
+    def _keep_out_of_inputs(self, inputs: Sequence[str], existing: Sequence[str]) -> None:
+        """Refuse a work folder that holds what is not ours, and a main output that is a file of an input folder."""
+        for path in inputs:
+            if Path(os.path.realpath(path)).is_relative_to(self.work):
+                raise ValueError(f"{path}: lies in {self.work}, which is removed in the end; move it elsewhere")
+        if self.work.is_dir() and any(self.work.iterdir()) and not (self.work / "lock").exists():
+            raise ValueError(f"{self.work}: is in the way and no work folder of an earlier run; move it elsewhere")
+        # An earlier run's output, such as an evaluation beside the model, has its report beside it.
+        is_foreign = self.main.exists() and not self._final(".report.json").exists()
+        for folder in filter(os.path.isdir, existing):
+            if is_foreign and self.main.is_relative_to(os.path.realpath(folder)):
+                raise ValueError(f"{self.main}: is a file of {folder}, an input; give another output path")
 
     def _final(self, suffix: str) -> Path:
         return self.main.with_name(self.main.name + suffix)
@@ -147,6 +164,7 @@ def take_lock(folder: Path, patience_s: float) -> IO | None:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.samestat(os.fstat(lock.fileno()), os.stat(folder / "lock")):
+                os.register_at_fork(after_in_child=lock.close)  # a child that outlives us must not hold it
                 return lock
         except BlockingIOError:
             if time.monotonic() > deadline:

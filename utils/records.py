@@ -7,6 +7,7 @@ the rows are for.
 import gzip
 import hashlib
 import json
+import math
 import os
 import unicodedata
 import zlib
@@ -171,7 +172,7 @@ def parse_record(raw: RawLine, path: str, require: tuple[str, ...]) -> Record:
 def parse_object(raw: RawLine, path: str) -> dict:
     """One line as a JSON object, or a RecordError that says what stands there instead."""
     try:
-        row = json.loads(raw.content.decode(), parse_constant=_refuse_constant)
+        row = json.loads(raw.content.decode(), parse_constant=_refuse_constant, parse_float=_finite)
     except UnicodeDecodeError as error:
         reason = f"byte {error.start + 1} of the line is not UTF-8; expected UTF-8 text"
         raise RecordError(path, raw.number, reason) from None
@@ -191,6 +192,14 @@ def parse_object(raw: RawLine, path: str) -> dict:
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON value")
+
+
+def _finite(text: str) -> float:
+    """Such as 1e400, which Python would read as infinity and write as what is no JSON."""
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"{text} is too large a number")
+    return value
 
 
 def _kind(value) -> str:

@@ -54,7 +54,7 @@ def _pad_id(tokenizer, folder: Path) -> int:
             except (ValueError, AttributeError):
                 raise ValueError(f"{path}: cannot be read; expected a JSON object") from None
             token = token.get("content") if isinstance(token, dict) else token
-            number = tokenizer.token_to_id(token) if token else None
+            number = tokenizer.token_to_id(token) if isinstance(token, str) else None
             if number is not None:
                 return number
     for token in ("<pad>", "[PAD]", "<|endoftext|>"):

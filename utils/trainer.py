@@ -11,6 +11,8 @@ import os
 import re
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -100,9 +102,10 @@ def make(job: "Job"):
 
         def _ended_at(self, checkpoint: str) -> tuple[int, dict] | None:
             """Of a checkpoint with which a training ended: its step and standing."""
-            step = json.loads((Path(checkpoint) / "trainer_state.json").read_text())["global_step"]
-            standing = json.loads((Path(checkpoint) / "standing.json").read_text())
-            ended = _Standing(**standing).ends(given.early_stopping_patience) or 0 < self.args.max_steps <= step
+            with _whole(checkpoint):
+                step = json.loads((Path(checkpoint) / "trainer_state.json").read_text())["global_step"]
+                standing = json.loads((Path(checkpoint) / "standing.json").read_text())
+                ended = _Standing(**standing).ends(given.early_stopping_patience) or 0 < self.args.max_steps <= step
             return (step, standing) if ended else None
 
         def mean_loss(self) -> float:
@@ -186,7 +189,8 @@ def make(job: "Job"):
             """Of a checkpoint, on rank 0: the adapters if there are any, else everything."""
             if ranks.is_first:
                 name = "adapters.pdopt" if given.lora else "model_state.pdparams"
-                self.model.set_state_dict(paddle.load(os.path.join(folder, name), return_numpy=True))
+                with _whole(folder):
+                    self.model.set_state_dict(paddle.load(os.path.join(folder, name), return_numpy=True))
 
         def _load_optimizer_and_scheduler(self, checkpoint):
             if checkpoint is None:
@@ -194,11 +198,10 @@ def make(job: "Job"):
 
             def load():
                 folder = Path(checkpoint)
-                return {
-                    name: paddle.load(str(folder / f"{name}.pdopt"), return_numpy=True)
-                    for name in ("optimizer", "scheduler", "scaler")
-                    if (folder / f"{name}.pdopt").is_file()
-                } | {"standing": json.loads((folder / "standing.json").read_text())}
+                names = ["optimizer", "scheduler"] + ["scaler"] * (folder / "scaler.pdopt").is_file()
+                with _whole(checkpoint):
+                    found = {name: paddle.load(str(folder / f"{name}.pdopt"), return_numpy=True) for name in names}
+                    return found | {"standing": json.loads((folder / "standing.json").read_text())}
 
             states = ranks.broadcast_object(ranks.on_first(load))
             names = {name: parameter.name for name, parameter in self.model.named_parameters()}
@@ -252,6 +255,18 @@ def make(job: "Job"):
             reduce(kwargs["model"].parameters())
 
     return EmbeddingTrainer()
+
+
+@contextmanager
+def _whole(folder: str | Path) -> Iterator[None]:
+    """Whatever goes wrong while a checkpoint is read becomes one line about it."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(
+            f"{folder}: cannot be read ({type(error).__name__}); the checkpoint is damaged. Remove it to go on from the"
+            " one before"
+        ) from error
 
 
 @dataclass
@@ -320,7 +335,8 @@ def _checkpoint_folder(given: TrainArguments, step: int) -> Path:
 def checkpoints(output_dir: str) -> list[Path]:
     """The folders of the whole checkpoints there, oldest first."""
     found = {path: _CHECKPOINT.fullmatch(path.name) for path in Path(output_dir).iterdir()}
-    return [path for _, path in sorted((int(match[1]), path) for path, match in found.items() if match)]
+    whole = {path: match for path, match in found.items() if match and (path / "trainer_state.json").is_file()}
+    return [path for _, path in sorted((int(match[1]), path) for path, match in whole.items())]
 
 
 def _remove_old(given: TrainArguments, best: int | None) -> None:

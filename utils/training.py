@@ -10,7 +10,7 @@ from pathlib import Path
 from utils import checkpoint, engines, export, losses, report, tokenizing, trainer, training_data, training_rows
 from utils.arguments import TrainArguments
 from utils.batch_plan import Plan
-from utils.checkpoint import Checkpoint
+from utils.checkpoint import WEIGHT_PATTERNS, Checkpoint
 from utils.dev_evaluation import METRICS, DevSet
 from utils.distributed import Ranks
 from utils.encoder import Encoder, EncoderSettings
@@ -114,6 +114,15 @@ def train(given: TrainArguments) -> TrainingResult:
 def _prepare_output(given: TrainArguments):
     """Make and lock the output folder."""
     folder = Path(given.output_dir)
+    if folder.is_dir():
+        if os.path.isdir(given.model_name_or_path) and os.path.samefile(folder, given.model_name_or_path):
+            raise ValueError(f"{folder}: is the base model's folder; give another output_dir")
+        others = [path.name for kind in WEIGHT_PATTERNS if kind != "*.pdparams" for path in folder.glob(kind)]
+        if others:
+            raise ValueError(
+                f"{folder}: holds {min(others)}, which would be loaded in place of what is trained; give another"
+                " output_dir"
+            )
     try:
         lock = take_lock(folder, LOCK_PATIENCE_S)
     except OSError as error:
@@ -121,6 +130,21 @@ def _prepare_output(given: TrainArguments):
     if lock is None:
         raise ValueError(f"{folder}: another run is training there; wait for it or give another output_dir")
     return lock
+
+
+def _read_object(path: Path) -> dict:
+    """A JSON object that an earlier run left.
+
+    Raises:
+        ValueError: it is something else by now.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(found, dict):
+            return found
+    except ValueError:
+        pass
+    raise ValueError(f"{path}: is damaged; expected what an earlier run left. Remove its folder, or move it away")
 
 
 class Job:
@@ -215,7 +239,7 @@ class Job:
                 shutil.rmtree(path)
             found = []
         if found:
-            before = json.loads(record.read_text()) if record.is_file() else {}
+            before = _read_object(record) if record.is_file() else {}
             other = sorted(name for name in {*own, *before} if own.get(name) != before.get(name))
             if other:
                 raise ValueError(
@@ -290,4 +314,8 @@ class Job:
         options.setdefault("report_to", ["visualdl"])
         if self.dev is None:
             options["evaluation_strategy"] = "no"
-        return TrainingArguments(**options)
+        try:
+            return TrainingArguments(**options)
+        except Exception as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[-1][:200]
+            raise ValueError(f"PaddleNLP's Trainer does not take these arguments: {reason}") from error

@@ -9,6 +9,8 @@ import numpy as np
 
 from utils.records import Record, RecordError, Source, fold
 
+# A teacher's score above this is a mistake; its square must still be a float32.
+_LARGEST_SCORE = 1e15
 _TRAIN_NAMES = ("train.json", "train.jsonl", "train.json.gz", "train.jsonl.gz")
 _DEV_NAMES = ("dev.json", "dev.jsonl", "dev.json.gz", "dev.jsonl.gz")
 
@@ -149,8 +151,8 @@ def _scores(record: Record, side: str, passages: list[int], path: str) -> dict[i
     if not isinstance(scores, list) or len(scores) != len(passages):
         raise RecordError(path, record.line, f'"{key}" does not fit; expected a list of {len(passages)} numbers')
     for score in scores:
-        if isinstance(score, bool) or not isinstance(score, int | float) or not np.isfinite(score):
-            raise RecordError(path, record.line, f'"{key}" holds {score!r}; expected finite numbers')
+        if isinstance(score, bool) or not isinstance(score, int | float) or not abs(score) <= _LARGEST_SCORE:
+            raise RecordError(path, record.line, f'"{key}" holds {score!r:.40}; expected numbers of ordinary size')
     return dict(zip(passages, map(float, scores), strict=True))
 
 
