@@ -10,12 +10,13 @@ Rows are taken in file order; a row is removed when its query's cosine with some
 """
 
 import sys
+from pathlib import Path
 
 from utils import arguments, runtime
 from utils.arguments import CleanArguments
 
-# What a run without arguments does; its threshold suits the bundled model.
-DEFAULT_CONFIG = "config/clean_query.json"
+# What a run without an argument file starts from.
+DEFAULT_CONFIG = str(Path(__file__).parent / "config" / "clean_query.json")
 
 
 class Clean_Query:
@@ -49,7 +50,10 @@ class Clean_Query:
 
 def main() -> None:
     runtime.prepare()
-    given = arguments.parse(CleanArguments, sys.argv[1:] or [DEFAULT_CONFIG], "Remove near-duplicate queries.")
+    alone = len(sys.argv) == 1
+    given = arguments.parse(
+        CleanArguments, sys.argv[1:], "Remove near-duplicate queries.", DEFAULT_CONFIG if alone else None
+    )
     from utils import cleaning, report
 
     report.set_up_logging()

@@ -10,13 +10,19 @@ form that every script here loads by path, and checkpoints below it; a killed ru
 """
 
 import sys
+from pathlib import Path
 
 from utils import arguments, runtime
+
+# What a run without an argument file starts from: the settings that suit the bundled model. Not if another is named.
+DEFAULT_CONFIG = str(Path(__file__).parent / "config" / "multilingual-e5-small" / "emb_argument.json")
 
 
 def main() -> None:
     runtime.prepare()
-    given = arguments.parse(arguments.training_arguments(), sys.argv[1:], "Train an embedding model.")
+    given = arguments.parse(
+        arguments.training_arguments(), sys.argv[1:], "Train an embedding model.", DEFAULT_CONFIG, "model_name_or_path"
+    )
     from utils import report, training
 
     report.set_up_logging()

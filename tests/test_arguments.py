@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -8,7 +9,16 @@ import pytest
 from conftest import ROOT
 
 from utils import bundled_model
-from utils.arguments import DEFAULT_MODEL, ArgumentError, CleanArguments, MiningArguments, build, option, parse
+from utils.arguments import (
+    DEFAULT_MODEL,
+    ArgumentError,
+    CleanArguments,
+    MiningArguments,
+    TrainArguments,
+    build,
+    option,
+    parse,
+)
 
 
 @dataclass
@@ -40,6 +50,53 @@ def test_null_is_none(text):
 def test_null_for_an_argument_that_needs_a_value():
     with pytest.raises(ArgumentError, match="count is None; expected a whole number"):
         build(Example, count=None)
+
+
+def test_a_flag_alone_is_a_yes():
+    assert parse(Example, ["--flag"], "").flag
+    assert not parse(Example, ["--flag", "false"], "").flag
+
+
+def test_a_default_file_is_read_unless_one_is_named_or_a_flag_forbids_it(tmp_path):
+    for name, count in (("default", 3), ("named", 4)):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"count": count}))
+    default, named = str(tmp_path / "default.json"), str(tmp_path / "named.json")
+    assert parse(Example, ["--rate", "0.5"], "", default, "name").count == 3
+    assert parse(Example, [named], "", default, "name").count == 4
+    assert parse(Example, ["--name", "beta"], "", default, "name").count == Example().count
+
+
+@pytest.mark.parametrize(
+    ("cls", "given", "meant"),
+    [
+        (MiningArguments, "negative_number", "num_negatives"),
+        (MiningArguments, "query_instruction_for_retrieval", "query_template"),
+        (TrainArguments, "train_data", "dataset_name_or_path"),
+        (CleanArguments, "input_file", "input_data_path"),
+    ],
+)
+def test_names_of_other_toolkits_are_known(cls, given, meant):
+    with pytest.raises(ArgumentError, match=f"did you mean --{meant}"):
+        parse(cls, [f"--{given}", "3"], "")
+    with pytest.raises(ArgumentError, match=f"did you mean {meant}"):
+        build(cls, **{given: 3})
+
+
+def test_rows_where_arguments_are_expected(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"query": "a"}\n{"query": "b"}\n')
+    with pytest.raises(ArgumentError, match="Rows go into --input_data_path"):
+        parse(CleanArguments, [str(path)], "")
+
+
+def test_arguments_are_not_written_over(tmp_path):
+    path = tmp_path / "arguments.json"
+    path.write_text(json.dumps({"output_data_path": str(path)}))
+    with pytest.raises(ArgumentError, match="would overwrite the file of arguments"):
+        parse(CleanArguments, [str(path)], "")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ArgumentError, match="is no regular file"):
+        parse(CleanArguments, [str(tmp_path / "pipe")], "")
 
 
 @pytest.mark.parametrize(

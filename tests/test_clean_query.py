@@ -39,6 +39,27 @@ def test_the_longest_width_is_the_models(tmp_path, rows):
     assert len(Clean_Query(model, **options, similarity_threshold=1.0).clean().kept_rows) > 1
 
 
+def test_without_a_threshold_it_lies_above_what_unrelated_queries_score(tmp_path, rows):
+    """Random vectors about a common mean, as models give them, and about none."""
+    source, rng = write_jsonl(tmp_path / "in.json", rows), np.random.default_rng(0)
+    for common, expected in ((0.0, 0.75), (3.0, None)):
+        vectors = rng.standard_normal((len(rows), 64)) + common
+        np.save(tmp_path / "v.npy", vectors.astype(np.float32))
+        result = Clean_Query(
+            input_data_path=source, output_data_path=str(tmp_path / "o.json"), embeddings_path=str(tmp_path / "v.npy")
+        ).clean()
+        mean = result.report["unrelated_queries"]["mean"]
+        assert result.threshold == (expected or round(mean + 0.85 * (1 - mean), 2))
+        assert not [removed for removed in result.removed if removed.reason == "similar"]
+
+
+def test_the_closest_removals_are_shown(job):
+    result = job()
+    similar = sorted(removed.score for removed in result.removed if removed.reason == "similar")
+    assert similar and [pair["cosine"] for pair in result.report["closest_removals"]] == similar[:3]
+    assert f"  {similar[0]:.4f}  " in result.summary()
+
+
 def vectors_of(texts, model):
     encoder, _ = build_encoders(arguments.build(arguments.CleanArguments, model_path=model))
     return encoder.encode(texts)

@@ -218,9 +218,10 @@ def test_output_formats(mine, tmp_path):
 
 
 def test_flagembedding_keys_are_read(mine, tmp_path):
-    rows = [{"query": row["query"], "pos": row["pos_passage"], "neg": []} for row in mining_rows()]
+    rows = [{"query": row["query"], "pos": row["pos_passage"], "neg": ["old"]} for row in mining_rows()]
     _, out = mine(input_data_path=write_jsonl(tmp_path / "fe.jsonl", rows), num_negatives=2)
     ours = read_jsonl(out)
+    assert not any("neg" in row for row in ours)  # the mined ones take their place
     _, out = mine(num_negatives=2)
     assert [row["neg_passage"] for row in ours] == [row["neg_passage"] for row in read_jsonl(out)]
 

@@ -16,6 +16,47 @@ import typing
 from dataclasses import field
 from typing import Any, NoReturn, TypeVar
 
+# The help text of an argument that PaddleNLP's Trainer documents.
+ELSEWHERE = "see PaddleNLP's Trainer"
+# Arguments that name rows.
+_DATA = ("input_data_path", "dev_path", "dataset_name_or_path")
+# What FlagEmbedding and sentence-transformers call an argument that has another name here.
+_ELSEWHERE_CALLED = {
+    "negative_number": ("num_negatives",),
+    "range_for_negatives": ("range_for_sampling",),
+    "input_file": ("input_data_path",),
+    "output_file": ("output_data_path",),
+    "input_path": ("input_data_path",),
+    "output_path": ("output_data_path",),
+    "train_data": ("dataset_name_or_path",),
+    "eval_data": ("dev_path", "dev_dataset_path"),
+    "embedder_name_or_path": ("model_path", "model_name_or_path"),
+    "model_name_or_path": ("model_path",),
+    "model_path": ("model_name_or_path",),
+    "reranker_name_or_path": ("reranker_path",),
+    "query_instruction_for_retrieval": ("query_template",),
+    "query_instruction_for_model": ("query_template",),
+    "passage_instruction_for_retrieval": ("passage_template",),
+    "sentence_pooling_method": ("pooling",),
+    "pooling_method": ("pooling",),
+    "normalize_embeddings": ("normalize",),
+    "normlized": ("normalize",),
+    "temperature": ("embedding_temperature",),
+    "train_group_size": ("group_size",),
+    "query_max_len": ("max_query_len",),
+    "passage_max_len": ("max_passage_len",),
+    "max_length": ("max_src_len",),
+    "negatives_cross_device": ("embedding_negatives_cross_device",),
+    "sub_batch_size": ("gradcache_chunk_size",),
+    "mini_batch_size": ("gradcache_chunk_size",),
+    "threshold": ("similarity_threshold",),
+    "num_hard_negatives": ("num_negatives",),
+    "absolute_score_margin": ("absolute_margin",),
+    "margin": ("relative_margin",),
+    "candidate_pool_path": ("candidate_pool",),
+    "search_top_k": ("range_for_sampling",),
+}
+
 
 class ArgumentError(ValueError):
     """An argument that is unknown, of a wrong type or out of range."""
@@ -32,32 +73,44 @@ def option(default: Any, help: str, choices: tuple = (), at_least=None, at_most=
 Arguments = TypeVar("Arguments")
 
 
-def parse(cls: type[Arguments], argv: list[str], description: str) -> Arguments:
+def parse(
+    cls: type[Arguments], argv: list[str], description: str, config: str | None = None, unless: str = ""
+) -> Arguments:
     """Command-line flags over an optional JSON file over the defaults.
+
+    Args:
+        config: the JSON file where none is named, unless the flag ``unless`` is given.
 
     Raises:
         ArgumentError: an unknown name, a wrong type, or a value out of range.
         SystemExit: ``--help`` was asked for.
     """
+    types_ = typing.get_type_hints(cls)
     parser = _Parser(description=description, allow_abbrev=False, formatter_class=_HelpFormatter)
     parser.add_argument("config", nargs="?", help="a JSON file of the arguments below; flags override it")
+    elsewhere = [f.name for f in dataclasses.fields(cls) if f.metadata["help"] == ELSEWHERE]
+    if elsewhere:
+        parser.epilog = "And, as PaddleNLP's Trainer documents them: " + ", ".join(elsewhere)
     for f in dataclasses.fields(cls):
-        text = f.metadata["help"].replace("%", "%%")
-        default = _default(f)
+        text = f.metadata["help"].replace("%", "%%") if f.name not in elsewhere else argparse.SUPPRESS
+        default = _default(f) if f.name not in elsewhere else None
         if default is not None:
             text += f" (default: {default})"
         names = [f"--{f.name}"] + ([f"--{f.name.replace('_', '-')}"] if "_" in f.name else [])
         choices = f.metadata["choices"]
         metavar = "{" + ",".join(map(str, choices)) + "}" if choices else _metavar(cls, f.name)
-        parser.add_argument(*names, dest=f.name, default=argparse.SUPPRESS, help=text, metavar=metavar)
+        # A flag alone is a yes.
+        alone = {"nargs": "?", "const": "true"} if bool in _alternatives(types_[f.name]) else {}
+        parser.add_argument(*names, dest=f.name, default=argparse.SUPPRESS, help=text, metavar=metavar, **alone)
     given, unknown = parser.parse_known_args(argv)
     known = [f"--{f.name}" for f in dataclasses.fields(cls)]
     for name in unknown:
         raise ArgumentError(f"unknown argument {name}{nearest(name.split('=')[0], known)}")
     values = vars(given)
     path = values.pop("config")
+    if path is None and unless not in values:
+        path = config
     merged = _read_json(path, cls) if path is not None else {}
-    types_ = typing.get_type_hints(cls)
     merged |= {name: _from_text(name, text, types_[name]) for name, text in values.items()}
     arguments = build(cls, **merged)
     output = getattr(arguments, "output_data_path", None)
@@ -204,6 +257,12 @@ def _read_json(path: str, cls: type) -> dict:
     except UnicodeDecodeError:
         raise ArgumentError(f"{path}: not UTF-8; expected a JSON file of arguments") from None
     except json.JSONDecodeError as error:
+        data = next((name for name in _DATA if name in {f.name for f in dataclasses.fields(cls)}), None)
+        if error.msg == "Extra data" and data is not None:
+            raise ArgumentError(
+                f"{path}: more than one JSON value, as in a file of rows; expected one JSON object of arguments. Rows"
+                f" go into --{data}, several files with commas between them"
+            ) from None
         raise ArgumentError(f"{path}:{error.lineno}: not JSON: {error.msg} at column {error.colno}") from None
     except (ValueError, RecursionError) as error:
         raise ArgumentError(f"{path}: not usable JSON ({error}); expected one flat JSON object") from None
@@ -238,7 +297,11 @@ def _default(f: dataclasses.Field):
 
 def nearest(name, known) -> str:
     """The end of an error line: "; did you mean ...?", or nothing if no known name comes near."""
-    close = difflib.get_close_matches(str(name), [str(k) for k in known], n=1)
+    names = [str(k) for k in known]
+    bare = str(name).lstrip("-")
+    dashes = str(name)[: len(str(name)) - len(bare)]
+    close = [dashes + own for own in _ELSEWHERE_CALLED.get(bare.replace("-", "_"), ()) if dashes + own in names]
+    close = close or difflib.get_close_matches(str(name), names, n=1)
     return f"; did you mean {close[0]}?" if close else ""
 
 

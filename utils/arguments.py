@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from utils.argument_parsing import ArgumentError, build, check, nearest, option, parse, texts
+from utils.argument_parsing import ELSEWHERE, ArgumentError, build, check, nearest, option, parse, texts
 
 __all__ = ["ArgumentError", "build", "check", "option", "parse", "texts"]
 
@@ -65,9 +65,10 @@ class CleanArguments(ModelArguments, InputArguments):
 
     input_data_path: str = option("./toy_data/toy_source.json", "the JSONL file to clean")
     output_data_path: str = option("./output/toy_clean.json", "where the kept rows go")
-    similarity_threshold: float = option(
-        0.75, "a row is removed when its cosine with a kept row reaches this", at_least=-1.0, at_most=1.0
-    )
+    similarity_threshold: float | None = option(
+        None, "a row is removed when its cosine with a kept row reaches this; default: 0.75, or more for a model whose"
+        " unrelated queries score that much", at_least=-1.0, at_most=1.0,
+    )  # fmt: skip
     target_size: int | None = option(
         None, "keep at most this many rows: finds the highest threshold that does, instead of the given one",
         at_least=1,
@@ -474,9 +475,7 @@ def training_arguments() -> type[TrainArguments]:
     """
     own = {f.name for f in dataclasses.fields(TrainArguments)}
     fields = [
-        (name, hint | None, option(None, "see PaddleNLP's Trainer"))
-        for name, hint in _trainer_fields().items()
-        if name not in own
+        (name, hint | None, option(None, ELSEWHERE)) for name, hint in _trainer_fields().items() if name not in own
     ]
     return dataclasses.make_dataclass("TrainingArguments", fields, bases=(TrainArguments,))
 

@@ -48,13 +48,23 @@ class CleaningResult:
         rows += [("rejected", f"{counts['rejected']:,}")] if counts["rejected"] else []
         rows += [("threshold", f"{self.threshold:g}"), ("seconds", f"{self.report['seconds']['total']:.1f}")]
         title = f"{self.report['arguments']['input_data_path']} -> {self.report['arguments']['output_data_path']}"
-        return report.table(rows, title)
+        lines = [report.table(rows, title)]
+        closest = self.report["closest_removals"]
+        if closest:
+            lines.append("closest to the threshold (all are in <output>.removed.jsonl):")
+            lines += [f"  {pair['cosine']:.4f}  {pair['query']}  ~  {pair['kept_query']}" for pair in closest]
+        return "\n".join(lines)
 
 
 _REASONS = ("exact", "similar", "leakage")
 _SUFFIXES = (".removed.jsonl", ".rejected.jsonl", ".report.json")
-# Fewer queries than this say nothing of what unrelated ones score.
+# Fewer queries than this say little of what unrelated ones score.
 _ENOUGH_QUERIES = 50
+# The threshold where none is given; and, for models that unrelated queries get as much from, how much of the way from
+# those up to 1.
+_THRESHOLD, _ABOVE_UNRELATED = 0.75, 0.85
+# Removals to show to a person: those that the threshold decided the most narrowly.
+_SHOWN, _SHOWN_WIDTH = 3, 50
 
 
 def clean(given: CleanArguments) -> CleaningResult:
@@ -180,8 +190,7 @@ def _decide(
     device = engines.device()
     n, dim = ranks.broadcast_object(vectors.shape if vectors is not None else None)
     logger.info("dedup: %s unique queries, at most %.1f MiB of vectors in memory", f"{n:,}", n * dim * 4 / 2**20)
-    if vectors is not None and n >= _ENOUGH_QUERIES:
-        _warn_of_a_low_threshold(given, vectors, run)
+    threshold = ranks.broadcast_object(_threshold(given, vectors, run) if vectors is not None else None)
     nearest = None
     if given.reference_data_path:
         nearest = _nearest_reference(ranks, inputs, vectors, reference, n, device)
@@ -192,21 +201,36 @@ def _decide(
             return dedup.remove_near_duplicates(vectors, rows, dim, threshold, ranks, device, progress.update)
 
     if given.target_size is not None:
+        if given.similarity_threshold is not None:
+            logger.info("similarity_threshold is not used: target_size finds its own")
         return dedup.find_threshold(decide, given.target_size), nearest
-    return decide(given.similarity_threshold), nearest
+    return decide(threshold), nearest
 
 
-def _warn_of_a_low_threshold(given: CleanArguments, vectors: np.ndarray, run: report.RunReport) -> None:
-    """Models differ in what unrelated texts score; a threshold in that range removes rows at random."""
+def _threshold(given: CleanArguments, vectors: np.ndarray, run: report.RunReport) -> float:
+    """The threshold that is given, or else one that lies above what unrelated queries score with this model.
+
+    Models differ in that; a threshold within it removes rows at random.
+    """
+    if len(vectors) < 2:
+        return given.similarity_threshold if given.similarity_threshold is not None else _THRESHOLD
     scores = dedup.unrelated_scores(vectors)
     mean, high = float(scores.mean()), float(scores[int(0.99 * (len(scores) - 1))])
     run.results["unrelated_queries"] = {"mean": round(mean, 4), "99th_percentile": round(high, 4)}
-    if given.target_size is None and given.similarity_threshold <= high:
+    above = round(mean + _ABOVE_UNRELATED * (1 - mean), 2)
+    if given.target_size is None and given.similarity_threshold is None:
+        if high < _THRESHOLD:
+            return _THRESHOLD
+        logger.info("threshold: %g, because unrelated queries score %.2f on average with this model", above, mean)
+        return above
+    threshold = given.similarity_threshold if given.similarity_threshold is not None else 1.0
+    if len(vectors) >= _ENOUGH_QUERIES and threshold <= high:
         logger.warning(
             "warning: the threshold %g lies within what unrelated queries score with this model (mean %.2f, "
-            "99th percentile %.2f): many removals will be wrong; try %.2f or more",
-            given.similarity_threshold, mean, high, (1 + high) / 2,
+            "99th percentile %.2f): many removals will be wrong; try %g, and read what is removed",
+            threshold, mean, high, above,
         )  # fmt: skip
+    return threshold
 
 
 def _nearest_reference(
@@ -277,6 +301,7 @@ def _finish(
     run.counts = {**counts, **run.counts}
     run.results["similarity_threshold"] = result.threshold
     _write_rows(given, outputs, inputs, {r.row: r for r in removed})
+    run.results["closest_removals"] = _closest(inputs, removed)
     cleaned = CleaningResult(kept, removed, queries.source.rejected, result.threshold, {})
     if given.on_bad_row == "skip":
         rejected = queries.source.rejected + (inputs.reference.source.rejected if inputs.reference else [])
@@ -286,6 +311,24 @@ def _finish(
     outputs.commit()
     cleaned.report = run.as_dict()
     return cleaned
+
+
+def _closest(inputs: _Inputs, removed: list[Removed]) -> list[dict]:
+    """The removals that the threshold decided the most narrowly, for a person to judge it by."""
+    similar = sorted((r for r in removed if r.reason == "similar"), key=lambda r: r.score)[:_SHOWN]
+    return [
+        {
+            "cosine": r.score,
+            "query": _shown(inputs.queries.texts[r.row]),
+            "kept_query": _shown(inputs.queries.texts[r.kept_row]),
+        }
+        for r in similar
+    ]
+
+
+def _shown(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= _SHOWN_WIDTH else text[: _SHOWN_WIDTH - 1] + "…"
 
 
 def _write_rows(given: CleanArguments, outputs: Outputs, inputs: _Inputs, removed: dict[int, Removed]) -> None:

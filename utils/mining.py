@@ -413,13 +413,19 @@ def _write(
     if given.short_rows == "drop":
         with outputs.stage(".short.jsonl") as stream:
             for mined in _mined_rows(inputs, positives, result, dropped):
-                stream.write(to_line(mined.row | {"neg_passage": mined.negatives}))
+                stream.write(to_line(mining_formats.as_list(mined)))
     if given.on_bad_row == "skip":
         write_rejected(outputs, inputs.rejected)
     if given.write_corpus:
         _write_ids(outputs, ".corpus.jsonl", inputs.passage_ids, inputs.passages)
         _write_ids(outputs, ".queries.jsonl", inputs.query_ids, inputs.queries)
     run.counts = _counts(inputs, screened, result, dropped, n_lines) | run.counts
+    if run.counts["without_negatives"]:
+        logger.warning(
+            "%d of %d rows have no negative at all: the nearest passages were all dropped as likely answers; a wider"
+            " range_for_sampling, a smaller relative_margin, or short_rows backfill or drop",
+            run.counts["without_negatives"], run.counts["input"],
+        )  # fmt: skip
     run.results["drops_by_reason"] = result.drops_by_reason
     mined_scores = [n.score for i, row in enumerate(result.negatives) if not dropped[i] for n in row if n.rank >= 0]
     run.results["scores"] = {"positives": _distribution(positives), "negatives": _distribution(mined_scores)}

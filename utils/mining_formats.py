@@ -37,8 +37,13 @@ def answer_of(row: dict, key: str) -> str | None:
     return value if isinstance(value, str) and value.strip() else None
 
 
+def as_list(mined: MinedRow) -> dict:
+    """The row with its negatives, in place of those that it had, under FlagEmbedding's name too."""
+    return {key: value for key, value in mined.row.items() if key != "neg"} | {"neg_passage": mined.negatives}
+
+
 def _list(mined: MinedRow, with_scores: bool) -> list[dict]:
-    return [mined.row | {"neg_passage": mined.negatives} | _extras(mined, with_scores)]
+    return [as_list(mined) | _extras(mined, with_scores)]
 
 
 def _flagembedding(mined: MinedRow, with_scores: bool) -> list[dict]:

@@ -54,12 +54,16 @@ class Progress:
                 flush=True,
             )
 
+    def close(self) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.close()
+
     def __enter__(self) -> "Progress":
         return self
 
     def __exit__(self, *error) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        self.close()
 
 
 class RunReport:

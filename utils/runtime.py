@@ -14,6 +14,10 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
+
+# What requirements.lock installs and the scripts import.
+_INSTALLED = ("paddle", "paddlenlp", "numpy", "numba", "llvmlite", "faiss", "tokenizers", "tqdm", "jieba", "bm25s")
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _PR_SET_PDEATHSIG = 1
@@ -157,6 +161,8 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except (ValueError, OSError) as error:
+        if "KeyboardInterrupt" in str(error):  # met inside Paddle
+            _interrupted()
         if not getattr(error, "told_elsewhere", False):
             message = " ".join(str(error).split())
             print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr, flush=True)
@@ -165,11 +171,29 @@ def run(main: Callable[[], None]) -> None:
         print(f"{os.path.basename(sys.argv[0])}: error: out of memory: {error}", file=sys.stderr, flush=True)
         _leave(2)
     except KeyboardInterrupt:
-        _leave(130)
+        _interrupted()
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in _INSTALLED:
+            raise
+        print(
+            f"{os.path.basename(sys.argv[0])}: error: {error.name} is not installed for {sys.executable}; run"
+            " `make setup`, then `. .venv/bin/activate`",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+        _leave(2)
     _leave(0)
 
 
-def _leave(status: int) -> None:
+def _interrupted() -> NoReturn:
+    if rank() == 0:
+        print(
+            f"{os.path.basename(sys.argv[0])}: interrupted; the same command goes on where this run stopped",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+    _leave(130)
+
+
+def _leave(status: int) -> NoReturn:
     """End a worker without the interpreter's tear-down, in which gloo's threads may crash or hang."""
     sys.stdout.flush()
     sys.stderr.flush()

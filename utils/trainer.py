@@ -24,6 +24,7 @@ from utils.gradients import GradientStep, reduce
 from utils.losses import Targets
 from utils.outputs import described, write_whole
 from utils.paddlenlp_models import import_paddlenlp
+from utils.report import Progress
 from utils.trainable import TrainableEncoder, can_multiply_in_bfloat16
 from utils.training_data import Loader
 
@@ -92,6 +93,8 @@ def make(job: "Job"):
             """Train, from a checkpoint on if one is given; a training that had ended is not gone on with."""
             ended = resume is not None and ranks.broadcast_object(ranks.on_first(lambda: self._ended_at(resume)))
             if not ended:
+                if job.dev is not None and resume is None:
+                    self._note_where_it_began()
                 self.train(resume_from_checkpoint=resume)
                 return
             logger.info("%s: the training had ended there", resume)
@@ -99,6 +102,13 @@ def make(job: "Job"):
             self._agree(self.model)
             self.state.global_step, standing = ended
             self._standing = _Standing(**standing)
+
+        def _note_where_it_began(self) -> None:
+            """The dev metrics of the base model: what training is to better."""
+            found = job.evaluate()
+            logger.info("before training: %s %.4f", metric(given), found[metric(given)])
+            if self._journal is not None:
+                self._journal.add(0, {f"eval_{name}": value for name, value in found.items()}, shown=False)
 
         def _ended_at(self, checkpoint: str) -> tuple[int, dict] | None:
             """Of a checkpoint with which a training ended: its step and standing."""
@@ -254,6 +264,17 @@ def make(job: "Job"):
         def on_optimizer_begin(self, args, state, control, **kwargs):
             reduce(kwargs["model"].parameters())
 
+        def on_train_begin(self, args, state, control, **kwargs):
+            self._progress = Progress("training", state.max_steps, "steps", state.global_step)
+
+        def on_step_end(self, args, state, control, **kwargs):
+            self._progress.update(1)
+            if state.global_step == 1:
+                control.should_log = True  # a sign of life, however long logging_steps are
+
+        def on_train_end(self, args, state, control, **kwargs):
+            self._progress.close()
+
     return EmbeddingTrainer()
 
 
@@ -316,16 +337,16 @@ class _Journal:
     def __init__(self, path: Path):
         self.path = path
 
-    def add(self, step: int, logs: dict) -> None:
-        """One log entry."""
+    def add(self, step: int, logs: dict, shown: bool = True) -> None:
+        """One log entry, for people too if it is ``shown``."""
         kept = {"step": step, "time": round(time.time(), 1)}
         kept |= {name: value for name, value in logs.items() if isinstance(value, int | float)}
         with open(self.path, "a", encoding="utf-8") as stream:
             stream.write(json.dumps(kept) + "\n")
-        shown = {name: kept[name] for name in ("loss", "learning_rate") if name in kept}
-        shown |= {name: value for name, value in kept.items() if name.startswith("eval_")}
-        if shown:
-            logger.info("step %d: %s", step, ", ".join(f"{name} {value:.4g}" for name, value in shown.items()))
+        worth = {name: kept[name] for name in ("loss", "learning_rate") if name in kept}
+        worth |= {name: value for name, value in kept.items() if name.startswith("eval_")}
+        if worth and shown:
+            logger.info("step %d: %s", step, ", ".join(f"{name} {value:.4g}" for name, value in worth.items()))
 
 
 def _checkpoint_folder(given: TrainArguments, step: int) -> Path:
