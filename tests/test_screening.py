@@ -68,7 +68,7 @@ def test_vectors_of_any_length_are_cleaned_alike(scale, arithmetic, monkeypatch)
 
 
 def prepared(index, vectors):
-    return index.prepare(vectors, np.arange(len(vectors)), lambda rows: rows)
+    return index.prepare(vectors, np.arange(len(vectors)), lambda *rows: rows)
 
 
 def test_a_rank_that_holds_its_part_finds_what_one_with_all_vectors_finds(arithmetic):

@@ -10,7 +10,7 @@ from thread_ranks import on_ranks
 from utils import matmul, search
 from utils.distributed import Ranks
 from utils.mapped import release
-from utils.scores import Neighbors, merge, pair_scores, rounding_bound
+from utils.scores import Neighbors, evenly, merge, pair_scores, rounding_bound
 from utils.search import ExactIndex, ShardedIndex, _Bfloat16Screen, _Float32Screen, _Shape
 
 
@@ -117,6 +117,14 @@ def test_a_mapped_corpus_is_searched_alike_and_handed_back(tmp_path, arithmetic)
 def resident_file_bytes() -> int:
     status = Path("/proc/self/status").read_text()
     return int(re.search(r"RssFile:\s+(\d+)", status)[1]) * 1024
+
+
+@pytest.mark.parametrize("rows", [[], [3], [2, 3, 4], [1, 4, 7], [0, 1, 3], [0, 1, 2, 3, 5, 6]])
+def test_evenly_spaced_rows_are_those_rows(rows):
+    array = np.arange(30).reshape(10, 3)
+    taken = evenly(array, np.array(rows, np.int64))
+    np.testing.assert_array_equal(taken, array[np.array(rows, np.int64)])
+    assert np.shares_memory(taken, array) == (rows in ([2, 3, 4], [1, 4, 7]))
 
 
 def test_rounding_bound_holds():

@@ -16,7 +16,7 @@ import numpy as np
 
 from utils import matmul, screening, search_kernels
 from utils.distributed import Ranks
-from utils.scores import Neighbors, largest_norm, merge, pair_scores, plain, rounding_bound, scores_of
+from utils.scores import Neighbors, evenly, largest_norm, merge, pair_scores, plain, rounding_bound, scores_of
 from utils.screening import SAMPLE_ROWS, ScreenedIndex, Sketched
 from utils.search import ExactIndex
 from utils.threads import in_threads
@@ -119,17 +119,21 @@ class _Deal:
         self._of_rank = [np.arange((rank - first) % ranks.size, n, ranks.size) for rank in range(ranks.size)]
         self.own = self._of_rank[ranks.rank]
 
-    def complete(self, own: np.ndarray) -> np.ndarray:
-        """Every rank's rows, [n, ...], in their places, from each rank's own."""
+    def complete(self, *own: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Of some arrays every rank's rows, [n, ...], in their places, from each rank's own, C-contiguous."""
         if self._ranks.size == 1:
             return own
-        padded = np.zeros((-(-self._n // self._ranks.size), *own.shape[1:]), own.dtype)
-        padded[: len(own)] = own
-        whole = matmul.empty((self._n, *own.shape[1:]), own.dtype)
-        # As bytes: Paddle would take 16-bit integers for numbers.
-        gathered = self._ranks.gather_equal(padded.reshape(len(padded), -1).view(np.uint8))
-        for places, part in zip(self._of_rank, gathered, strict=True):
-            whole[places] = part.view(own.dtype).reshape(padded.shape)[: len(places)]
+        # All in one, because each exchange takes milliseconds; as bytes: Paddle would take 16-bit integers for numbers.
+        as_bytes = [array.reshape(len(array), -1).view(np.uint8) for array in own]
+        ends = np.cumsum([0, *(array.shape[1] for array in as_bytes)]).tolist()
+        padded = np.zeros((-(-self._n // self._ranks.size), ends[-1]), np.uint8)
+        np.concatenate(as_bytes, axis=1, out=padded[: len(own[0])])
+        gathered = self._ranks.gather_equal(padded)
+        whole = tuple(matmul.empty((self._n, *array.shape[1:]), array.dtype) for array in own)
+        for array, first, stop in zip(whole, ends, ends[1:], strict=False):
+            rows = array.reshape(self._n, -1).view(np.uint8)
+            for places, part in zip(self._of_rank, gathered, strict=True):
+                rows[places] = part[: len(places), first:stop]
         return whole
 
 
@@ -138,8 +142,8 @@ def _fetched(
 ) -> np.ndarray:
     """Some rows' vectors on every rank, float32 [n, dim]."""
     if everywhere is not None:
-        return plain(everywhere[here])
-    return ranks.broadcast(plain(vectors[here]) if vectors is not None else None, (len(here), dim))
+        return plain(evenly(everywhere, here))
+    return ranks.broadcast(plain(evenly(vectors, here)) if vectors is not None else None, (len(here), dim))
 
 
 def _index(
@@ -184,7 +188,7 @@ class _FullIndex:
         self._index = ExactIndex(dim, capacity, device=device)
         self._numbers = np.empty(capacity, np.int64)
 
-    def prepare(self, vectors: np.ndarray, own: np.ndarray, complete: Callable[[np.ndarray], np.ndarray]) -> _Rows:
+    def prepare(self, vectors: np.ndarray, own: np.ndarray, complete: Callable[..., tuple]) -> _Rows:
         return _Rows(vectors, largest_norm(vectors))
 
     def add(self, rows: _Rows, numbers: np.ndarray) -> None:

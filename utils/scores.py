@@ -79,6 +79,16 @@ def plain(vectors: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(vectors, np.float32).view(np.ndarray)
 
 
+def evenly(array: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """``array[rows]`` for ascending rows, without a copy where they are evenly spaced."""
+    if len(rows) < 2:
+        return array[rows]
+    step = int(rows[1] - rows[0])
+    if int(rows[-1] - rows[0]) != step * (len(rows) - 1) or (np.diff(rows) != step).any():
+        return array[rows]
+    return array[int(rows[0]) : int(rows[-1]) + 1 : step]
+
+
 def rounding_bound(dim: int, norms: float) -> float:
     """How far a float32 inner product may lie from the true one, for vectors whose norms multiply to ``norms``.
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from utils import matmul, runtime, search_kernels
-from utils.scores import Neighbors, largest_norm, plain, rounding_bound
+from utils.scores import Neighbors, evenly, largest_norm, plain, rounding_bound
 from utils.threads import in_threads
 
 logger = logging.getLogger(__name__)
@@ -24,6 +24,8 @@ SAMPLE_ROWS, _SKETCHED_ROWS = 4096, 512
 _MOST_DIRECTIONS = 256
 # Numbers of directions that are tried.
 _STEP = 16
+# Up to this width all directions are found in less time than some.
+_NARROW = 768
 # What a pair of sketches costs besides its product's flops, and what scoring a pair costs, in units of one
 # more dimension of the product (measured at 384 dimensions; only speed depends on them). And what a dimension
 # costs where the product is one of bfloat16, and about what its rounding adds to a bound for unit vectors.
@@ -33,7 +35,7 @@ _WORTHWHILE = 0.8
 # One product of sketches is at most this many queries by this many rows: 2 MB, about a core's own cache.
 _QUERY_BLOCK, _ROW_BLOCK = 512, 1024
 # Where products are our own and not written, by this many.
-_AMX_ROW_BLOCK = 1024
+_AMX_ROW_BLOCK = 4096
 # In bfloat16, widths are filled up to a multiple of what the processor takes at once: others take twice the time.
 _ALIGNED = 32
 # Pairs that are scored at a time.
@@ -97,6 +99,8 @@ def fit(sample: np.ndarray, threshold: float) -> Sketcher | None:
     dimension, lowest = (_BFLOAT16_COST, threshold - _BFLOAT16_LOSS) if rounds else (1.0, threshold)
     best, cheapest = None, _WORTHWHILE * (d * dimension + _PASS_COST)
     for k in range(_STEP, most + 1, _STEP):
+        if (k + 1) * dimension + _PASS_COST >= cheapest:
+            break  # even if no pair were left
         bounds += inside[:half, k - _STEP : k] @ inside[half:, k - _STEP : k].T
         rest = np.sqrt(np.maximum(squares - np.einsum("ij,ij->i", inside[:, :k], inside[:, :k]), 0)).astype(np.float32)
         left = np.mean(bounds + np.outer(rest[:half], rest[half:]) >= lowest)
@@ -112,9 +116,13 @@ def fit(sample: np.ndarray, threshold: float) -> Sketcher | None:
 def _leading_directions(sample: np.ndarray, k: int) -> np.ndarray:
     """An orthonormal basis of about the k leading directions of rows [m, d], the leading ones first; float64 [d, k].
 
-    A randomised range finder with two power iterations (Halko, Martinsson and Tropp, 2011), seeded.
+    All directions of narrow rows; of wide ones by a randomised range finder with two power iterations (Halko,
+    Martinsson and Tropp, 2011), seeded.
     """
     rows = sample.astype(np.float64)
+    if rows.shape[1] <= _NARROW:
+        turned = np.linalg.eigh(rows.T @ rows)[1]  # ascending
+        return np.linalg.qr(turned[:, ::-1][:, :k])[0]
     start = np.random.default_rng(0).standard_normal((rows.shape[1], min(k + 16, rows.shape[1])))
     basis = np.linalg.qr(rows.T @ (rows @ start))[0]
     basis = np.linalg.qr(rows.T @ (rows @ basis))[0]
@@ -169,15 +177,15 @@ class ScreenedIndex:
         self._numbers = np.empty(capacity, np.int64)
         self._n, self._norm = 0, 0.0
 
-    def prepare(self, vectors: np.ndarray, own: np.ndarray, complete: Callable[[np.ndarray], np.ndarray]) -> Sketched:
+    def prepare(self, vectors: np.ndarray, own: np.ndarray, complete: Callable[..., tuple]) -> Sketched:
         """Rows, float32 [n, d], as the other methods take them.
 
         Args:
             own: which of them we make the sketches of, int64.
-            complete: gives an array's rows [n, ...] from those of our own; the others come from elsewhere.
+            complete: gives arrays' rows [n, ...] from those of our own; the others come from elsewhere.
         """
-        sketches, residuals = self._rounded(self._sketcher(vectors[own]))
-        return Sketched(vectors, complete(sketches), complete(residuals), largest_norm(vectors))
+        sketches, residuals = complete(*self._rounded(self._sketcher(evenly(vectors, own))))
+        return Sketched(vectors, sketches, residuals, largest_norm(vectors))
 
     def add(self, rows: Sketched, numbers: np.ndarray) -> None:
         """Append rows, known as ``numbers``, int64 [n] ascending."""
@@ -218,8 +226,7 @@ class ScreenedIndex:
         """
         some = rows.only(part)
         cuts = self._cuts(some, rows.norm, float(rows.residuals.max(initial=0.0)), floor)
-        for pairs in self._reaching(some.sketches, rows.sketches[: part[-1]], cuts):
-            yield pairs[0], pairs[1]
+        yield from self._reaching(some.sketches, rows.sketches[: part[-1]], cuts)
 
     def _cuts(self, queries: Sketched, norm: float, residual: float, floor: float) -> np.ndarray:
         """Each query's lowest bound, float32 [n], of a row that may reach ``floor``.
@@ -261,16 +268,21 @@ class ScreenedIndex:
         waiting: list[np.ndarray] = []
         n_waiting = 0
         for pairs in self._reaching(sketches, self._sketches[: self._n], cuts):
-            waiting.append(pairs)
-            n_waiting += pairs.shape[1]
+            waiting.append(np.stack(pairs))
+            n_waiting += len(pairs[0])
             if n_waiting > _PAIRS:
                 self._take(queries, waiting, floor, score, row)
                 waiting, n_waiting = [], 0
         if waiting:
             self._take(queries, waiting, floor, score, row)
 
-    def _reaching(self, left: np.ndarray, right: np.ndarray, cuts: np.ndarray) -> Iterator[np.ndarray]:
-        """The pairs of sketches whose product reaches the left one's cut, block by block, int64 [2, pairs > 0]."""
+    def _reaching(
+        self, left: np.ndarray, right: np.ndarray, cuts: np.ndarray
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """The pairs of sketches whose product reaches the left one's cut, block by block: rows of both, int64 [n > 0].
+
+        They stay what they are until the next block.
+        """
         if self._by_amx:
             yield from self._reaching_by_amx(left, right, cuts)
             return
@@ -282,9 +294,11 @@ class ScreenedIndex:
             self._multiply(left, block, bounds)
             n = search_kernels.reaching(bounds, cuts, start, found)
             if n:
-                yield found[:, :n].copy()
+                yield found[0, :n], found[1, :n]
 
-    def _reaching_by_amx(self, left: np.ndarray, right: np.ndarray, cuts: np.ndarray) -> Iterator[np.ndarray]:
+    def _reaching_by_amx(
+        self, left: np.ndarray, right: np.ndarray, cuts: np.ndarray
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         from utils import amx_matmul
 
         packed = amx_matmul.Packed.of_rows(left)
@@ -294,7 +308,7 @@ class ScreenedIndex:
         for start in range(0, len(right), _AMX_ROW_BLOCK):
             found = packed.reaching(right[start : start + _AMX_ROW_BLOCK], nothing, filled_up, start, scratch)
             if len(found.rows):
-                yield np.stack((found.columns, found.rows))
+                yield found.columns, found.rows
 
     def _take(
         self, queries: np.ndarray, pairs: list[np.ndarray], floor: float, score: np.ndarray, row: np.ndarray
