@@ -19,7 +19,7 @@ DEFAULT_CONFIG = str(Path(__file__).parent / "config" / "multilingual-e5-small" 
 
 
 def main() -> None:
-    runtime.prepare()
+    runtime.prepare(trains=True)
     given = arguments.parse(
         arguments.training_arguments(), sys.argv[1:], "Train an embedding model.", DEFAULT_CONFIG, "model_name_or_path"
     )

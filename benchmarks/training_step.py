@@ -29,7 +29,7 @@ def our_step(model: str, dropout: float | None, bfloat16: bool) -> Callable[[], 
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     from utils import runtime
 
-    runtime.prepare()
+    runtime.prepare(trains=True)
     paddle = runtime.import_paddle()
     import numpy as np
 

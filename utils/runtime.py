@@ -25,8 +25,12 @@ _PR_SET_PDEATHSIG = 1
 _flags: frozenset[str] | None = None
 
 
-def prepare() -> None:
-    """Set the process up for Paddle. Call before the first ``import paddle``; safe to call again."""
+def prepare(trains: bool = False) -> None:
+    """Set the process up for Paddle. Call before the first ``import paddle``; safe to call again.
+
+    Args:
+        trains: the process will train, where our own loops take turns with Paddle's products on the same cores.
+    """
     threads = str(cpu_threads())
     # Every worker runs its arithmetic on its share of the cores: more threads than cores crawl.
     os.environ.setdefault("OMP_NUM_THREADS", threads)
@@ -38,6 +42,10 @@ def prepare() -> None:
         os.environ.setdefault("MKL_DEBUG_CPU_TYPE", "5")
     os.environ.setdefault("GLOG_minloglevel", "2")
     os.environ.setdefault("FLAGS_call_stack_level", "0")
+    if trains:
+        # Paddle's threads would go on spinning for 0.2 s after each product. (Where short texts are encoded by Paddle,
+        # that is just as well: waking them up takes longer.)
+        os.environ.setdefault("KMP_BLOCKTIME", "0")
     _keep_large_blocks()
     if is_launched():
         _die_with_parent()
