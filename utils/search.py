@@ -234,14 +234,14 @@ class _Bfloat16Screen(_Screen):
         self._centre, self._corpus_centre = queries.mean(axis=0), corpus.centre
         self._queries = matmul.to_bfloat16(queries - self._centre)
         norms, residuals = search_kernels.sizes(queries, self._centre, self._queries)
-        wide, centre = queries.astype(np.float64), corpus.centre.astype(np.float64)
-        self.offset = wide @ centre
+        self.offset = queries.astype(np.float64) @ corpus.centre.astype(np.float64)
+        centre, corpus_centre = (np.linalg.norm(c.astype(np.float64)) for c in (self._centre, corpus.centre))
         norms_rounded, norm_rounded = norms + residuals, corpus.norm + corpus.residual
         rounded = residuals * corpus.norm + norms_rounded * corpus.residual
         # Twice the bound: the processor may add two products up before it rounds.
-        summed = 2 * norms_rounded * norm_rounded + np.linalg.norm(self._centre.astype(np.float64)) * norm_rounded
+        summed = 2 * norms_rounded * norm_rounded + centre * norm_rounded
         # The offset's own rounding and the canonical score's, both of float64: all there is where p' is next to 0.
-        longest = np.linalg.norm(wide, axis=1) * (np.linalg.norm(centre) + corpus.norm)
+        longest = (norms + centre) * (corpus_centre + corpus.norm)
         in_float64 = 2 * (queries.shape[1] + 2) * 2.0**-53 * longest
         self.slack = 1.0001 * rounded + rounding_bound(queries.shape[1] + _ROUNDINGS, summed) + in_float64
 
