@@ -1,6 +1,7 @@
 """Work in threads: each start once, results in order, and errors that reach the caller."""
 
 import threading
+import time
 
 import pytest
 
@@ -39,6 +40,7 @@ def test_an_error_reaches_the_caller_and_stops_the_others(n_threads):
         done.append(start)
         if start == 3:
             raise ValueError("three")
+        time.sleep(1e-4)  # or another thread might be through with all before the error is seen
 
     with pytest.raises(ValueError, match="three"):
         threads.in_threads(work, range(100_000))
