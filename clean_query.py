@@ -1,6 +1,6 @@
 """Remove near-duplicate queries from a JSONL file by a cosine threshold.
 
-    python clean_query.py                                        # config/clean_query.json: toy_data
+    python clean_query.py                                        # toy_data
     python clean_query.py config/clean_query.json --similarity_threshold 0.8
     python -m paddle.distributed.launch --nproc_per_node 2 clean_query.py config/clean_query.json
     python -m paddle.distributed.launch --devices 0,1,2,3 clean_query.py config/clean_query.json
@@ -10,13 +10,9 @@ Rows are taken in file order; a row is removed when its query's cosine with some
 """
 
 import sys
-from pathlib import Path
 
 from utils import arguments, runtime
 from utils.arguments import CleanArguments
-
-# What a run without an argument file starts from.
-DEFAULT_CONFIG = str(Path(__file__).parent / "config" / "clean_query.json")
 
 
 class Clean_Query:
@@ -50,10 +46,7 @@ class Clean_Query:
 
 def main() -> None:
     runtime.prepare()
-    alone = len(sys.argv) == 1
-    given = arguments.parse(
-        CleanArguments, sys.argv[1:], "Remove near-duplicate queries.", DEFAULT_CONFIG if alone else None
-    )
+    given = arguments.parse(CleanArguments, sys.argv[1:], "Remove near-duplicate queries.")
     from utils import cleaning, report
 
     report.set_up_logging()

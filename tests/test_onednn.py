@@ -175,6 +175,18 @@ def test_weights_that_are_not_what_the_configuration_says_are_refused(model, con
     assert message in str(caught.value) and str(given.folder) in str(caught.value)
 
 
+@needs_onednn
+def test_sizes_that_the_configuration_leaves_out_are_the_weights(model):
+    given, _ = model()
+    path, batch = given.folder / "config.json", a_batch([5, 9])
+    expected = onednn.OneDNNEngine(given, "float32").forward(*batch)
+    config = json.loads(path.read_text())
+    del config["num_hidden_layers"], config["intermediate_size"]
+    path.write_text(json.dumps(config))
+    found = onednn.OneDNNEngine(checkpoint.resolve(str(given.folder)), "float32").forward(*batch)
+    np.testing.assert_array_equal(found, expected)
+
+
 def test_a_lost_shard_is_named(model):
     given, _ = model()
     index = {"weight_map": {"a": "model.safetensors", "b": "model-00002-of-00002.safetensors"}}

@@ -171,8 +171,18 @@ def test_another_runs_checkpoints_are_not_taken_over(run):
 
 @pytest.mark.parametrize("name", ["model_state.pdparams", "optimizer.pdopt", "standing.json", "trainer_state.json"])
 @pytest.mark.parametrize("content", [b"", b"[]", None])
-def test_a_damaged_checkpoint_is_named_or_passed_over(run, tmp_path, name, content):
-    run(max_steps=6)
+def test_a_damaged_checkpoint_is_named_or_passed_over(run, tmp_path, monkeypatch, name, content):
+    step, calls = GradientStep.__call__, []
+
+    def dies(self, batch):
+        calls.append(1)
+        if len(calls) == 8:
+            raise Killed
+        return step(self, batch)
+
+    monkeypatch.setattr(GradientStep, "__call__", dies)
+    with pytest.raises(Killed):
+        run()
     newest = tmp_path / "out" / "checkpoint-6"
     (newest / name).unlink()
     if content is not None:
@@ -180,17 +190,10 @@ def test_a_damaged_checkpoint_is_named_or_passed_over(run, tmp_path, name, conte
     (tmp_path / "out" / "checkpoint-77").write_text("no folder")
     (tmp_path / "out" / "checkpoint-99").mkdir()
     if name == "trainer_state.json" and content is None:
-        assert run(max_steps=6).steps == 6  # from the one before
+        assert run().steps == 16 and len(calls) == 8 + 16 - 3  # from the one before
         return
-    if name == "optimizer.pdopt":  # nothing is read of it where a training had ended
-        (tmp_path / "out" / "standing.json").unlink(missing_ok=True)
-        shutil.rmtree(tmp_path / "out" / "checkpoint-3")
-        os.rename(newest, tmp_path / "out" / "checkpoint-3")
-        state = json.loads((tmp_path / "out" / "checkpoint-3" / "trainer_state.json").read_text())
-        (tmp_path / "out" / "checkpoint-3" / "trainer_state.json").write_text(json.dumps(state | {"global_step": 3}))
-        newest = tmp_path / "out" / "checkpoint-3"
     with pytest.raises(ValueError, match=f"{newest.name}: cannot be read"):
-        run(max_steps=6)
+        run()
 
 
 def test_the_base_is_not_written_over(run, tiny_model, tmp_path):

@@ -119,7 +119,7 @@ def parse(
     return arguments
 
 
-def texts(arguments, but: str) -> list[str]:
+def text_values(arguments, but: str) -> list[str]:
     """All that an argument other than ``but`` says in words, among it every path."""
     values = [getattr(arguments, f.name) for f in dataclasses.fields(arguments) if f.name != but]
     return [text for value in values for text in (value if isinstance(value, list) else [value]) if type(text) is str]

@@ -7,9 +7,9 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from utils.argument_parsing import ELSEWHERE, ArgumentError, build, check, nearest, option, parse, texts
+from utils.argument_parsing import ELSEWHERE, ArgumentError, build, check, nearest, option, parse, text_values
 
-__all__ = ["ArgumentError", "build", "check", "option", "parse", "texts"]
+__all__ = ["ArgumentError", "build", "check", "option", "parse", "text_values"]
 
 # The bundled model's name, which bundled_model.py answers to.
 DEFAULT_MODEL = "multilingual-e5-small"

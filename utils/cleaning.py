@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from utils import dedup, engines, report
-from utils.arguments import CleanArguments, texts
+from utils.arguments import CleanArguments, text_values
 from utils.dedup import DedupResult
 from utils.distributed import Ranks
 from utils.embedding import build_encoders, embed
@@ -142,7 +142,7 @@ class _Inputs:
             vectors = read_user_vectors(given.embeddings_path, queries.source.n_rows, normalize=True)
         else:
             build_encoders(given)
-        outputs.open_work(texts(given, but="output_data_path"))
+        outputs.open_work(text_values(given, but="output_data_path"))
         return cls(queries, reference, vectors)
 
 
@@ -201,29 +201,31 @@ def _decide(
             return dedup.remove_near_duplicates(vectors, rows, dim, threshold, ranks, device, progress.update)
 
     if given.target_size is not None:
-        if given.similarity_threshold is not None:
-            logger.info("similarity_threshold is not used: target_size finds its own")
         return dedup.find_threshold(decide, given.target_size), nearest
     return decide(threshold), nearest
 
 
-def _threshold(given: CleanArguments, vectors: np.ndarray, run: report.RunReport) -> float:
+def _threshold(given: CleanArguments, vectors: np.ndarray, run: report.RunReport) -> float | None:
     """The threshold that is given, or else one that lies above what unrelated queries score with this model.
 
-    Models differ in that; a threshold within it removes rows at random.
+    Models differ in that; a threshold within it removes rows at random. None where ``target_size`` finds it.
     """
-    if len(vectors) < 2:
-        return given.similarity_threshold if given.similarity_threshold is not None else _THRESHOLD
-    scores = dedup.unrelated_scores(vectors)
-    mean, high = float(scores.mean()), float(scores[int(0.99 * (len(scores) - 1))])
-    run.results["unrelated_queries"] = {"mean": round(mean, 4), "99th_percentile": round(high, 4)}
+    mean = high = -1.0
+    if len(vectors) > 1:
+        scores = dedup.unrelated_scores(vectors)
+        mean, high = float(scores.mean()), float(scores[int(0.99 * (len(scores) - 1))])
+        run.results["unrelated_queries"] = {"mean": round(mean, 4), "99th_percentile": round(high, 4)}
     above = round(mean + _ABOVE_UNRELATED * (1 - mean), 2)
-    if given.target_size is None and given.similarity_threshold is None:
-        if high < _THRESHOLD:
-            return _THRESHOLD
+    threshold = given.similarity_threshold
+    if given.target_size is not None:
+        if threshold is not None:
+            logger.info("similarity_threshold is not used: target_size finds its own")
+        return None
+    if threshold is None and high < _THRESHOLD:
+        return _THRESHOLD
+    if threshold is None:
         logger.info("threshold: %g, because unrelated queries score %.2f on average with this model", above, mean)
         return above
-    threshold = given.similarity_threshold if given.similarity_threshold is not None else 1.0
     if len(vectors) >= _ENOUGH_QUERIES and threshold <= high:
         logger.warning(
             "warning: the threshold %g lies within what unrelated queries score with this model (mean %.2f, "

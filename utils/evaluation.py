@@ -11,7 +11,7 @@ import numpy as np
 
 from utils import collection as collections
 from utils import comparison, engines, metrics, report, runtime, statistics, trec
-from utils.arguments import EvaluateArguments, ModelArguments, texts
+from utils.arguments import EvaluateArguments, ModelArguments, text_values
 from utils.collection import Collection
 from utils.comparison import Comparison
 from utils.distributed import Ranks
@@ -109,7 +109,7 @@ class _Inputs:
         for model in ([_model(given)] if inputs.query_vectors is None else []) + [inputs.other_model]:
             if model is not None:
                 build_encoders(replace(model, dimension=largest))
-        outputs.open_work(texts(given, but="output_data_path"))
+        outputs.open_work(text_values(given, but="output_data_path"))
         return inputs
 
     def _read_vectors(self, given: EvaluateArguments) -> None:

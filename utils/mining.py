@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from utils import candidates, engines, mining_formats, negatives, report, runtime
-from utils.arguments import MiningArguments, texts
+from utils.arguments import MiningArguments, text_values
 from utils.distributed import Ranks
 from utils.embedding import build_encoders, embed
 from utils.embedding_store import EmbeddingStore, derive, fingerprint
@@ -95,7 +95,7 @@ def _read(given: MiningArguments, outputs: Outputs) -> Inputs:
     dim = inputs.query_vectors.shape[1] if inputs.query_vectors is not None else build_encoders(given)[0].dim
     if given.index_factory:
         check_factory(dim, given.index_factory, given.index_parameters)
-    outputs.open_work(texts(given, but="output_data_path"))
+    outputs.open_work(text_values(given, but="output_data_path"))
     wanted = given.negatives_a_row
     if given.window[1] - given.window[0] < wanted:
         logger.warning(

@@ -121,7 +121,7 @@ class OneDNNEngine:
         self._type = np.uint16 if dtype == "bfloat16" else np.float32
         parameters, torch_layout = weight_files.read_weights(model), weight_files.stores_torch_layout(model)
         try:
-            embeddings, layers = _sorted_out(parameters, torch_layout, config["num_hidden_layers"])
+            embeddings, layers = _sorted_out(parameters, torch_layout, config.get("num_hidden_layers"))
             _check_shapes(model, embeddings, layers)
         except ValueError as error:
             raise ValueError(f"{model.folder}: {error}") from None
@@ -233,9 +233,13 @@ def _plain(values: np.ndarray) -> np.ndarray:
 
 
 def _sorted_out(
-    weights: Parameters, torch_layout: bool, n_layers: int
+    weights: Parameters, torch_layout: bool, n_layers: int | None
 ) -> tuple[Parameters, list[dict[str, Parameters]]]:
-    """Embedding tables, and each layer's parts with linear weights [in, out], under our own names."""
+    """Embedding tables, and each layer's parts with linear weights [in, out], under our own names.
+
+    Args:
+        n_layers: default: as many as there are.
+    """
     weights = {re.sub(r"^.*?(?=(embeddings|encoder)\.)", "", name, count=1): w for name, w in weights.items()}
     torch_names = any(name.startswith("encoder.layer.") for name in weights)
     root = "encoder.layer." if torch_names else "encoder.layers."
@@ -251,6 +255,8 @@ def _sorted_out(
         transposed = torch_layout and name in _LINEAR
         return {"weight": weight.T if transposed else weight, "bias": take(f"{full}.bias")}
 
+    if n_layers is None:
+        n_layers = len({name[len(root) :].split(".")[0] for name in weights if name.startswith(root)})
     layers = [{name: part(number, name) for name in _LAYER_PARTS} for number in range(n_layers)]
     norm = "LayerNorm" if "embeddings.LayerNorm.weight" in weights else "layer_norm"
     embeddings = {
@@ -270,7 +276,8 @@ def _check_shapes(model: Checkpoint, embeddings: Parameters, layers: list[dict[s
     Raises:
         ValueError: names the first such weight.
     """
-    width, inner = model.hidden_size, model.config["intermediate_size"]
+    width = model.hidden_size
+    inner = model.config.get("intermediate_size") or layers[0]["up"]["bias"].size
     positions = (model.max_length or 0) + model.position_offset
     for name, rows in (("words", model.vocabulary), ("positions", positions)):
         table = embeddings[name]

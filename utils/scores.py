@@ -84,7 +84,7 @@ def evenly(array: np.ndarray, rows: np.ndarray) -> np.ndarray:
     if len(rows) < 2:
         return array[rows]
     step = int(rows[1] - rows[0])
-    if int(rows[-1] - rows[0]) != step * (len(rows) - 1) or (np.diff(rows) != step).any():
+    if (np.diff(rows) != step).any():
         return array[rows]
     return array[int(rows[0]) : int(rows[-1]) + 1 : step]
 

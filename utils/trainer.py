@@ -280,10 +280,14 @@ def make(job: "Job"):
 
 @contextmanager
 def _whole(folder: str | Path) -> Iterator[None]:
-    """Whatever goes wrong while a checkpoint is read becomes one line about it."""
+    """What goes wrong because a checkpoint is damaged becomes one line about it."""
     try:
         yield
+    except MemoryError:
+        raise
     except Exception as error:
+        if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+            raise described(error, f"{folder}: cannot be read") from None
         raise ValueError(
             f"{folder}: cannot be read ({type(error).__name__}); the checkpoint is damaged. Remove it to go on from the"
             " one before"
