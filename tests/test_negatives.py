@@ -4,7 +4,17 @@ import numpy as np
 import pytest
 
 from utils import negatives
-from utils.negatives import Background, Groups, Problem, Rules, choose, measure_background, positive_scores, screen
+from utils.negatives import (
+    Background,
+    Groups,
+    Negative,
+    Problem,
+    Rules,
+    choose,
+    measure_background,
+    positive_scores,
+    screen,
+)
 from utils.scores import Neighbors, pair_scores
 from utils.search import ExactIndex
 
@@ -199,6 +209,16 @@ def test_backfill_is_marked_and_avoids_presumed_positives():
     for row in result.short_queries:
         marked = [negative.row for negative in result.negatives[row] if negative.rank == -1]
         assert marked and not set(marked) & set(screened.presumed[row].tolist())
+
+
+def test_negatives_are_read_like_lists():
+    columns = np.array([5, 3, 9]), np.array([0.5, 0.25, 0.75]), np.array([0, 2, -1])
+    found = negatives.Negatives(np.array([0, 2, 2, 3]), *columns)
+    lists = [[Negative(5, 0.5, 0), Negative(3, 0.25, 2)], [], [Negative(9, 0.75, -1)]]
+    assert found == lists and found != lists[:2] and list(found) == lists and found.sizes().tolist() == [2, 0, 1]
+    assert found[-1] == lists[-1] and found[1:] == lists[1:] and type(found[0][0].row) is int
+    with pytest.raises(IndexError):
+        found[3]
 
 
 def test_passages_outside_the_pool_are_never_mined():

@@ -6,6 +6,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+# What Linux maps at most of a file around the page that is read.
+_AROUND = 2 << 20
+# Rows that are read between two times that what was mapped for them is handed back.
+_TAKEN_ROWS = 128
+
 
 class Place(NamedTuple):
     """Where in a file an array lies, row by row; ``file`` says which file that was (device and inode)."""
@@ -40,8 +45,15 @@ def map_place(place: Place) -> np.ndarray | None:
         return None
 
 
+def is_mapped(array: np.ndarray) -> bool:
+    """True if reading the array brings a file's pages into memory, which ``release`` hands back."""
+    return _map_of(array) is not None
+
+
 def release(array: np.ndarray) -> None:
     """Hand back the memory of an array that is mapped from a file: what is used again is read again.
+
+    With it goes what the system mapped of the file around it, to read ahead.
 
     Args:
         array: C-contiguous. Nothing happens to one that is not mapped, nor to one whose changes are its own
@@ -51,8 +63,25 @@ def release(array: np.ndarray) -> None:
     if owner is None or array.size == 0:
         return
     start = _address(array) - _address(np.frombuffer(owner.base, np.uint8))
-    first = start // mmap.PAGESIZE * mmap.PAGESIZE
-    owner.base.madvise(mmap.MADV_DONTNEED, first, start + array.nbytes - first)
+    first = max(0, start - _AROUND) // mmap.PAGESIZE * mmap.PAGESIZE
+    last = min(len(owner.base), start + array.nbytes + _AROUND)
+    owner.base.madvise(mmap.MADV_DONTNEED, first, last - first)
+
+
+def taken(array: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """``array[rows]`` of a C-contiguous array, without keeping more of one that is mapped in memory than before.
+
+    Rows here and there would: the system maps up to megabytes around each.
+    """
+    if not is_mapped(array):
+        return array[rows]
+    copy = np.empty((len(rows), *array.shape[1:]), array.dtype)
+    order = np.argsort(rows)
+    for start in range(0, len(rows), _TAKEN_ROWS):
+        part = order[start : start + _TAKEN_ROWS]
+        copy[part] = array[rows[part]]
+        release(array[rows[part[0]] : rows[part[-1]] + 1])
+    return copy
 
 
 def _map_of(array: np.ndarray) -> np.memmap | None:

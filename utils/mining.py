@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -427,7 +427,8 @@ def _write(
             run.counts["without_negatives"], run.counts["input"],
         )  # fmt: skip
     run.results["drops_by_reason"] = result.drops_by_reason
-    mined_scores = [n.score for i, row in enumerate(result.negatives) if not dropped[i] for n in row if n.rank >= 0]
+    found = result.negatives
+    mined_scores = found.scores[(found.ranks >= 0) & ~np.repeat(dropped, found.sizes())]
     run.results["scores"] = {"positives": _distribution(positives), "negatives": _distribution(mined_scores)}
     with outputs.stage(".report.json") as stream:
         stream.write(run.to_json())
@@ -472,23 +473,23 @@ def _counts(
 ) -> dict[str, int]:
     """What went where. Rows and candidates must add up."""
     n_rows = len(inputs.query_of_row)
-    mined = [sum(negative.rank >= 0 for negative in row) for row in result.negatives]
-    total = [len(row) for row in result.negatives]
+    total = len(result.negatives.rows)
+    mined = int((result.negatives.ranks >= 0).sum())
     counts = {
         "input": inputs.n_rows,
         "written": n_rows - int(dropped.sum()),
         "dropped_short": int(dropped.sum()),
         "rejected": inputs.n_rejected_rows,
         "short": len(result.short_queries),
-        "without_negatives": sum(count == 0 for count in total),
+        "without_negatives": int((result.negatives.sizes() == 0).sum()),
         "output_lines": n_lines,
         "queries": len(inputs.queries),
         "passages": len(inputs.passages),
         "candidates": inputs.n_candidates,
-        "negatives": sum(total),
-        "backfilled": sum(total) - sum(mined),
+        "negatives": total,
+        "backfilled": total - mined,
         "in_window": screened.n_window,
-        "not_needed": screened.n_window - sum(mined) - sum(result.drops_by_reason.values())
+        "not_needed": screened.n_window - mined - sum(result.drops_by_reason.values())
         + result.drops_by_reason["forbidden"],
     }  # fmt: skip
     if counts["input"] != counts["written"] + counts["dropped_short"] + counts["rejected"] or counts["not_needed"] < 0:
@@ -496,8 +497,7 @@ def _counts(
     return counts
 
 
-def _distribution(scores: Sequence[float]) -> dict:
-    values = np.asarray(scores, np.float64)
+def _distribution(values: np.ndarray) -> dict:
     if len(values) == 0:
         return {"n": 0}
     quantiles = np.percentile(values, _QUANTILES)

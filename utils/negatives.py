@@ -5,7 +5,7 @@ it fails. Every score is canonical (``scores.pair_scores``), so the same candida
 block size and any number of ranks.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -40,11 +40,42 @@ class Negative(NamedTuple):
     rank: int
 
 
+class Negatives(Sequence):
+    """Each row's negatives, as lists of ``Negative`` that are made when they are asked for.
+
+    Attributes:
+        lims: int64 [rows + 1]; those of row i are ``lims[i]:lims[i + 1]``.
+        rows, scores, ranks: int32, float64 and int32 [negatives], the columns.
+    """
+
+    def __init__(self, lims: np.ndarray, rows: np.ndarray, scores: np.ndarray, ranks: np.ndarray):
+        self.lims, self.rows, self.scores, self.ranks = lims, rows, scores, ranks
+
+    def __len__(self) -> int:
+        return len(self.lims) - 1
+
+    def __getitem__(self, i):
+        if isinstance(i, slice):
+            return [self[k] for k in range(*i.indices(len(self)))]
+        i = range(len(self))[i]
+        part = slice(self.lims[i], self.lims[i + 1])
+        columns = (column[part].tolist() for column in (self.rows, self.scores, self.ranks))
+        return [Negative(*values) for values in zip(*columns, strict=True)]
+
+    def __eq__(self, other: object) -> bool:
+        """As of lists."""
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    def sizes(self) -> np.ndarray:
+        """How many each row has, int64 [rows]."""
+        return np.diff(self.lims)
+
+
 @dataclass
 class MiningResult:
     """``negatives[i]`` belongs to row i. short_queries: the rows with fewer than asked for, before any backfill."""
 
-    negatives: list[list[Negative]]
+    negatives: Negatives
     short_queries: np.ndarray
     drops_by_reason: dict[str, int]
     report: dict = field(default_factory=dict, repr=False)
@@ -244,10 +275,11 @@ def screen(
     lowest = lowest_of_each(problem.positives, positives)
     limit = score_limit(lowest, rules, background)
     drops = dict.fromkeys(REASONS, 0)
-    n_left, rows_left, scores_left, ranks_left = [], [], [], []
+    n_rows = len(problem.query_of_row)
+    left = _Growing(n_rows, n_rows * min(neighbors.rows.shape[1], rules.window[1] - rules.window[0]))
     n_near, rows_near = [], []
     n_window = 0
-    for start in range(0, len(problem.query_of_row), _BLOCK_ROWS):
+    for start in range(0, n_rows, _BLOCK_ROWS):
         queries = problem.query_of_row[start : start + _BLOCK_ROWS]
         rows, scores = neighbors.rows[queries], neighbors.scores[queries]
         there = rows >= 0
@@ -264,22 +296,39 @@ def screen(
             open_ &= ~failing
             if reason != "min_score":
                 near |= failing
-        n_left.append(open_.sum(axis=1))
-        rows_left.append(rows[open_].astype(np.int32))
-        scores_left.append(scores[open_])
-        ranks_left.append(rank[open_].astype(np.int32))
+        left.add(open_.sum(axis=1), rows[open_], scores[open_], rank[open_])
         n_near.append(near.sum(axis=1))
         rows_near.append(rows[near].astype(np.int32))
         progress(len(queries))
-    left = Candidates(_lims(_joined(n_left)), _joined(rows_left), _joined(scores_left), _joined(ranks_left))
-    return Screened(left, Groups(_lims(_joined(n_near)), _joined(rows_near)), drops, n_window)
+    presumed = Groups(_lims(np.concatenate(n_near)), np.concatenate(rows_near))
+    return Screened(Candidates(*left.columns()), presumed, drops, n_window)
 
 
-def _joined(blocks: list[np.ndarray]) -> np.ndarray:
-    """The blocks as one array; they are let go of at once, before the next column is joined."""
-    joined = np.concatenate(blocks)
-    blocks.clear()
-    return joined
+class _Growing:
+    """Rows, scores and ranks of each input row's passages, to which rows are added in their order.
+
+    Args:
+        n_rows: how many rows there will be.
+        most: how many passages there may be. Those that do not come take no memory.
+    """
+
+    def __init__(self, n_rows: int, most: int):
+        self._lims = np.zeros(n_rows + 1, np.int64)
+        self._columns = tuple(np.empty(most, dtype) for dtype in (np.int32, np.float64, np.int32))
+        self._n = 0
+
+    def add(self, sizes: Sequence[int] | np.ndarray, *columns: Sequence | np.ndarray) -> None:
+        """The next rows: how many passages each has, and those of all in turn."""
+        ends = self._lims[self._n] + np.cumsum(sizes)
+        part = slice(self._lims[self._n], ends[-1])
+        for column, values in zip(self._columns, columns, strict=True):
+            column[part] = values
+        self._lims[self._n + 1 : self._n + 1 + len(sizes)] = ends
+        self._n += len(sizes)
+
+    def columns(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Where each row's passages begin and end, and the columns."""
+        return (self._lims, *(column[: self._lims[-1]] for column in self._columns))
 
 
 def _tests(
@@ -366,26 +415,29 @@ def choose(
 ) -> MiningResult:
     """Draw each row's negatives from the candidates that passed, and fill up short rows if asked to."""
     drops = dict(screened.drops)
-    chosen: list[list[Negative]] = []
-    short = []
+    n_rows = len(problem.query_of_row)
     left = screened.left
+    most = np.full(n_rows, problem.n_candidates) if rules.backfill else np.diff(left.lims)
+    chosen = _Growing(n_rows, int(np.minimum(most, rules.wanted).sum()))
+    short = []
     copies = _Copies(problem, rules, background)
-    for row in range(len(problem.query_of_row)):
+    for row in range(n_rows):
         part = slice(left.lims[row], left.lims[row + 1])
         picked, too_alike = _draw(row, left.rows[part], left.scores[part], rules, background, copies)
         drops["negative_similarity"] += too_alike
-        columns = (left.rows[part][picked], left.scores[part][picked], left.ranks[part][picked])
-        negatives = [Negative(*values) for values in zip(*(column.tolist() for column in columns), strict=True)]
-        if len(negatives) < rules.wanted:
+        rows, scores, ranks = left.rows[part][picked], left.scores[part][picked], left.ranks[part][picked]
+        if len(picked) < rules.wanted:
             short.append(row)
             if rules.backfill:
-                negatives += _backfill(problem, row, screened, negatives, rules)
-        chosen.append(negatives)
+                more = _backfill(problem, row, screened, rows, rules)
+                rows, scores = np.concatenate([rows, more[0]]), np.concatenate([scores, more[1]])
+                ranks = np.concatenate([ranks, np.full(len(more[0]), -1)])
+        chosen.add([len(rows)], rows, scores, ranks)
         if row % _BLOCK_ROWS == _BLOCK_ROWS - 1:
             release(problem.passage_vectors)
             progress(_BLOCK_ROWS)
-    progress(len(chosen) % _BLOCK_ROWS)
-    return MiningResult(chosen, np.array(short, np.int64), drops)
+    progress(n_rows % _BLOCK_ROWS)
+    return MiningResult(Negatives(*chosen.columns()), np.array(short, np.int64), drops)
 
 
 def _draw(
@@ -465,12 +517,11 @@ class _Copies:
 
 
 def _backfill(
-    problem: Problem, row: int, screened: Screened, negatives: list[Negative], rules: Rules
-) -> list[Negative]:
-    """Random passages for a short row: neither forbidden, nor dropped as presumed false, nor taken already."""
-    need = rules.wanted - len(negatives)
+    problem: Problem, row: int, screened: Screened, taken: np.ndarray, rules: Rules
+) -> tuple[np.ndarray, np.ndarray]:
+    """Random passages for a short row and their scores: neither forbidden, nor presumed false, nor taken already."""
+    need = rules.wanted - len(taken)
     query = int(problem.query_of_row[row])
-    taken = [negative.row for negative in negatives]
     banned = np.unique(np.concatenate([problem.forbidden[query], screened.presumed[row], taken]).astype(np.int64))
     rng = np.random.default_rng([rules.seed, _BACKFILL, row])
     n = problem.n_candidates
@@ -483,5 +534,4 @@ def _backfill(
         drawn = drawn[np.sort(first)]
         drawn = drawn[~np.isin(drawn, banned)]
     drawn = drawn[:need]
-    scores = scores_of(problem.query_vectors, np.full(len(drawn), query), problem.passage_vectors, drawn)
-    return [Negative(int(passage), float(score), -1) for passage, score in zip(drawn, scores, strict=True)]
+    return drawn, scores_of(problem.query_vectors, np.full(len(drawn), query), problem.passage_vectors, drawn)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from utils import search_kernels
-from utils.mapped import release
+from utils.mapped import is_mapped, release, taken
 
 # Pairs that are scored at a time.
 _PAIRS = 1024
@@ -55,9 +55,13 @@ def scores_of(left: np.ndarray, left_rows: np.ndarray, right: np.ndarray, right_
     order = np.argsort(right_rows)
     for start in range(0, len(scores), _PAIRS):
         pairs = order[start : start + _PAIRS]
-        scores[pairs] = search_kernels.score_pairs(plain(left), left_rows[pairs], plain(right), right_rows[pairs])
-        for array, rows in ((left, left_rows[pairs]), (right, right_rows[pairs])):
-            release(array[rows.min() : rows.max() + 1])
+        lefts, rights = left_rows[pairs], right_rows[pairs]
+        if is_mapped(left):
+            vectors, places = taken(left, lefts), np.arange(len(pairs))
+        else:
+            vectors, places = left, lefts
+        scores[pairs] = search_kernels.score_pairs(plain(vectors), places, plain(right), rights)
+        release(right[rights[0] : rights[-1] + 1])
     return scores
 
 
