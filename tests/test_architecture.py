@@ -26,6 +26,7 @@ FORBIDDEN = {
     "embedding_store": {"paddle", "paddlenlp", "faiss", "encoder", "engines", "search"},
     "matmul": HEAVY - {"numpy"} | {"records", "distributed", "search", "encoder"},
     "mapped": HEAVY - {"numpy"} | {"records", "distributed", "search"},
+    "shared_memory": HEAVY - {"numpy"} | {"records", "distributed", "search", "runtime"},
     "scores": {"paddle", "paddlenlp", "faiss", "records", "encoder", "engines", "distributed", "search"},
     "search_kernels": {"paddle", "paddlenlp", "faiss", "records", "encoder", "engines", "distributed", "search"},
     "search": {"paddle", "paddlenlp", "records", "encoder", "engines"},

@@ -34,7 +34,7 @@ def test_the_interface_is_the_one_that_the_launcher_knows(monkeypatch):
 THREE_RANKS = """
     import sys
     import numpy as np
-    from utils import distributed, runtime
+    from utils import distributed, runtime, shared_memory
 
     def main():
         distributed._TEXTS_A_BLOCK = 2
@@ -51,6 +51,14 @@ THREE_RANKS = """
         rows = ranks.gather_rows(np.full((ranks.rank, 2), ranks.rank, np.float64))
         assert [part.shape for part in rows] == [(0, 2), (1, 2), (2, 2)]
         assert (rows[2] == 2).all()
+        assert (ranks._shared is not None) == shared_memory.is_possible()
+        large = np.random.default_rng(ranks.rank).random((999, 777), np.float32)
+        by_memory = ranks.gather_equal(large), ranks.broadcast(large if ranks.is_first else None)
+        shared, ranks._shared = ranks._shared, None
+        by_gloo = ranks.gather_equal(large), ranks.broadcast(large if ranks.is_first else None)
+        ranks._shared = shared
+        np.testing.assert_array_equal(by_memory[0], by_gloo[0])
+        np.testing.assert_array_equal(by_memory[1], by_gloo[1])
         texts = ["a", "问", "", "d", "e"]
         assert list(ranks.broadcast_texts(texts if ranks.is_first else None)) == texts
         assert ranks.gather_object(ranks.rank) == [0, 1, 2]

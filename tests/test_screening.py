@@ -31,7 +31,8 @@ def test_a_product_of_sketches_is_an_upper_bound():
     vectors = vectors.astype(np.float32)
     for width in (1, 7, 47):
         sketcher = Sketcher(np.linalg.qr(rng.standard_normal((48, width)))[0])
-        sketches = sketcher(vectors)
+        sketches, norms = sketcher(vectors)
+        np.testing.assert_allclose(norms, np.linalg.norm(vectors.astype(np.float64), axis=1), rtol=1e-12)
         slack = sketcher.slack(largest_norm(vectors) ** 2)
         exact = vectors.astype(np.float64) @ vectors.T.astype(np.float64)
         assert (sketches @ sketches.T >= exact - slack).all()
@@ -80,8 +81,8 @@ def test_a_rank_that_holds_its_part_finds_what_one_with_all_vectors_finds(arithm
         index = ScreenedIndex(sketcher, 48, len(numbers), source)
         for start in range(0, len(numbers), 200):
             rows = numbers[start : start + 200]
-            index.add(prepared(index, vectors[rows]), rows)
-        found.append(index.search(prepared(index, vectors[1000:]), 0.97))
+            index.add(prepared(index, vectors[rows]), np.arange(len(rows)), rows)
+        found.append(index.search(prepared(index, vectors[1000:]), np.arange(200), 0.97))
     full = ExactIndex(48, vectors=vectors[numbers]).search(vectors[1000:], 1, 0.97)
     for own in found:
         np.testing.assert_array_equal(own.scores, full.scores)

@@ -77,9 +77,10 @@ def remove_near_duplicates(
     Returns:
         The same result on every rank.
 
-    The rows are dealt out to the ranks one by one, and each holds those of its own that stay. In memory: the kept
-    rows' sketches where pairs are screened, at most two thirds of their vectors; and those vectors, len(rows) x dim
-    float32 at most over all ranks, unless every rank can map them or nothing is screened.
+    The rows are dealt out to the ranks one by one. Where pairs are screened and every rank can map the vectors, each
+    holds the sketches of all rows that stay (at most two thirds of their vectors; about an eighth in bfloat16), and
+    looks for those that its own rows are near to. Elsewhere it holds its own rows that stay, sketches and vectors,
+    and looks for those that any row is near to.
     """
     everywhere = ranks.mapped(vectors)
     index = _index(everywhere, vectors, rows, dim, threshold, ranks, device)
@@ -89,17 +90,19 @@ def remove_near_duplicates(
     while done < len(rows):
         here = rows[done : done + size]
         deal = _Deal(ranks, done, len(here))
+        everyone = np.arange(len(here))
+        searched, added = (deal.own, everyone) if index.divides_queries else (everyone, deal.own)
         block = index.prepare(_fetched(here, everywhere, vectors, dim, ranks), deal.own, deal.complete)
         within = _pairs_within(block, index, deal.own, threshold)
-        best, pairs = _of_all_ranks(index.search(block, threshold), within, ranks)
+        best, pairs = deal.joined(index.search(block, searched, threshold), within, index.divides_queries)
         if pairs is None:
             size = max(1, size // 4)
             continue
         decided, stays = _settle(here, best, pairs)
         duplicates += decided
         kept.append(here[stays])
-        mine = deal.own[stays[deal.own]]
-        index.add(block.only(mine), here[mine])
+        added = added[stays[added]]
+        index.add(block, added, here[added])
         done += len(here)
         progress(len(here))
         if 4 * len(pairs.scores) < _MOST_PAIRS:  # as many as twice the rows may have
@@ -131,10 +134,47 @@ class _Deal:
         gathered = self._ranks.gather_equal(padded)
         whole = tuple(matmul.empty((self._n, *array.shape[1:]), array.dtype) for array in own)
         for array, first, stop in zip(whole, ends, ends[1:], strict=False):
-            rows = array.reshape(self._n, -1).view(np.uint8)
-            for places, part in zip(self._of_rank, gathered, strict=True):
-                rows[places] = part[: len(places), first:stop]
+            self._put([part[:, first:stop] for part in gathered], array.reshape(self._n, -1).view(np.uint8))
         return whole
+
+    def _put(self, parts: list[np.ndarray], whole: np.ndarray) -> None:
+        """Each rank's own rows into their places; what a part has beyond them is left out."""
+        for places, part in zip(self._of_rank, parts, strict=True):
+            whole[places] = part[: len(places)]
+
+    def joined(self, best: Neighbors, pairs: "_Pairs", divided: bool) -> tuple[Neighbors, "_Pairs | None"]:
+        """Each row's best over all ranks (k = 1), and all ranks' pairs, or None if they are too many.
+
+        Args:
+            best: of our own rows if ``divided``, else of every row.
+        """
+        if self._ranks.size == 1:
+            return best, pairs if len(pairs.scores) <= _MOST_PAIRS else None
+        # One array, because each exchange takes milliseconds; its last line says how many pairs there are.
+        lines = np.zeros((1 + (-(-self._n // self._ranks.size) if divided else self._n), 2))
+        lines[: len(best.scores), :1], lines[: len(best.scores), 1:] = best.scores, best.rows.view(np.float64)
+        lines[-1, 0] = len(pairs.scores)
+        gathered = self._ranks.gather_equal(lines)
+        most = int(max(part[-1, 0] for part in gathered))
+        if most > _MOST_PAIRS:
+            return best, None
+        if divided:
+            whole = np.empty((self._n, 2))
+            self._put([part[:-1] for part in gathered], whole)
+            best = _as_neighbors(whole)
+        else:
+            best = merge([_as_neighbors(part[:-1]) for part in gathered], 1)
+        if most == 0:
+            return best, pairs
+        padded = np.full((3, most), -1.0)
+        padded[:, : len(pairs.scores)] = pairs
+        parts = [part[:, part[0] >= 0] for part in self._ranks.gather_equal(padded)]
+        return best, _Pairs.joined([_Pairs(*part[:2].astype(np.int64), part[2]) for part in parts])
+
+
+def _as_neighbors(lines: np.ndarray) -> Neighbors:
+    """Of scores, and rows in the same bits: float64 [n, 2]."""
+    return Neighbors(lines[:, :1].copy(), lines[:, 1:].copy().view(np.int64))
 
 
 def _fetched(
@@ -165,7 +205,7 @@ def _index(
         # Sketches are compared across ranks: directions that another machine rounded otherwise would not do.
         sketcher = ranks.broadcast_object(sketcher)
         if sketcher is not None:
-            return ScreenedIndex(sketcher, dim, capacity, everywhere)
+            return ScreenedIndex(sketcher, dim, len(rows) if everywhere is not None else capacity, everywhere)
     return _FullIndex(dim, capacity, device)
 
 
@@ -175,14 +215,12 @@ class _Rows(NamedTuple):
     vectors: np.ndarray
     norm: float
 
-    def only(self, which: np.ndarray) -> "_Rows":
-        return _Rows(self.vectors[which], self.norm)
-
 
 class _FullIndex:
     """``ScreenedIndex`` without the screening."""
 
     block_rows = _BLOCK_ROWS
+    divides_queries = False
 
     def __init__(self, dim: int, capacity: int, device: str):
         self._index = ExactIndex(dim, capacity, device=device)
@@ -191,12 +229,12 @@ class _FullIndex:
     def prepare(self, vectors: np.ndarray, own: np.ndarray, complete: Callable[..., tuple]) -> _Rows:
         return _Rows(vectors, largest_norm(vectors))
 
-    def add(self, rows: _Rows, numbers: np.ndarray) -> None:
+    def add(self, rows: _Rows, which: np.ndarray, numbers: np.ndarray) -> None:
         self._numbers[len(self._index) : len(self._index) + len(numbers)] = numbers
-        self._index.add(rows.vectors)
+        self._index.add(rows.vectors[which])
 
-    def search(self, queries: _Rows, floor: float) -> Neighbors:
-        found = self._index.search(queries.vectors, 1, floor)
+    def search(self, rows: _Rows, which: np.ndarray, floor: float) -> Neighbors:
+        found = self._index.search(rows.vectors[which], 1, floor)
         return Neighbors(found.scores, np.where(found.rows < 0, -1, self._numbers[found.rows]))
 
     def near(self, rows: _Rows, part: np.ndarray, floor: float) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -239,25 +277,6 @@ def _pairs_within(
 
     in_threads(work, range(0, len(own), _PART_ROWS))
     return _Pairs.joined(found)
-
-
-def _of_all_ranks(best: Neighbors, pairs: _Pairs, ranks: Ranks) -> tuple[Neighbors, _Pairs | None]:
-    """Each row's best over all ranks' parts (k = 1), and all ranks' pairs, or None if they are too many."""
-    if ranks.size == 1:
-        return best, pairs if len(pairs.scores) <= _MOST_PAIRS else None
-    # One array, because each exchange takes milliseconds; its last line says how many pairs there are.
-    count = np.array([[len(pairs.scores), 0.0]])
-    gathered = ranks.gather_equal(np.concatenate([np.concatenate([best.scores, best.rows.view(np.float64)], 1), count]))
-    most = int(max(part[-1, 0] for part in gathered))
-    if most > _MOST_PAIRS:
-        return best, None
-    best = merge([Neighbors(part[:-1, :1].copy(), part[:-1, 1:].copy().view(np.int64)) for part in gathered], 1)
-    if most == 0:
-        return best, pairs
-    padded = np.full((3, most), -1.0)
-    padded[:, : len(pairs.scores)] = pairs
-    parts = [part[:, part[0] >= 0] for part in ranks.gather_equal(padded)]
-    return best, _Pairs.joined([_Pairs(*part[:2].astype(np.int64), part[2]) for part in parts])
 
 
 def _settle(here: np.ndarray, best: Neighbors, pairs: _Pairs) -> tuple[list[Duplicate], np.ndarray]:

@@ -15,7 +15,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from utils import mapped, runtime
+from utils import mapped, runtime, shared_memory
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +38,7 @@ class Ranks:
         self.rank = runtime.rank()
         self.size = runtime.world_size()
         self._joined = self.size == 1
+        self._shared: shared_memory.SharedMemory | None = None
 
     @property
     def is_first(self) -> bool:
@@ -101,6 +102,23 @@ class Ranks:
                 paddle.distributed.init_parallel_env()
             self._joined = True
             self._settle_processor_features()
+            self._share_memory()
+
+    def _share_memory(self) -> None:
+        """Where all ranks are on this machine and can map the same memory, arrays will go through that."""
+        if runtime.local_world_size() < self.size or not shared_memory.is_possible():
+            return
+        created = self.on_first(lambda: shared_memory.create(self.size))
+        path = self.broadcast_object(created[0] if created else None)
+        pids = self.gather_object(os.getpid())
+        try:
+            shared = shared_memory.SharedMemory(path, self.rank, pids)
+        except OSError:
+            shared = None
+        if all(self.gather_object(shared is not None)):
+            self._shared = shared
+        if created:
+            os.close(created[1])
 
     def _settle_processor_features(self) -> None:
         """Machines may differ, and bfloat16 on some of them would make vectors depend on who computed which."""
@@ -151,6 +169,10 @@ class Ranks:
             array = np.empty(shape, dtype)
         if array.size == 0:
             return array
+        if self._shared is not None:
+            array = np.ascontiguousarray(array)
+            self._shared.broadcast(array)
+            return array
         tensor = paddle.to_tensor(np.ascontiguousarray(array))
         dist.broadcast(tensor, src=0)
         return array if self.is_first else tensor.numpy()
@@ -196,6 +218,8 @@ class Ranks:
         """``gather_rows`` of arrays that have the same shape on every rank: one collective, and not four."""
         if self.size == 1:
             return [array]
+        if self._shared is not None:
+            return self._shared.gather(array)
         import paddle
         import paddle.distributed as dist
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from utils import matmul, runtime, search_kernels
-from utils.scores import Neighbors, evenly, largest_norm, plain, rounding_bound
+from utils.scores import Neighbors, evenly, plain, rounding_bound
 from utils.threads import in_threads
 
 logger = logging.getLogger(__name__)
@@ -22,8 +22,9 @@ logger = logging.getLogger(__name__)
 # Rows that a basis is fitted to, those that are sketched at a time, and directions that a basis has at most.
 SAMPLE_ROWS, _SKETCHED_ROWS = 4096, 512
 _MOST_DIRECTIONS = 256
-# Numbers of directions that are tried.
-_STEP = 16
+# Sketches' widths that are tried are multiples of this, or of what the processor takes of bfloat16 at once: other
+# widths take as much time as the next multiple, or twice that.
+_STEP, _ALIGNED = 16, 32
 # Up to this width all directions are found in less time than some.
 _NARROW = 768
 # What a pair of sketches costs besides its product's flops, and what scoring a pair costs, in units of one
@@ -36,14 +37,12 @@ _WORTHWHILE = 0.8
 _QUERY_BLOCK, _ROW_BLOCK = 512, 1024
 # Where products are our own and not written, by this many.
 _AMX_ROW_BLOCK = 4096
-# In bfloat16, widths are filled up to a multiple of what the processor takes at once: others take twice the time.
-_ALIGNED = 32
 # Pairs that are scored at a time.
 _PAIRS = 2048
 
 
 class Sketcher:
-    """Makes the short vectors: float32 [n, d] to float32 [n, k + 1].
+    """Makes the short vectors of float32 rows [n, d]: float32 [n, k + 1]; and the rows' norms, float64 [n].
 
     Args:
         basis: float64 [d, k], orthonormal columns.
@@ -53,21 +52,23 @@ class Sketcher:
         self._basis = basis
         self.width = basis.shape[1] + 1
 
-    def __call__(self, vectors: np.ndarray) -> np.ndarray:
-        sketches = np.empty((len(vectors), self.width), np.float32)
+    def __call__(self, vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        sketches, norms = np.empty((len(vectors), self.width), np.float32), np.empty(len(vectors))
 
         def work(start: int) -> None:
             block = vectors[start : start + _SKETCHED_ROWS].astype(np.float64)
             inside = block @ self._basis
             squares = np.einsum("ij,ij->i", block, block)
             across = squares - np.einsum("ij,ij->i", inside, inside)
+            length = np.sqrt(squares)
             own = sketches[start : start + _SKETCHED_ROWS]
             own[:, :-1] = inside
             # Float64 loses at most about 1e-15 of |v|^2 to cancellation: 1e-7 |v| covers its root.
-            own[:, -1] = np.sqrt(np.maximum(across, 0)) + 1e-7 * np.sqrt(squares)
+            own[:, -1] = np.sqrt(np.maximum(across, 0)) + 1e-7 * length
+            norms[start : start + _SKETCHED_ROWS] = length
 
         in_threads(work, range(0, len(vectors), _SKETCHED_ROWS))
-        return sketches
+        return sketches, norms
 
     def slack(self, norms: float) -> float:
         """How far a computed product, of sketches or of vectors, may lie from the true one.
@@ -88,20 +89,23 @@ def fit(sample: np.ndarray, threshold: float) -> Sketcher | None:
     # Judged by other rows than it is fitted to, which it suits better than it suits the rest.
     fitted, sample = sample[::2], sample[1::2]
     most = min(_MOST_DIRECTIONS, int(_WORTHWHILE * d), len(fitted))
-    if most < _STEP:
+    rounds = matmul.bfloat16_is_fast()
+    step = _ALIGNED if rounds else _STEP
+    if most < step:
         return None
     basis = _leading_directions(fitted, most)
     inside = (sample.astype(np.float64) @ basis).astype(np.float32)
     squares = np.einsum("ij,ij->i", sample, sample, dtype=np.float64)
     m, half = len(sample), len(sample) // 2
     bounds = np.zeros((half, m - half), np.float32)
-    rounds = matmul.bfloat16_is_fast()
     dimension, lowest = (_BFLOAT16_COST, threshold - _BFLOAT16_LOSS) if rounds else (1.0, threshold)
     best, cheapest = None, _WORTHWHILE * (d * dimension + _PASS_COST)
-    for k in range(_STEP, most + 1, _STEP):
+    known = 0
+    for k in range(step - 1, most + 1, step):
         if (k + 1) * dimension + _PASS_COST >= cheapest:
             break  # even if no pair were left
-        bounds += inside[:half, k - _STEP : k] @ inside[half:, k - _STEP : k].T
+        bounds += inside[:half, known:k] @ inside[half:, known:k].T
+        known = k
         rest = np.sqrt(np.maximum(squares - np.einsum("ij,ij->i", inside[:, :k], inside[:, :k]), 0)).astype(np.float32)
         left = np.mean(bounds + np.outer(rest[:half], rest[half:]) >= lowest)
         cost = (k + 1) * dimension + _PASS_COST + _PAIR_COST * left
@@ -143,9 +147,14 @@ class Sketched(NamedTuple):
     residuals: np.ndarray
     norm: float
 
-    def only(self, which: np.ndarray) -> "Sketched":
-        """Some of the rows."""
-        return Sketched(self.vectors[which], self.sketches[which], self.residuals[which], self.norm)
+
+class _Queries(NamedTuple):
+    """Some of the rows of ``vectors``: which, int64 [q], their sketches, and their lowest bounds that count."""
+
+    vectors: np.ndarray
+    which: np.ndarray
+    sketches: np.ndarray
+    cuts: np.ndarray
 
 
 class ScreenedIndex:
@@ -155,6 +164,8 @@ class ScreenedIndex:
 
     Attributes:
         block_rows: how many rows ``prepare`` should be given at a time.
+        divides_queries: whether ranks should each add all rows and search for some, and not add some and search for
+            all: that takes less time, and no more memory than the sketches'.
 
     Args:
         capacity: room for rows.
@@ -167,6 +178,7 @@ class ScreenedIndex:
         from utils import amx_matmul
 
         self._sketcher, self._source = sketcher, None if source is None else plain(source)
+        self.divides_queries = source is not None
         # In bfloat16 where that multiplies faster: half the memory, too.
         self._type = np.uint16 if matmul.bfloat16_is_fast() else np.float32
         aligned = _ALIGNED if self._type is np.uint16 else 1
@@ -184,33 +196,35 @@ class ScreenedIndex:
             own: which of them we make the sketches of, int64.
             complete: gives arrays' rows [n, ...] from those of our own; the others come from elsewhere.
         """
-        sketches, residuals = complete(*self._rounded(self._sketcher(evenly(vectors, own))))
-        return Sketched(vectors, sketches, residuals, largest_norm(vectors))
+        sketches, norms = self._sketcher(evenly(vectors, own))
+        sketches, residuals, norms = complete(*self._rounded(sketches), norms)
+        return Sketched(vectors, sketches, residuals, float(norms.max(initial=0.0)))
 
-    def add(self, rows: Sketched, numbers: np.ndarray) -> None:
-        """Append rows, known as ``numbers``, int64 [n] ascending."""
+    def add(self, rows: Sketched, which: np.ndarray, numbers: np.ndarray) -> None:
+        """Append some of the rows (int64 [n] ascending), known as ``numbers``, int64 [n] ascending."""
         new = slice(self._n, self._n + len(numbers))
-        self._sketches[new] = rows.sketches
-        self._residual = max(self._residual, float(rows.residuals.max(initial=0.0)))
+        np.take(rows.sketches, which, axis=0, out=self._sketches[new])
+        self._residual = max(self._residual, float(rows.residuals[which].max(initial=0.0)))
         if self._source is None:
-            self._vectors[new] = rows.vectors
+            np.take(rows.vectors, which, axis=0, out=self._vectors[new])
         self._numbers[new] = numbers
         self._n = new.stop
         self._norm = max(self._norm, rows.norm)
 
-    def search(self, queries: Sketched, floor: float) -> Neighbors:
-        """The best row of each query by canonical score, if that is at least ``floor``; k = 1."""
-        n = len(queries.vectors)
+    def search(self, rows: Sketched, which: np.ndarray, floor: float) -> Neighbors:
+        """The best of some of the rows (int64 [n] ascending) by canonical score, if at least ``floor``; k = 1."""
+        n = len(which)
         best = Neighbors.none(n, 1)
         if self._n == 0 or n == 0:
             return best
-        cuts = self._cuts(queries, self._norm, self._residual, floor)
+        cuts = self._cuts(rows, which, self._norm, self._residual, floor)
         size = min(_QUERY_BLOCK, -(-n // runtime.cpu_threads()))
 
         def work(start: int) -> None:
             part = slice(start, start + size)
             result = best.scores[part, 0], best.rows[part, 0]
-            self._search_block(plain(queries.vectors[part]), queries.sketches[part], cuts[part], floor, *result)
+            queries = _Queries(rows.vectors, which[part], rows.sketches[which[part]], cuts[part])
+            self._search_block(queries, floor, *result)
 
         in_threads(work, range(0, n, size))
         return best
@@ -224,19 +238,19 @@ class ScreenedIndex:
         Yields:
             Places in ``part``, and the numbers of the other rows, int64 [pairs] twice.
         """
-        some = rows.only(part)
-        cuts = self._cuts(some, rows.norm, float(rows.residuals.max(initial=0.0)), floor)
-        yield from self._reaching(some.sketches, rows.sketches[: part[-1]], cuts)
+        cuts = self._cuts(rows, part, rows.norm, float(rows.residuals.max(initial=0.0)), floor)
+        yield from self._reaching(rows.sketches[part], rows.sketches[: part[-1]], cuts)
 
-    def _cuts(self, queries: Sketched, norm: float, residual: float, floor: float) -> np.ndarray:
-        """Each query's lowest bound, float32 [n], of a row that may reach ``floor``.
+    def _cuts(self, rows: Sketched, which: np.ndarray, norm: float, residual: float, floor: float) -> np.ndarray:
+        """Lowest bounds, float32 [n], that a pair of some of the rows with others may have and reach ``floor``.
 
         Args:
-            norm, residual: the largest of the rows.
+            norm, residual: the largest of the others.
         """
-        slack = self._sketcher.slack(norm * queries.norm)
+        slack = self._sketcher.slack(norm * rows.norm)
         # What rounding may have taken from a product of sketches, which are as long as their vectors.
-        lost = 1.01 * (queries.residuals * norm + (queries.norm + queries.residuals) * residual)
+        residuals = rows.residuals[which]
+        lost = 1.01 * (residuals * norm + (rows.norm + residuals) * residual)
         return (floor - 2 * slack - lost).astype(np.float32)
 
     def _multiply(self, left: np.ndarray, right: np.ndarray, bounds: np.ndarray) -> None:
@@ -255,19 +269,11 @@ class ScreenedIndex:
         rounded = matmul.to_bfloat16(wide)
         return rounded, search_kernels.sizes(wide, np.zeros(wide.shape[1], np.float32), rounded)[1]
 
-    def _search_block(
-        self,
-        queries: np.ndarray,
-        sketches: np.ndarray,
-        cuts: np.ndarray,
-        floor: float,
-        score: np.ndarray,
-        row: np.ndarray,
-    ) -> None:
-        """Fills in ``score`` and ``row`` of one block of queries; ``cuts``: the lowest bound that counts, of each."""
+    def _search_block(self, queries: "_Queries", floor: float, score: np.ndarray, row: np.ndarray) -> None:
+        """Fills in ``score`` and ``row`` of one block of queries."""
         waiting: list[np.ndarray] = []
         n_waiting = 0
-        for pairs in self._reaching(sketches, self._sketches[: self._n], cuts):
+        for pairs in self._reaching(queries.sketches, self._sketches[: self._n], queries.cuts):
             waiting.append(np.stack(pairs))
             n_waiting += len(pairs[0])
             if n_waiting > _PAIRS:
@@ -311,15 +317,13 @@ class ScreenedIndex:
                 yield found.columns, found.rows
 
     def _take(
-        self, queries: np.ndarray, pairs: list[np.ndarray], floor: float, score: np.ndarray, row: np.ndarray
+        self, queries: "_Queries", pairs: list[np.ndarray], floor: float, score: np.ndarray, row: np.ndarray
     ) -> None:
         """Score pairs and keep each query's best; of equals, the one with the lower row."""
         query, place = np.concatenate(pairs, axis=1)
         numbers = self._numbers[place]
-        if self._source is None:
-            exact = search_kernels.score_pairs(queries, query, self._vectors, place)
-        else:
-            exact = search_kernels.score_pairs(queries, query, self._source, numbers)
+        others, among = (self._vectors, place) if self._source is None else (self._source, numbers)
+        exact = search_kernels.score_pairs(queries.vectors, queries.which[query], others, among)
         reach = np.flatnonzero(exact >= floor)
         query, numbers, exact = query[reach], numbers[reach], exact[reach]
         order = np.lexsort((numbers, -exact, query))
