@@ -32,11 +32,11 @@ def test_a_product_of_sketches_is_an_upper_bound():
     for width in (1, 7, 47):
         sketcher = Sketcher(np.linalg.qr(rng.standard_normal((48, width)))[0])
         sketches, norms = sketcher(vectors)
-        np.testing.assert_allclose(norms, np.linalg.norm(vectors.astype(np.float64), axis=1), rtol=1e-12)
+        np.testing.assert_allclose(norms, np.linalg.norm(vectors.astype(np.float64), axis=1), 1e-12, 1e-29)
         slack = sketcher.slack(largest_norm(vectors) ** 2)
         exact = vectors.astype(np.float64) @ vectors.T.astype(np.float64)
         assert (sketches @ sketches.T >= exact - slack).all()
-        assert slack < 1e-4 * largest_norm(vectors) ** 2
+        assert slack < 2e-4 * largest_norm(vectors) ** 2
 
 
 @pytest.mark.parametrize("threshold", [0.75, 0.9, 0.97, 1.0])
@@ -57,7 +57,7 @@ def test_cleaning_with_screening_equals_one_by_one(threshold, spread, arithmetic
         assert {d.row: (d.kept_row, d.score) for d in result.duplicates} == removed
 
 
-@pytest.mark.parametrize("scale", [1e-21, 1e-15, 1e15])
+@pytest.mark.parametrize("scale", [1e-33, 1e-21, 1e-15, 1e15])
 def test_vectors_of_any_length_are_cleaned_alike(scale, arithmetic, monkeypatch):
     monkeypatch.setattr(dedup, "_SCREENED_ROWS", 1)
     vectors = anisotropic(300)

@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 # Rows that a basis is fitted to, those that are sketched at a time, and directions that a basis has at most.
 SAMPLE_ROWS, _SKETCHED_ROWS = 4096, 512
+# Products that are added up in float32.
+_SUMMED = 128
 _MOST_DIRECTIONS = 256
 # Sketches' widths that are tried are multiples of this, or of what the processor takes of bfloat16 at once: other
 # widths take as much time as the next multiple, or twice that.
@@ -44,39 +46,47 @@ _PAIRS = 2048
 class Sketcher:
     """Makes the short vectors of float32 rows [n, d]: float32 [n, k + 1]; and the rows' norms, float64 [n].
 
+    For Q the basis, s what comes out as Q'v, and e its error, |e| <= error |v|:
+
+        <u, v> <= <Q'u, Q'v> + sqrt(|u|^2 - |Q'u|^2) sqrt(|v|^2 - |Q'v|^2)
+        <Q'u, Q'v> <= <s_u, s_v> + 2.1 error |u| |v|,  |v|^2 - |Q'v|^2 <= |v|^2 - |s|^2 + 2.1 error |v|^2.
+
     Args:
         basis: float64 [d, k], orthonormal columns.
+
+    Attributes:
+        width: k + 1.
+        error: as above. Parts of an inner product are added up in float32 and these in float64; numbers too small
+            for float32 are made up for by norms that are 1e-30 too large.
     """
 
     def __init__(self, basis: np.ndarray):
-        self._basis = basis
+        self._basis = basis.astype(np.float32)
         self.width = basis.shape[1] + 1
+        self.error = 1.01 * basis.shape[1] ** 0.5 * (min(_SUMMED, len(basis)) + 2) * 2.0**-24
 
     def __call__(self, vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         sketches, norms = np.empty((len(vectors), self.width), np.float32), np.empty(len(vectors))
 
         def work(start: int) -> None:
-            block = vectors[start : start + _SKETCHED_ROWS].astype(np.float64)
-            inside = block @ self._basis
-            squares = np.einsum("ij,ij->i", block, block)
-            across = squares - np.einsum("ij,ij->i", inside, inside)
-            length = np.sqrt(squares)
-            own = sketches[start : start + _SKETCHED_ROWS]
-            own[:, :-1] = inside
-            # Float64 loses at most about 1e-15 of |v|^2 to cancellation: 1e-7 |v| covers its root.
-            own[:, -1] = np.sqrt(np.maximum(across, 0)) + 1e-7 * length
-            norms[start : start + _SKETCHED_ROWS] = length
+            part = slice(start, start + _SKETCHED_ROWS)
+            block = vectors[part]
+            inside = np.zeros((len(block), self.width - 1))
+            for first in range(0, len(self._basis), _SUMMED):
+                some = slice(first, first + _SUMMED)
+                inside += block[:, some] @ self._basis[some]
+            search_kernels.finish_sketches(block, inside, 2.2 * self.error, sketches[part], norms[part])
 
         in_threads(work, range(0, len(vectors), _SKETCHED_ROWS))
         return sketches, norms
 
     def slack(self, norms: float) -> float:
-        """How far a computed product, of sketches or of vectors, may lie from the true one.
+        """How far the product of two sketches, and then a canonical score, may lie beside what they stand for.
 
-        For norms that multiply to ``norms``: the product's own rounding, that of the sketches to float32
-        (2^-24 of each coordinate), and that of a threshold.
+        For norms that multiply to ``norms``: the error, and the rounding of both products and of a threshold. A
+        sketch is at most 1.01 as long as its vector.
         """
-        return rounding_bound(max(self.width, len(self._basis)) + 4, norms * 1.001)
+        return 2.1 * self.error * norms + 2 * rounding_bound(max(self.width, len(self._basis)) + 4, norms * 1.03)
 
 
 def fit(sample: np.ndarray, threshold: float) -> Sketcher | None:
@@ -248,10 +258,10 @@ class ScreenedIndex:
             norm, residual: the largest of the others.
         """
         slack = self._sketcher.slack(norm * rows.norm)
-        # What rounding may have taken from a product of sketches, which are as long as their vectors.
+        # What rounding may have taken from a product of sketches.
         residuals = rows.residuals[which]
-        lost = 1.01 * (residuals * norm + (rows.norm + residuals) * residual)
-        return (floor - 2 * slack - lost).astype(np.float32)
+        lost = 1.02 * (residuals * norm + (rows.norm + residuals) * residual)
+        return (floor - slack - lost).astype(np.float32)
 
     def _multiply(self, left: np.ndarray, right: np.ndarray, bounds: np.ndarray) -> None:
         """``bounds`` become the products of two blocks of sketches."""

@@ -100,6 +100,25 @@ def sizes(vectors, centre, rounded):
 
 
 @compiled()
+def finish_sketches(vectors, inside, share, sketches, norms):
+    """Sketches [n, k + 1] and norms, float64 [n], of float32 rows [n, d], whose first k numbers are ``inside``.
+
+    inside: float64 [n, k]. The last number is the root of what is left of a row's square, and of ``share`` of all.
+    """
+    n, k = inside.shape
+    whole = np.empty(vectors.shape[1])
+    for i in range(n):
+        for j in range(len(whole)):
+            whole[j] = np.float64(vectors[i, j])
+        square = np.dot(whole, whole)
+        norms[i] = np.sqrt(square) + 1e-30
+        across = max(square - np.dot(inside[i], inside[i]), 0.0) + share * norms[i] * norms[i]
+        for j in range(k):
+            sketches[i, j] = inside[i, j]
+        sketches[i, k] = np.sqrt(across) * (1 + 2.0**-22)
+
+
+@compiled()
 def collect(scores, first_query, first_row, problem, state):
     """Take a block of screened scores, float32 [q, n], into the candidates, clearing them when they are full.
 
