@@ -77,7 +77,7 @@ def remove_near_duplicates(
     Returns:
         The same result on every rank.
 
-    The rows are dealt out to the ranks one by one. Where pairs are screened and every rank can map the vectors, each
+    Each block's rows are dealt out to the ranks. Where pairs are screened and every rank can map the vectors, a rank
     holds the sketches of all rows that stay (at most two thirds of their vectors; about an eighth in bfloat16), and
     looks for those that its own rows are near to. Elsewhere it holds its own rows that stay, sketches and vectors,
     and looks for those that any row is near to.
@@ -91,9 +91,9 @@ def remove_near_duplicates(
         here = rows[done : done + size]
         deal = _Deal(ranks, done, len(here))
         everyone = np.arange(len(here))
-        searched, added = (deal.own, everyone) if index.divides_queries else (everyone, deal.own)
-        block = index.prepare(_fetched(here, everywhere, vectors, dim, ranks), deal.own, deal.complete)
-        within = _pairs_within(block, index, deal.own, threshold)
+        searched, added = (deal.run, everyone) if index.divides_queries else (everyone, deal.turns)
+        block = index.prepare(_fetched(here, everywhere, vectors, dim, ranks), deal.run, deal.complete)
+        within = _pairs_within(block, index, deal.turns, threshold)
         best, pairs = deal.joined(index.search(block, searched, threshold), within, index.divides_queries)
         if pairs is None:
             size = max(1, size // 4)
@@ -111,22 +111,28 @@ def remove_near_duplicates(
 
 
 class _Deal:
-    """How a block's rows are dealt out: each rank's own are those whose place among all rows falls to it.
+    """How a block's rows are dealt out to the ranks.
 
     Args:
         first, n: the place of the block's first row among all, and how many it has.
+
+    Attributes:
+        run: a rank's share where rows are as much work as each other: those that follow each other.
+        turns: where later rows are more work, or each rank is to have as many of all blocks' rows: every so many-th.
     """
 
     def __init__(self, ranks: Ranks, first: int, n: int):
         self._ranks, self._n = ranks, n
-        self._of_rank = [np.arange((rank - first) % ranks.size, n, ranks.size) for rank in range(ranks.size)]
-        self.own = self._of_rank[ranks.rank]
+        bounds = [n * rank // ranks.size for rank in range(ranks.size + 1)]
+        self._runs = list(map(slice, bounds, bounds[1:]))
+        self.run = np.arange(n)[self._runs[ranks.rank]]
+        self.turns = np.arange((ranks.rank - first) % ranks.size, n, ranks.size)
 
     def complete(self, *own: np.ndarray) -> tuple[np.ndarray, ...]:
-        """Of some arrays every rank's rows, [n, ...], in their places, from each rank's own, C-contiguous."""
+        """Of some arrays all rows, [n, ...], from each rank's run of them, C-contiguous."""
         if self._ranks.size == 1:
             return own
-        # All in one, because each exchange takes milliseconds; as bytes: Paddle would take 16-bit integers for numbers.
+        # All in one, because each exchange takes its time; as bytes: Paddle would take 16-bit integers for numbers.
         as_bytes = [array.reshape(len(array), -1).view(np.uint8) for array in own]
         ends = np.cumsum([0, *(array.shape[1] for array in as_bytes)]).tolist()
         padded = np.zeros((-(-self._n // self._ranks.size), ends[-1]), np.uint8)
@@ -134,19 +140,16 @@ class _Deal:
         gathered = self._ranks.gather_equal(padded)
         whole = tuple(matmul.empty((self._n, *array.shape[1:]), array.dtype) for array in own)
         for array, first, stop in zip(whole, ends, ends[1:], strict=False):
-            self._put([part[:, first:stop] for part in gathered], array.reshape(self._n, -1).view(np.uint8))
+            rows = array.reshape(self._n, -1).view(np.uint8)
+            for run, part in zip(self._runs, gathered, strict=True):
+                rows[run] = part[: run.stop - run.start, first:stop]
         return whole
-
-    def _put(self, parts: list[np.ndarray], whole: np.ndarray) -> None:
-        """Each rank's own rows into their places; what a part has beyond them is left out."""
-        for places, part in zip(self._of_rank, parts, strict=True):
-            whole[places] = part[: len(places)]
 
     def joined(self, best: Neighbors, pairs: "_Pairs", divided: bool) -> tuple[Neighbors, "_Pairs | None"]:
         """Each row's best over all ranks (k = 1), and all ranks' pairs, or None if they are too many.
 
         Args:
-            best: of our own rows if ``divided``, else of every row.
+            best: of our run if ``divided``, else of every row.
         """
         if self._ranks.size == 1:
             return best, pairs if len(pairs.scores) <= _MOST_PAIRS else None
@@ -159,9 +162,8 @@ class _Deal:
         if most > _MOST_PAIRS:
             return best, None
         if divided:
-            whole = np.empty((self._n, 2))
-            self._put([part[:-1] for part in gathered], whole)
-            best = _as_neighbors(whole)
+            parts = [part[: run.stop - run.start] for run, part in zip(self._runs, gathered, strict=True)]
+            best = _as_neighbors(np.concatenate(parts))
         else:
             best = merge([_as_neighbors(part[:-1]) for part in gathered], 1)
         if most == 0:

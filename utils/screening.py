@@ -104,7 +104,7 @@ def fit(sample: np.ndarray, threshold: float) -> Sketcher | None:
     if most < step:
         return None
     basis = _leading_directions(fitted, most)
-    inside = (sample.astype(np.float64) @ basis).astype(np.float32)
+    inside = sample @ basis.astype(np.float32)
     squares = np.einsum("ij,ij->i", sample, sample, dtype=np.float64)
     m, half = len(sample), len(sample) // 2
     bounds = np.zeros((half, m - half), np.float32)
@@ -136,7 +136,7 @@ def _leading_directions(sample: np.ndarray, k: int) -> np.ndarray:
     rows = sample.astype(np.float64)
     if rows.shape[1] <= _NARROW:
         turned = np.linalg.eigh(rows.T @ rows)[1]  # ascending
-        return np.linalg.qr(turned[:, ::-1][:, :k])[0]
+        return turned[:, ::-1][:, :k]
     start = np.random.default_rng(0).standard_normal((rows.shape[1], min(k + 16, rows.shape[1])))
     basis = np.linalg.qr(rows.T @ (rows @ start))[0]
     basis = np.linalg.qr(rows.T @ (rows @ basis))[0]
