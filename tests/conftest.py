@@ -167,3 +167,13 @@ def arithmetic(request, monkeypatch) -> str:
     if request.param != "amx":
         monkeypatch.setattr(amx, "is_usable", lambda: False)
     return request.param
+
+
+def resident(array):
+    """How much of the file that an array lies in is in this process's memory now, in bytes."""
+    address = f"{array.__array_interface__['data'][0] // 4096 * 4096:x}"
+    with open("/proc/self/smaps", encoding="utf-8") as stream:
+        for line in stream:
+            if line.startswith(address):
+                return next(int(line.split()[1]) * 1024 for line in stream if line.startswith("Rss:"))
+    raise AssertionError("not mapped")

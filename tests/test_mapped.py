@@ -4,6 +4,7 @@ import os
 
 import numpy as np
 import pytest
+from conftest import resident
 
 from utils.mapped import map_place, place_of, release, taken
 
@@ -51,16 +52,6 @@ def test_changes_of_a_private_map_are_not_thrown_away(saved):
     private[:] = 1
     release(private)
     assert (private == 1).all()
-
-
-def resident(array):
-    """How many of its pages are mapped into this process now, in bytes."""
-    address = f"{array.__array_interface__['data'][0] // 4096 * 4096:x}"
-    with open("/proc/self/smaps", encoding="utf-8") as stream:
-        for line in stream:
-            if line.startswith(address):
-                return next(int(line.split()[1]) * 1024 for line in stream if line.startswith("Rss:"))
-    raise AssertionError("not mapped")
 
 
 def test_rows_taken_here_and_there_leave_no_pages_behind(saved):

@@ -1,10 +1,8 @@
 """Exact search against one-by-one float64 scoring, with ties and near-ties planted."""
 
-import re
-from pathlib import Path
-
 import numpy as np
 import pytest
+from conftest import resident
 from thread_ranks import on_ranks
 
 from utils import matmul, search
@@ -103,20 +101,14 @@ def test_a_mapped_corpus_is_searched_alike_and_handed_back(tmp_path, arithmetic)
     mapped = np.load(tmp_path / "corpus.npy", mmap_mode="r")
     queries = corpus[::100] + unit(rng, 200, 64) * np.float32(0.2)
     index = ExactIndex(64, vectors=mapped)
-    before = resident_file_bytes()
     found, expected = index.search(queries, 10), ExactIndex(64, vectors=corpus).search(queries, 10)
     np.testing.assert_array_equal(found.rows, expected.rows)
-    assert resident_file_bytes() - before < corpus.nbytes / 2
+    assert resident(mapped) < corpus.nbytes / 2
     total = mapped.sum()
-    assert resident_file_bytes() - before > corpus.nbytes / 2
+    assert resident(mapped) > corpus.nbytes / 2
     release(mapped[100:])
-    assert resident_file_bytes() - before < corpus.nbytes / 2
+    assert resident(mapped) < corpus.nbytes / 2
     assert mapped.sum() == total
-
-
-def resident_file_bytes() -> int:
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(r"RssFile:\s+(\d+)", status)[1]) * 1024
 
 
 @pytest.mark.parametrize("rows", [[], [3], [2, 3, 4], [1, 4, 7], [0, 1, 3], [0, 1, 2, 3, 5, 6]])

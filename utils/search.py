@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 # Queries that are taken through the corpus together, fewer if they want many neighbours each; a block of the
 # corpus is made ready once for all of them.
-_QUERY_BLOCK, _NEIGHBORS = 4096, 1 << 19
+_QUERY_BLOCK, _NEIGHBORS = 8192, 1 << 20
 # One screening product is at most this many queries by this many corpus rows, which stay in the cache while
 # they are compared: 4 MB for bfloat16, 8 MB for float32.
 _BFLOAT16_BLOCK, _FLOAT32_BLOCK = (512, 2048), (512, 4096)
@@ -54,10 +54,9 @@ class _Shape(NamedTuple):
 
     @classmethod
     def of(cls, vectors: np.ndarray, centre: np.ndarray | None = None) -> "_Shape":
-        """Of float32 rows [n, d], n > 0; about their own mean if no centre is given."""
+        """Of float32 rows [n, d]; about their own mean (n > 0) if no centre is given."""
         if centre is None:
-            starts = np.linspace(0, max(0, len(vectors) - _SAMPLE_RUN), _SAMPLE_ROWS // _SAMPLE_RUN, dtype=int)
-            centre = np.mean([vectors[start : start + _SAMPLE_RUN].mean(axis=0) for start in starts], axis=0)
+            centre = _mean(vectors)
         norm = residual = 0.0
         for start in range(0, len(vectors), _SAMPLE_ROWS):
             block = plain(vectors[start : start + _SAMPLE_ROWS])
@@ -68,8 +67,18 @@ class _Shape(NamedTuple):
 
     def joined(self, vectors: np.ndarray) -> "_Shape":
         """Of these rows and more, about the same centre."""
-        more = _Shape.of(vectors, self.centre)
-        return _Shape(self.centre, max(self.norm, more.norm), max(self.residual, more.residual))
+        return self.covering([_Shape.of(vectors, self.centre)])
+
+    def covering(self, others: Sequence["_Shape"]) -> "_Shape":
+        """Of these rows and those of others, about the same centre."""
+        shapes = [self, *others]
+        return _Shape(self.centre, max(s.norm for s in shapes), max(s.residual for s in shapes))
+
+
+def _mean(vectors: np.ndarray) -> np.ndarray:
+    """About the mean of float32 rows [n, d], n > 0."""
+    starts = np.linspace(0, max(0, len(vectors) - _SAMPLE_RUN), _SAMPLE_ROWS // _SAMPLE_RUN, dtype=int)
+    return np.mean([vectors[start : start + _SAMPLE_RUN].mean(axis=0) for start in starts], axis=0)
 
 
 class ExactIndex:
@@ -80,13 +89,21 @@ class ExactIndex:
         capacity: room for rows that will be added.
         vectors: float32 [n, dim] to search where it lies, instead of adding.
         device: ``"cpu"`` or ``"gpu"`` (faiss-gpu).
+        shape: of ``vectors``, if it is known.
     """
 
-    def __init__(self, dim: int, capacity: int = 0, vectors: np.ndarray | None = None, device: str = "cpu"):
+    def __init__(
+        self,
+        dim: int,
+        capacity: int = 0,
+        vectors: np.ndarray | None = None,
+        device: str = "cpu",
+        shape: _Shape | None = None,
+    ):
         self.dim = dim
         self._rows = np.empty((capacity, dim), np.float32) if vectors is None else vectors
         self._n = 0 if vectors is None else len(vectors)
-        self._shape = _Shape.of(self.vectors) if self._n else None
+        self._shape = _Shape.of(self.vectors) if self._n and shape is None else shape
         self._gpu = _Gpu() if device == "gpu" and gpu_is_usable() else None
 
     def __len__(self) -> int:
@@ -383,12 +400,16 @@ class ShardedIndex:
         """Of rank 0's ``vectors``, float32 [n, dim], None elsewhere."""
         self = cls(ranks, dim, device)
         whole = ranks.mapped(vectors)
-        if whole is not None:
-            self._is_whole = True
-            self._index = ExactIndex(dim, vectors=whole, device=device)
-            return self
         bounds = np.linspace(0, n, ranks.size + 1).astype(np.int64)
         mine = slice(bounds[ranks.rank], bounds[ranks.rank + 1])
+        if whole is not None:
+            self._is_whole = True
+            shape = None
+            if n > 0:
+                own = _Shape.of(whole[mine], _mean(whole))
+                shape = own.covering(ranks.gather_object(own))
+            self._index = ExactIndex(dim, vectors=whole, device=device, shape=shape)
+            return self
         self._row_numbers = np.arange(n)[mine]
         self._index = ExactIndex(dim, capacity=len(self._row_numbers), device=device)
         step = max(1, BLOCK_BYTES // (4 * dim))
