@@ -12,8 +12,9 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-# A negative at place r of its row weighs 1 / (r + 3): the first ones are the hardest, but several others outweigh one.
-_OFFSET = 3
+# A negative at place r of its row weighs 1 / (r + 3), beyond the first two next to nothing: the hardest ones make the
+# batch, and the others say who comes in where those leave a choice, or nobody.
+_FIRST, _OFFSET, _REST = 2, 3, 1e-5
 # Links followed from each member: a passage may be named by thousands of rows, or be the positive of thousands.
 _MOST_NAMING, _MOST_ANSWERED = 64, 4
 # Examples looked at for one that may enter a batch without a link to it.
@@ -48,7 +49,7 @@ class _Left:
         ranks = np.concatenate([np.arange(length) for length in lengths])
         named, owners = np.concatenate(negatives), np.repeat(np.arange(n), lengths)
         hardest = np.argsort(ranks, kind="stable")
-        self.naming = _Links(named[hardest], owners[hardest], 1 / (ranks[hardest] + _OFFSET), self.taken)
+        self.naming = _Links(named[hardest], owners[hardest], _weights(ranks[hardest]), self.taken)
         self.answered = _Links(positives, np.arange(n), np.zeros(n), self.taken)
         self._first = 0
 
@@ -57,6 +58,11 @@ class _Left:
         while self.taken[self._first]:
             self._first += 1
         return [self._first + int(i) for i in np.flatnonzero(~self.taken[self._first : self._first + _LOOK_AHEAD])]
+
+
+def _weights(ranks: np.ndarray) -> np.ndarray:
+    """What a link to a negative counts for, float64, by its place in its row."""
+    return np.where(ranks < _FIRST, 1.0, _REST) / (ranks + _OFFSET)
 
 
 class _Links:
@@ -111,8 +117,10 @@ def _grow(left: _Left, size: int) -> list[int]:
         left.taken[member] = True
         members.append(member)
         met |= keys(member)
-        for rank, passage in enumerate(left.negatives[member].tolist()):
-            towards[passage] = towards.get(passage, 0.0) + 1 / (rank + _OFFSET)
+        negatives = left.negatives[member]
+        weights = _weights(np.arange(len(negatives)))
+        for passage, weight in zip(negatives.tolist(), weights.tolist(), strict=True):
+            towards[passage] = towards.get(passage, 0.0) + weight
             for example, _ in left.answered.first(passage, _MOST_ANSWERED):
                 offer(example)
         for example, weight in left.naming.first(left.positives[member], _MOST_NAMING):
