@@ -59,6 +59,14 @@ THREE_RANKS = """
         ranks._shared = shared
         np.testing.assert_array_equal(by_memory[0], by_gloo[0])
         np.testing.assert_array_equal(by_memory[1], by_gloo[1])
+        for name, rank in (("create", 0), ("SharedMemory", 2)):  # what one lacks, all do without
+            works = getattr(shared_memory, name)
+            if ranks.rank == rank:
+                setattr(shared_memory, name, lambda *given: open("/none/none"))
+            ranks._shared = None
+            ranks._share_memory()
+            assert ranks._shared is None
+            setattr(shared_memory, name, works)
         texts = ["a", "问", "", "d", "e"]
         assert list(ranks.broadcast_texts(texts if ranks.is_first else None)) == texts
         assert ranks.gather_object(ranks.rank) == [0, 1, 2]

@@ -108,17 +108,18 @@ class Ranks:
         """Where all ranks are on this machine and can map the same memory, arrays will go through that."""
         if runtime.local_world_size() < self.size or not shared_memory.is_possible():
             return
-        created = self.on_first(lambda: shared_memory.create(self.size))
-        path = self.broadcast_object(created[0] if created else None)
-        pids = self.gather_object(os.getpid())
-        try:
-            shared = shared_memory.SharedMemory(path, self.rank, pids)
-        except OSError:
-            shared = None
+        path, descriptor, shared = None, None, None
+        if self.is_first:
+            with contextlib.suppress(OSError):
+                path, descriptor = shared_memory.create(self.size)
+        path, pids = self.broadcast_object(path), self.gather_object(os.getpid())
+        if path is not None:
+            with contextlib.suppress(OSError):
+                shared = shared_memory.SharedMemory(path, self.rank, pids)
         if all(self.gather_object(shared is not None)):
             self._shared = shared
-        if created:
-            os.close(created[1])
+        if descriptor is not None:
+            os.close(descriptor)
 
     def _settle_processor_features(self) -> None:
         """Machines may differ, and bfloat16 on some of them would make vectors depend on who computed which."""

@@ -15,8 +15,8 @@ import numpy as np
 _AREA = 2 << 20
 # A flag has a cache line of its own.
 _LINE = 64
-# Looks at the flags before the processor is left to others, and seconds between two looks from then on.
-_LOOKS, _PAUSE = 2000, 5e-5
+# Looks at the flags before the processor is left to others, and seconds between two looks from then on: more and more.
+_LOOKS, _PAUSE, _LONGEST_PAUSE = 2000, 5e-5, 2e-3
 
 
 class SharedMemory:
@@ -73,13 +73,14 @@ class SharedMemory:
         areas = self._areas[self._step % 2]
         areas[self._rank, : len(own)] = own
         self._flags[self._rank] = self._step
-        looks = 0
+        looks, pause = 0, _PAUSE
         while self._flags.min() < self._step:
             looks += 1
             if looks < _LOOKS:
                 os.sched_yield()
             else:
-                time.sleep(_PAUSE)
+                time.sleep(pause)
+                pause = min(1.05 * pause, _LONGEST_PAUSE)
                 if self._ended.poll(0) and self._flags.min() < self._step:
                     raise ConnectionError("another process of this run has ended")
         return areas
