@@ -1,5 +1,7 @@
 """The rules against a loop that spells them out, and every rule's own promise."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -209,6 +211,17 @@ def test_backfill_is_marked_and_avoids_presumed_positives():
     for row in result.short_queries:
         marked = [negative.row for negative in result.negatives[row] if negative.rank == -1]
         assert marked and not set(marked) & set(screened.presumed[row].tolist())
+
+
+def test_a_vector_of_zeros_is_like_nothing():
+    problem = make_problem()
+    vectors = 3 * problem.passage_vectors
+    vectors[:20] = 0
+    problem = replace(problem, passage_vectors=vectors, unit=False)
+    assert not problem.cosines(np.arange(20), np.arange(20, 40)).any()
+    np.testing.assert_allclose(problem.cosines(np.arange(20, 40), np.arange(20, 40)), 1)
+    _, about = measure_background(problem, positive_scores(problem))
+    assert np.isfinite(list(about["passage_passage"].values())).all()
 
 
 def test_negatives_are_read_like_lists():

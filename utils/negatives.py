@@ -128,14 +128,16 @@ class Problem:
     unit: bool = True
 
     def cosines(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
-        """Cosines between passages, by their rows, float64."""
+        """Cosines between passages, by their rows, float64; 0 of a passage whose vector is 0."""
 
         def products(a: np.ndarray, b: np.ndarray) -> np.ndarray:
             return scores_of(self.passage_vectors, a, self.passage_vectors, b)
 
+        cosines = products(left, right)
         if self.unit:
-            return products(left, right)
-        return products(left, right) / np.sqrt(products(left, left) * products(right, right))
+            return cosines
+        norms = np.sqrt(products(left, left)) * np.sqrt(products(right, right))
+        return np.divide(cosines, norms, out=np.zeros_like(cosines), where=norms > 0)
 
 
 @dataclass(frozen=True)
