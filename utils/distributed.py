@@ -10,7 +10,7 @@ import logging
 import os
 import socket
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -98,7 +98,7 @@ class Ranks:
             paddle = runtime.import_paddle()
             if runtime.local_world_size() < self.size:
                 _name_the_network_interface()
-            with _quiet_output():
+            with _quiet_output(), _through_gloo():
                 paddle.distributed.init_parallel_env()
             self._joined = True
             self._settle_processor_features()
@@ -138,7 +138,8 @@ class Ranks:
         import paddle.distributed as dist
 
         box = [value]
-        dist.broadcast_object_list(box, src=0)
+        with _through_gloo():
+            dist.broadcast_object_list(box, src=0)
         return box[0]
 
     def gather_object(self, value) -> list:
@@ -148,7 +149,8 @@ class Ranks:
         import paddle.distributed as dist
 
         box: list = []
-        dist.all_gather_object(box, value)
+        with _through_gloo():
+            dist.all_gather_object(box, value)
         return box
 
     def broadcast(self, array: np.ndarray | None, shape: tuple[int, ...] | None = None) -> np.ndarray:
@@ -175,7 +177,8 @@ class Ranks:
             self._shared.broadcast(array)
             return array
         tensor = paddle.to_tensor(np.ascontiguousarray(array))
-        dist.broadcast(tensor, src=0)
+        with _through_gloo():
+            dist.broadcast(tensor, src=0)
         return array if self.is_first else tensor.numpy()
 
     def mapped(self, array: np.ndarray | None) -> np.ndarray | None:
@@ -225,8 +228,20 @@ class Ranks:
         import paddle.distributed as dist
 
         parts: list = []
-        dist.all_gather(parts, paddle.to_tensor(array))
+        with _through_gloo():
+            dist.all_gather(parts, paddle.to_tensor(array))
         return [part.numpy() for part in parts]
+
+
+@contextlib.contextmanager
+def _through_gloo() -> Iterator[None]:
+    """Say in one line what gloo says with its source file when another process has ended."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "gloo" not in str(error):
+            raise
+        raise ConnectionError("another process of this run has ended, or cannot be reached") from error
 
 
 def _name_the_network_interface() -> None:
