@@ -127,19 +127,24 @@ class Killed(BaseException):
     """Stands for a kill: nothing in the code under test may catch it."""
 
 
-@pytest.mark.parametrize("options", [{}, {"lora": True}, {"gradient_accumulation_steps": 2, "gradcache_chunk_size": 3}])
-def test_a_killed_run_ends_with_the_same_weights(run, tmp_path, monkeypatch, options):
-    run("whole", **options)
-    step = GradientStep.__call__
-    calls = []
+def die_at(number: int, monkeypatch) -> list:
+    """The training step of that number raises ``Killed``, once; returns a list that grows by every step."""
+    step, calls = GradientStep.__call__, []
 
     def dies(self, batch):
         calls.append(1)
-        if len(calls) == 11:
+        if len(calls) == number:
             raise Killed
         return step(self, batch)
 
     monkeypatch.setattr(GradientStep, "__call__", dies)
+    return calls
+
+
+@pytest.mark.parametrize("options", [{}, {"lora": True}, {"gradient_accumulation_steps": 2, "gradcache_chunk_size": 3}])
+def test_a_killed_run_ends_with_the_same_weights(run, tmp_path, monkeypatch, options):
+    run("whole", **options)
+    calls = die_at(11, monkeypatch)
     with pytest.raises(Killed):
         run("broken", **options)
     assert not (tmp_path / "broken" / "model_state.pdparams").exists()
@@ -172,15 +177,7 @@ def test_another_runs_checkpoints_are_not_taken_over(run):
 @pytest.mark.parametrize("name", ["model_state.pdparams", "optimizer.pdopt", "standing.json", "trainer_state.json"])
 @pytest.mark.parametrize("content", [b"", b"[]", None])
 def test_a_damaged_checkpoint_is_named_or_passed_over(run, tmp_path, monkeypatch, name, content):
-    step, calls = GradientStep.__call__, []
-
-    def dies(self, batch):
-        calls.append(1)
-        if len(calls) == 8:
-            raise Killed
-        return step(self, batch)
-
-    monkeypatch.setattr(GradientStep, "__call__", dies)
+    calls = die_at(8, monkeypatch)
     with pytest.raises(Killed):
         run()
     newest = tmp_path / "out" / "checkpoint-6"

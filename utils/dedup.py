@@ -78,7 +78,7 @@ def remove_near_duplicates(
         The same result on every rank.
 
     Each block's rows are dealt out to the ranks. Where pairs are screened and every rank can map the vectors, a rank
-    holds the sketches of all rows that stay (at most two thirds of their vectors; about an eighth in bfloat16), and
+    holds the sketches of all rows that stay (at most two thirds of their vectors; about a tenth in bfloat16), and
     looks for those that its own rows are near to. Elsewhere it holds its own rows that stay, sketches and vectors,
     and looks for those that any row is near to.
     """
@@ -153,7 +153,7 @@ class _Deal:
         """
         if self._ranks.size == 1:
             return best, pairs if len(pairs.scores) <= _MOST_PAIRS else None
-        # One array, because each exchange takes milliseconds; its last line says how many pairs there are.
+        # One array, because each exchange takes its time; its last line says how many pairs there are.
         lines = np.zeros((1 + (-(-self._n // self._ranks.size) if divided else self._n), 2))
         lines[: len(best.scores), :1], lines[: len(best.scores), 1:] = best.scores, best.rows.view(np.float64)
         lines[-1, 0] = len(pairs.scores)
