@@ -40,8 +40,8 @@ from utils.distributed import Ranks  # noqa: E402
 from utils.embedding import build_encoders, embed  # noqa: E402
 from utils.search import ShardedIndex  # noqa: E402
 
-# A small job of the same kind comes first: it compiles the loops and opens the connections.
-WARM_UP = 20
+# A smaller job of the same kind comes first, of a fifth: it compiles the loops and opens the connections.
+WARM_UP = 5
 
 
 def encode(folder: Path, ranks: Ranks) -> Callable[[int], np.ndarray | None]:

@@ -53,6 +53,32 @@ def test_arrays_of_any_size_arrive_whole_and_in_order(opened, size, monkeypatch)
         list(pool.map(work, range(size)))
 
 
+@pytest.mark.parametrize("size", [2, 3])
+def test_objects_of_any_size_arrive_whole_and_in_order(opened, size, monkeypatch):
+    monkeypatch.setattr(shared_memory, "_AREA", 64)
+    path = opened(size)
+
+    def work(rank: int) -> list:
+        shared = SharedMemory(path, rank, [os.getpid()] * size)
+        found = []
+        for step in range(40):
+            own = {"rank": rank, "text": "字" * (step * rank), "array": np.arange(step)} if step % 3 else None
+            found += [shared.gather_object((rank, own)), shared.broadcast_object((rank, own))]
+        return found
+
+    with ThreadPoolExecutor(size) as pool:
+        for found in pool.map(work, range(size)):
+            for step in range(40):
+                gathered, broadcast = found[2 * step], found[2 * step + 1]
+                assert [rank for rank, _ in gathered] == list(range(size)) and broadcast[0] == 0
+                if step % 3:
+                    assert [len(own["text"]) for _, own in gathered] == [step * rank for rank in range(size)]
+                    np.testing.assert_array_equal(gathered[-1][1]["array"], np.arange(step))
+                    assert broadcast[1]["rank"] == 0
+                else:
+                    assert gathered == [(rank, None) for rank in range(size)]
+
+
 def test_what_a_rank_was_given_stays_when_others_go_on(opened):
     path = opened(2)
 

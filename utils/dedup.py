@@ -8,7 +8,7 @@ search among the rows kept so far, and the pairs within the block.
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ import numpy as np
 
 from utils import matmul, screening, search_kernels
 from utils.distributed import Ranks
-from utils.scores import Neighbors, evenly, largest_norm, merge, pair_scores, plain, rounding_bound, scores_of
+from utils.scores import Neighbors, evenly, largest_norm, merge, pair_scores, plain, rounding_bound
 from utils.screening import SAMPLE_ROWS, ScreenedIndex, Sketched
 from utils.search import ExactIndex
 from utils.threads import in_threads
@@ -48,12 +48,35 @@ class Duplicate(NamedTuple):
     score: float
 
 
+class Duplicates(Sequence):
+    """Removed rows as ``Duplicate``s, which are made when they are asked for.
+
+    Attributes:
+        rows, kept_rows, scores: int64, int64 and float64 [duplicates], the columns.
+    """
+
+    def __init__(self, rows: np.ndarray, kept_rows: np.ndarray, scores: np.ndarray):
+        self.rows, self.kept_rows, self.scores = rows, kept_rows, scores
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i):
+        if isinstance(i, slice):
+            return [self[k] for k in range(*i.indices(len(self)))]
+        return Duplicate(int(self.rows[i]), int(self.kept_rows[i]), float(self.scores[i]))
+
+    def __iter__(self) -> Iterator[Duplicate]:
+        columns = (column.tolist() for column in (self.rows, self.kept_rows, self.scores))
+        return map(Duplicate._make, zip(*columns, strict=True))
+
+
 @dataclass
 class DedupResult:
     """kept_rows: int64, ascending. duplicates: by ascending row. Together they are all the rows asked about."""
 
     kept_rows: np.ndarray
-    duplicates: list[Duplicate]
+    duplicates: Duplicates
     threshold: float
 
 
@@ -84,8 +107,8 @@ def remove_near_duplicates(
     """
     everywhere = ranks.mapped(vectors)
     index = _index(everywhere, vectors, rows, dim, threshold, ranks, device)
-    kept: list[np.ndarray] = []
-    duplicates: list[Duplicate] = []
+    kept: list[np.ndarray] = [rows[:0]]
+    removed: list[tuple[np.ndarray, ...]] = [(rows[:0], rows[:0], np.zeros(0))]
     size, done = index.block_rows, 0
     while done < len(rows):
         here = rows[done : done + size]
@@ -98,8 +121,8 @@ def remove_near_duplicates(
         if pairs is None:
             size = max(1, size // 4)
             continue
-        decided, stays = _settle(here, best, pairs)
-        duplicates += decided
+        gone, stays = _settle(here, best, pairs)
+        removed.append(gone)
         kept.append(here[stays])
         added = added[stays[added]]
         index.add(block, added, here[added])
@@ -107,7 +130,7 @@ def remove_near_duplicates(
         progress(len(here))
         if 4 * len(pairs.scores) < _MOST_PAIRS:  # as many as twice the rows may have
             size = min(2 * size, index.block_rows)
-    return DedupResult(np.concatenate(kept) if kept else np.zeros(0, np.int64), duplicates, threshold)
+    return DedupResult(np.concatenate(kept), Duplicates(*map(np.concatenate, zip(*removed, strict=True))), threshold)
 
 
 class _Deal:
@@ -134,15 +157,17 @@ class _Deal:
             return own
         # All in one, because each exchange takes its time; as bytes: Paddle would take 16-bit integers for numbers.
         as_bytes = [array.reshape(len(array), -1).view(np.uint8) for array in own]
-        ends = np.cumsum([0, *(array.shape[1] for array in as_bytes)]).tolist()
-        padded = np.zeros((-(-self._n // self._ranks.size), ends[-1]), np.uint8)
-        np.concatenate(as_bytes, axis=1, out=padded[: len(own[0])])
-        gathered = self._ranks.gather_equal(padded)
+        most = -(-self._n // self._ranks.size)
+        starts = np.cumsum([0, *(most * array.shape[1] for array in as_bytes)]).tolist()
+        sent = np.zeros(starts[-1], np.uint8)
+        for array, start in zip(as_bytes, starts, strict=False):
+            sent[start : start + array.size] = array.reshape(-1)
+        gathered = self._ranks.gather_equal(sent)
         whole = tuple(matmul.empty((self._n, *array.shape[1:]), array.dtype) for array in own)
-        for array, first, stop in zip(whole, ends, ends[1:], strict=False):
-            rows = array.reshape(self._n, -1).view(np.uint8)
+        for array, start in zip(whole, starts, strict=False):
             for run, part in zip(self._runs, gathered, strict=True):
-                rows[run] = part[: run.stop - run.start, first:stop]
+                rows = array[run].reshape(-1).view(np.uint8)
+                rows[:] = part[start : start + len(rows)]
         return whole
 
     def joined(self, best: Neighbors, pairs: "_Pairs", divided: bool) -> tuple[Neighbors, "_Pairs | None"]:
@@ -273,7 +298,7 @@ def _pairs_within(
                 later, earlier = part[places[first : first + _SCORED_PAIRS]], others[first : first + _SCORED_PAIRS]
                 before = earlier < later
                 later, earlier = later[before], earlier[before]
-                scores = scores_of(block.vectors, later, block.vectors, earlier)
+                scores = search_kernels.score_pairs(block.vectors, later, block.vectors, earlier)
                 reach = scores >= threshold
                 found.append(_Pairs(later[reach], earlier[reach], scores[reach]))
 
@@ -281,8 +306,8 @@ def _pairs_within(
     return _Pairs.joined(found)
 
 
-def _settle(here: np.ndarray, best: Neighbors, pairs: _Pairs) -> tuple[list[Duplicate], np.ndarray]:
-    """Apply the rule to the rows of a block: which are duplicates of what, and which stay, bool [n].
+def _settle(here: np.ndarray, best: Neighbors, pairs: _Pairs) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
+    """Apply the rule to the rows of a block: the columns of ``Duplicates``, and which rows stay, bool [n].
 
     Args:
         best: each row's best among those kept in earlier blocks; k = 1.
@@ -291,8 +316,7 @@ def _settle(here: np.ndarray, best: Neighbors, pairs: _Pairs) -> tuple[list[Dupl
     order = np.lexsort((pairs.earlier, pairs.later))
     search_kernels.settle(*(column[order] for column in pairs), here, scores, kept_rows)
     stays = kept_rows < 0
-    columns = (column[~stays].tolist() for column in (here, kept_rows, scores))
-    return [Duplicate(*values) for values in zip(*columns, strict=True)], stays
+    return (here[~stays], kept_rows[~stays], scores[~stays]), stays
 
 
 def unrelated_scores(vectors: np.ndarray) -> np.ndarray:

@@ -135,6 +135,8 @@ class Ranks:
         """Rank 0's value, on every rank."""
         if self.size == 1:
             return value
+        if self._shared is not None:
+            return self._shared.broadcast_object(value)
         import paddle.distributed as dist
 
         box = [value]
@@ -146,6 +148,8 @@ class Ranks:
         """Every rank's value, in rank order, on every rank."""
         if self.size == 1:
             return [value]
+        if self._shared is not None:
+            return self._shared.gather_object(value)
         import paddle.distributed as dist
 
         box: list = []

@@ -20,15 +20,13 @@ from utils.threads import in_threads
 logger = logging.getLogger(__name__)
 
 # Rows that a basis is fitted to, those that are sketched at a time, and directions that a basis has at most.
-SAMPLE_ROWS, _SKETCHED_ROWS = 4096, 512
+SAMPLE_ROWS, _SKETCHED_ROWS = 3072, 512
 # Products that are added up in float32.
 _SUMMED = 128
 _MOST_DIRECTIONS = 256
 # Sketches' widths that are tried are multiples of this, or of what the processor takes of bfloat16 at once: other
 # widths take as much time as the next multiple, or twice that.
 _STEP, _ALIGNED = 16, 32
-# Up to this width all directions are found in less time than some.
-_NARROW = 768
 # What a pair of sketches costs besides its product's flops, and what scoring a pair costs, in units of one
 # more dimension of the product (measured at 384 dimensions; only speed depends on them). And what a dimension
 # costs where the product is one of bfloat16, and about what its rounding adds to a bound for unit vectors.
@@ -97,23 +95,25 @@ def fit(sample: np.ndarray, threshold: float) -> Sketcher | None:
     """
     d = sample.shape[1]
     # Judged by other rows than it is fitted to, which it suits better than it suits the rest.
-    fitted, sample = sample[::2], sample[1::2]
+    fitted, sample = sample[: -len(sample) // 3], sample[-len(sample) // 3 :]
     most = min(_MOST_DIRECTIONS, int(_WORTHWHILE * d), len(fitted))
     rounds = matmul.bfloat16_is_fast()
     step = _ALIGNED if rounds else _STEP
     if most < step:
         return None
-    basis = _leading_directions(fitted, most)
-    inside = sample @ basis.astype(np.float32)
     squares = np.einsum("ij,ij->i", sample, sample, dtype=np.float64)
     m, half = len(sample), len(sample) // 2
     bounds = np.zeros((half, m - half), np.float32)
     dimension, lowest = (_BFLOAT16_COST, threshold - _BFLOAT16_LOSS) if rounds else (1.0, threshold)
     best, cheapest = None, _WORTHWHILE * (d * dimension + _PASS_COST)
-    known = 0
+    basis = np.zeros((d, 0))
     for k in range(step - 1, most + 1, step):
         if (k + 1) * dimension + _PASS_COST >= cheapest:
             break  # even if no pair were left
+        if k > basis.shape[1]:  # more than so many are seldom asked for
+            basis = _leading_directions(fitted, min(most, 2 * k + 1))
+            inside, known = sample @ basis.astype(np.float32), 0
+            bounds[:] = 0
         bounds += inside[:half, known:k] @ inside[half:, known:k].T
         known = k
         rest = np.sqrt(np.maximum(squares - np.einsum("ij,ij->i", inside[:, :k], inside[:, :k]), 0)).astype(np.float32)
@@ -127,20 +127,17 @@ def fit(sample: np.ndarray, threshold: float) -> Sketcher | None:
     return Sketcher(basis[:, :best])
 
 
-def _leading_directions(sample: np.ndarray, k: int) -> np.ndarray:
+def _leading_directions(rows: np.ndarray, k: int) -> np.ndarray:
     """An orthonormal basis of about the k leading directions of rows [m, d], the leading ones first; float64 [d, k].
 
-    All directions of narrow rows; of wide ones by a randomised range finder with two power iterations (Halko,
-    Martinsson and Tropp, 2011), seeded.
+    By a randomised range finder with two power iterations (Halko, Martinsson and Tropp, 2011), seeded.
     """
-    rows = sample.astype(np.float64)
-    if rows.shape[1] <= _NARROW:
-        turned = np.linalg.eigh(rows.T @ rows)[1]  # ascending
-        return turned[:, ::-1][:, :k]
-    start = np.random.default_rng(0).standard_normal((rows.shape[1], min(k + 16, rows.shape[1])))
-    basis = np.linalg.qr(rows.T @ (rows @ start))[0]
-    basis = np.linalg.qr(rows.T @ (rows @ basis))[0]
-    inside = rows @ basis
+    d = rows.shape[1]
+    basis = np.random.default_rng(0).standard_normal((d, min(k + 16, d)))
+    for _ in range(3):
+        inside = rows @ basis.astype(np.float32)
+        basis = np.linalg.qr((rows.T @ inside).astype(np.float64))[0]
+    inside = rows @ basis.astype(np.float32)
     turned = np.linalg.eigh(inside.T @ inside)[1]  # ascending
     return np.linalg.qr(basis @ turned[:, ::-1][:, :k])[0]
 
