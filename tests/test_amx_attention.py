@@ -27,7 +27,9 @@ def expected(qkv: np.ndarray, heads: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize("width", [32, 64, 96])
-@pytest.mark.parametrize("lengths", [[1], [16, 15], [31, 32, 33], [64, 1, 40], [200, 130], [8, 3, 520]])
+@pytest.mark.parametrize(
+    "lengths", [[1], [16, 15], [31, 32, 33], [64, 1, 40], [200, 130], [8, 3, 520], [0, 40, 0, 0, 33]]
+)
 def test_equals_attention_spelt_out(width, lengths):
     heads, t = 2, -(-max(lengths) // 8) * 8
     rng = np.random.default_rng(sum(lengths) + width)
@@ -39,9 +41,24 @@ def test_equals_attention_spelt_out(width, lengths):
     context = np.full((len(lengths), t, heads * width), UNTOUCHED, np.uint16)
     amx_attention.attention(qkv, np.array(lengths), heads, context)
     for text, own, length in zip(qkv, context, lengths, strict=True):
-        sums, bounds = expected(text[:length], heads)
-        assert (np.abs(as_float(own[:length]) - sums) <= bounds).all()
+        if length:
+            sums, bounds = expected(text[:length], heads)
+            assert (np.abs(as_float(own[:length]) - sums) <= bounds).all()
         assert (own[length:] == UNTOUCHED).all()
+
+
+@pytest.mark.parametrize("shift", [-400, -150, -90, 90, 150, 400])
+def test_scores_far_from_zero_make_the_same_weights(shift):
+    """Their powers of 2 are beyond float32, or would add up to next to nothing; rows that are neither stay between."""
+    heads, t = 2, 75
+    rng = np.random.default_rng(0)
+    values = rng.standard_normal((t, 3, heads, 32)).astype(np.float32)
+    values[:, 0, :, 0], values[:, 1, :, 0] = np.where(np.arange(t) % 5, shift, 0)[:, None] / 16, 16
+    qkv = matmul.to_bfloat16(values.reshape(1, t, -1))
+    context = np.zeros((1, t, heads * 32), np.uint16)
+    amx_attention.attention(qkv, np.array([t]), heads, context)
+    sums, bounds = expected(qkv[0], heads)
+    assert (np.abs(as_float(context[0]) - sums) <= bounds).all()
 
 
 def test_a_text_that_is_not_a_number_stays_so():

@@ -44,6 +44,7 @@ def attention_backward(qkv: np.ndarray, d_context: np.ndarray, heads: int, resul
         matmul.empty((QUERIES, own), np.float32),
         matmul.empty((2, QUERIES, own), np.uint16),
         np.empty((2, widest), np.float32),
+        np.empty(QUERIES, np.float32),
     )
     _backward(amx.WHOLE_TILES, qkv, d_context, heads, scratch, *results)
 
@@ -55,7 +56,8 @@ class _Scratch(NamedTuple):
     transposed: queries and ``d_context``, bfloat16 [2, width, t]. sums: the gradients of keys and of values, float32
     [2, width, t]. scores: of a block, and the gradients of its weights, float32 [2, 32, t]. weights: bfloat16
     [2, 32, t], a block's weights and gradients of scores. packed: the same, packed. result: float32 [32, width]. last:
-    bfloat16 [2, 32, width], the last queries and ``d_context``. row: float32 [2, t].
+    bfloat16 [2, 32, width], the last queries and ``d_context``. row: float32 [2, t]. totals: float32 [32], of the
+    weights.
     """
 
     across: np.ndarray
@@ -68,15 +70,16 @@ class _Scratch(NamedTuple):
     result: np.ndarray
     last: np.ndarray
     row: np.ndarray
+    totals: np.ndarray
 
 
-@compiled(MATHS)
+@compiled(MATHS, makes_arrays=False)
 def _backward(whole_tiles, qkv, d_context, heads, scratch, d_query, d_key, d_value):
     length, width = d_context.shape
     own = width // heads
     padded = -(-length // ALIGNED) * ALIGNED
     scale = _F(1.0) / np.sqrt(_F(own))
-    pairs, totals = qkv.view(np.uint32), np.empty(QUERIES, np.float32)
+    pairs, totals = qkv.view(np.uint32), scratch.totals
     keys, values = scratch.across[0], scratch.across[1]
     scores, d_weights = scratch.scores[0], scratch.scores[1]
     weights, d_scores = scratch.weights[0], scratch.weights[1]

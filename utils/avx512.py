@@ -146,6 +146,33 @@ def powers_of_2(typing, row, n, less, rounded):
 
 
 @intrinsic
+def powers_of_2_added(typing, row, other, rounded, totals):
+    """2**x of 32 float32 plus as many others, rounded to bfloat16 at ``rounded``, and added up to 16 at ``totals``."""
+
+    def generate(context, builder, signature, arguments):
+        row, other, rounded, totals = arguments
+        total, powers = _loaded(builder, totals), []
+        for offset in (0, 4 * _WIDTH):
+            pair = (_loaded(builder, builder.add(own, own.type(offset))) for own in (row, other))
+            powers.append(_power_of_2(builder, builder.fadd(*pair)))
+        _store(builder, builder.fadd(total, builder.fadd(*powers)), totals)
+        _store(builder, _bfloat16_of(builder, *powers), rounded)
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.intp, types.intp, types.intp), generate
+
+
+@intrinsic
+def total(typing, row):
+    """What 16 float32 add up to."""
+
+    def generate(context, builder, signature, arguments):
+        return _halves_joined(builder, _loaded(builder, arguments[0]), _added)
+
+    return types.float32(types.intp), generate
+
+
+@intrinsic
 def scaled(typing, row, n, factor, rounded):
     """``n`` float32, a multiple of 32, times ``factor``, rounded to bfloat16 at ``rounded``."""
 
@@ -181,6 +208,32 @@ def paired(typing, row, other, n, pairs, step):
         return context.get_dummy_value()
 
     return types.void(types.intp, types.intp, types.intp, types.intp, types.intp), generate
+
+
+@intrinsic
+def transposed(typing, row, step, to):
+    """16 rows of 16 32-bit numbers, ``step`` bytes apart, as columns: 16 rows at ``to``, one after another.
+
+    Four times, each row of the upper half is interleaved with one of the lower half.
+    """
+
+    def generate(context, builder, signature, arguments):
+        row, step, to = arguments
+        kind = ir.VectorType(_INT, _WIDTH)
+        places = [i // 2 + _WIDTH * (i % 2) for i in range(2 * _WIDTH)]
+        halves = [
+            ir.Constant(kind, places[:_WIDTH]),
+            ir.Constant(kind, [place + _WIDTH // 2 for place in places[:_WIDTH]]),
+        ]
+        rows = [_loaded(builder, builder.add(row, builder.mul(step, step.type(i))), kind) for i in range(_WIDTH)]
+        for _ in range(4):
+            pairs = zip(rows[: _WIDTH // 2], rows[_WIDTH // 2 :], strict=True)
+            rows = [builder.shuffle_vector(*pair, half) for pair in pairs for half in halves]
+        for i, column in enumerate(rows):
+            _store(builder, column, builder.add(to, to.type(4 * _WIDTH * i)))
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.intp, types.intp), generate
 
 
 def _epilogue(what: Callable[[ir.IRBuilder, ir.Value], ir.Value], rounds: bool) -> Callable:

@@ -68,17 +68,20 @@ class _Cache(FunctionCache):
             logger.info("machine code is not kept for the next run: %s", error)
 
 
-def compiled(fastmath: bool | set[str] = False) -> Callable:
+def compiled(fastmath: bool | set[str] = False, makes_arrays: bool = True) -> Callable:
     """A decorator: the function, compiled at its first call, and running without Python's lock.
 
     The machine code is kept for other processes where that is possible.
 
     Args:
         fastmath: what the compiler may assume of floating-point numbers (numba's own argument).
+        makes_arrays: whether it makes any. If not, numba need not count who holds which, also of an array's parts;
+            each such count keeps the processor from working ahead.
     """
 
     def decorate(function: Callable) -> Callable:
-        dispatcher = numba.njit(fastmath=fastmath, nogil=True, error_model="numpy")(function)
+        options = {"fastmath": fastmath, "nogil": True, "error_model": "numpy", "_nrt": makes_arrays}
+        dispatcher = numba.njit(**options)(function)
         try:
             dispatcher._cache = _Cache(function)  # what njit(cache=True) does
         except RuntimeError:  # nowhere to keep it
