@@ -15,6 +15,7 @@ kept, as a share of what "top 2 of 10, own positives excluded" keeps and of all 
 are left with fewer than 5 negatives, and with how many negatives all rows are left.
 """
 
+import dataclasses
 import re
 import sys
 import types
@@ -112,7 +113,11 @@ def judge(problem: negatives.Problem, neighbors: Neighbors, wrong: list[set[int]
     """Print what every rule keeps of the passages that are wrong for a query."""
     positives = negatives.positive_scores(problem)
     measured, about = negatives.measure_background(problem, positives)
+    everyone = dataclasses.replace(problem, query_of_row=np.arange(len(problem.query_vectors)))
+    lowest = negatives.lowest_of_each(problem.positives, positives)
+    auto, _ = negatives.measure_margin(everyone, neighbors, lowest, negatives.Rules(), measured)
     print(f"{len(problem.query_of_row)} queries with {sum(map(len, wrong))} of them; background {about}")
+    print(f"the margin measured: {auto}")
 
     def mine(background=measured, **options) -> types.SimpleNamespace:
         rules = negatives.Rules(**options)
@@ -124,7 +129,11 @@ def judge(problem: negatives.Problem, neighbors: Neighbors, wrong: list[set[int]
     base = mine(window=(0, 10), parts=(("top", 2),))
     print(f"{'rule':<34} {'kept':>6} {'share':>7} {'of all':>7} {'short':>6} {'negatives':>10}")
     raw = negatives.Background(0.0, 0.0, measured.spread)
-    rules = [(margin, similar, measured) for margin in (None, 0.1, 0.2, 0.25, 0.3, 0.4) for similar in (None, 0.6, 0.8)]
+    rules = [
+        (margin, similar, measured)
+        for margin in (None, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4)
+        for similar in (None, 0.6, 0.8)
+    ]
     found = {"top 2 of 10": base}
     for margin, similar, background in [*rules, (0.05, None, raw)]:
         name = f"margin {margin}, similarity {similar}" + (", raw cosines" if background is raw else "")

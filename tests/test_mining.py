@@ -246,6 +246,7 @@ def test_a_corpus_smaller_than_what_is_asked_for(mine, tmp_path):
         ({"mix": "hard:2", "sampling_strategy": "easy"}, "both given"),
         ({"num_negatives": 0}, "expected at least 1"),
         ({"relative_margin": 1.5}, "expected at least 0.0 and at most 1.0"),
+        ({"relative_margin": "wide"}, "expected a number or 'auto' or null"),
         ({"relative_margn": 0.5}, "did you mean relative_margin?"),
         ({"candidate_pool_only": True}, "candidate_pool_only needs candidate_pool"),
         ({"min_score": 0.9, "max_score": 0.1}, "min_score is 0.9, above max_score"),

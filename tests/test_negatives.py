@@ -178,6 +178,66 @@ def test_a_margin_never_loosens_when_the_positive_is_below_the_background():
     assert (negatives.score_limit(lowest, Rules(relative_margin=0.0), Background(0.2, 0.3, 0.1)) == lowest).all()
 
 
+def answered_problem(n_answers: int, n_queries: int = 1000) -> tuple[Problem, list[set[int]]]:
+    """Queries with some answers, one of which is labelled by chance, and passages that come a little less near."""
+    rng = np.random.default_rng(n_answers)
+
+    def unit(values):
+        return (values / np.linalg.norm(values, axis=-1, keepdims=True)).astype(np.float32)
+
+    queries = unit(rng.standard_normal((n_queries, 64)))
+    levels = ((0.8, 0.1, n_answers), (0.5, 0.05, 20))
+    near = np.concatenate([rng.normal(mean, spread, (n_queries, n)) for mean, spread, n in levels], axis=1).clip(
+        0, 0.99
+    )
+    across = unit(rng.standard_normal((*near.shape, 64)))
+    passages = unit(near[..., None] * queries[:, None] + np.sqrt(1 - near**2)[..., None] * across).reshape(-1, 64)
+    answers = [set(range(first, first + n_answers)) for first in range(0, len(passages), near.shape[1])]
+    labelled = Groups.of([[int(rng.choice(sorted(own)))] for own in answers])
+    return Problem(np.arange(n_queries), queries, passages, labelled, labelled, len(passages)), answers
+
+
+def test_a_measured_margin_is_as_wide_as_unlabelled_answers_make_it():
+    margins = []
+    for n_answers in (1, 2, 5):
+        problem, answers = answered_problem(n_answers)
+        neighbors, scores = neighbors_of(problem, 25), positive_scores(problem)
+        lowest = negatives.lowest_of_each(problem.positives, scores)
+        background, _ = measure_background(problem, scores)
+        margin, about = negatives.measure_margin(problem, neighbors, lowest, Rules(window=(0, 20)), background)
+        margins.append(margin)
+        wrong, below, above = counted_one_by_one(problem, neighbors, lowest, background, answers, len(about))
+        assert [counted["below"] for counted in about] == below
+        assert [counted["above"] for counted in about] == above
+        shares = [counted["answers_at_most"] for counted in about]
+        assert all(own <= 1.15 * most + 2 for own, most in zip(wrong, above, strict=True))  # the same but for chance
+        assert all(share <= 0.5 for share in shares[round(margin / negatives.MARGIN_STEP) :])
+        assert margin == 0 or shares[round(margin / negatives.MARGIN_STEP) - 1] > 0.5
+    assert margins[0] <= margins[1] < margins[2]
+
+
+def counted_one_by_one(problem, neighbors, lowest, background, answers, n_bands) -> list[list[int]]:
+    """Unlabelled answers below the labelled one, all candidates below it, and all above, at each distance."""
+    wrong, below, above = [[0] * n_bands for _ in range(3)]
+    for query, own in enumerate(answers):
+        candidates = zip(neighbors.rows[query].tolist(), neighbors.scores[query].tolist(), strict=True)
+        for passage, score in [pair for pair in candidates if pair[0] not in problem.forbidden[query]][:20]:
+            distance = (score - lowest[query]) / (max(score, lowest[query]) - background.pairs)
+            band = int(abs(distance) // negatives.MARGIN_STEP)
+            if band < n_bands:
+                (above if distance > 0 else below)[band] += 1
+                wrong[band] += distance < 0 and passage in own
+    return [wrong, below, above]
+
+
+def test_a_margin_that_cannot_be_measured_is_the_widest():
+    problem, _ = answered_problem(1, n_queries=3)
+    nobody = Neighbors.none(3, 20)
+    lowest = negatives.lowest_of_each(problem.positives, positive_scores(problem))
+    found = negatives.measure_margin(problem, nobody, lowest, Rules(), Background(0.0, 0.0, 1.0))
+    assert found[0] == negatives.WIDEST_MARGIN
+
+
 def test_strategies_differ_in_how_near_their_negatives_are():
     problem = make_problem(n_queries=200)
 

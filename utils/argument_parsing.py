@@ -165,9 +165,9 @@ def check(arguments) -> None:
 
 
 def _check_limits(f: dataclasses.Field, value) -> None:
-    if value is None:
-        return
     limits = f.metadata
+    if value is None or (type(value) is str and not limits["choices"]):
+        return
     if limits["choices"] and value not in limits["choices"]:
         expected = ", ".join(map(repr, limits["choices"]))
         raise ArgumentError(f"{f.name} is {value!r}; expected one of {expected}{nearest(value, limits['choices'])}")
@@ -182,9 +182,11 @@ def _check_limits(f: dataclasses.Field, value) -> None:
 
 def _checked_type(name: str, value, hint) -> Any:
     """The value as its field's type, an int where a float is wanted and no other leniency."""
-    options = _alternatives(hint)
+    options, words = _alternatives(hint), _words(hint)
     if value is None and type(None) in options:
         return None
+    if type(value) is str and value in words:
+        return value
     (wanted,) = [t for t in options if t is not type(None)]
     if isinstance(value, os.PathLike) and wanted is str:
         return os.fspath(value)
@@ -200,8 +202,8 @@ def _checked_type(name: str, value, hint) -> Any:
         except OverflowError:
             raise ArgumentError(f"{name} is out of range; expected {_type_name(wanted)}") from None
     if type(value) is not wanted:
-        optional = " or null" if type(None) in options else ""
-        raise ArgumentError(f"{name} is {value!r}; expected {_type_name(wanted)}{optional}")
+        others = "".join(f" or {word!r}" for word in words) + (" or null" if type(None) in options else "")
+        raise ArgumentError(f"{name} is {value!r}; expected {_type_name(wanted)}{others}")
     if wanted is float and not math.isfinite(value):
         raise ArgumentError(f"{name} is {value!r}; expected a finite number")
     if wanted is str:
@@ -222,9 +224,11 @@ def _check_text(name: str, value: str) -> None:
 
 def _from_text(name: str, text: str, hint) -> Any:
     """A command-line flag's text as its field's type."""
-    options = _alternatives(hint)
+    options, words = _alternatives(hint), _words(hint)
     if type(None) in options and text.lower() in ("none", "null"):
         return None
+    if text in words:
+        return text
     (wanted,) = [t for t in options if t is not type(None)]
     if typing.get_origin(wanted) is list:
         (item,) = typing.get_args(wanted)
@@ -241,7 +245,8 @@ def _from_text(name: str, text: str, hint) -> Any:
             pass
     else:
         return text
-    raise ArgumentError(f"{name} is {text!r}; expected {_type_name(wanted)}")
+    others = "".join(f" or {word!r}" for word in words)
+    raise ArgumentError(f"{name} is {text!r}; expected {_type_name(wanted)}{others}")
 
 
 def _read_json(path: str, cls: type) -> dict:
@@ -276,7 +281,17 @@ def _read_json(path: str, cls: type) -> dict:
 
 
 def _alternatives(hint) -> tuple:
-    return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    """The types that a value may have, without the words that may stand in their place."""
+    options = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+    return tuple(option for option in options if typing.get_origin(option) is not typing.Literal)
+
+
+def _words(hint) -> tuple[str, ...]:
+    """The words that may stand in a number's place, such as ``auto``."""
+    options = typing.get_args(hint)
+    return tuple(
+        w for option in options if typing.get_origin(option) is typing.Literal for w in typing.get_args(option)
+    )
 
 
 def _type_name(wanted: type) -> str:

@@ -5,7 +5,7 @@ import dataclasses
 import importlib.util
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from utils.argument_parsing import ELSEWHERE, ArgumentError, build, check, nearest, option, parse, text_values
 
@@ -200,9 +200,10 @@ class MiningArguments(ModelArguments, InputArguments):
         0.1, "of easy, in units of the positives' mean distance from the background: lower is easier", above=0.0
     )
     seed: int = option(0, "of random, easy and backfill", at_least=0, at_most=_LARGEST_SEED)
-    relative_margin: float | None = option(
-        0.25, "drop candidates that score within this share of the way from the query's lowest positive down to the"
-        " background; null: no such test", at_least=0.0, at_most=1.0,
+    relative_margin: float | Literal["auto"] | None = option(
+        "auto", "drop candidates that score within this share of the way from the query's lowest positive down to the"
+        " background; auto: 0.25, or less where the scores show that few of those are answers; null: no such test",
+        at_least=0.0, at_most=1.0,
     )  # fmt: skip
     score_baseline: float | None = option(
         None, "the zero of relative_margin and of the similarities; default: the model's own background, measured on"

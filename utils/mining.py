@@ -3,7 +3,7 @@
 import hashlib
 import logging
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -26,8 +26,9 @@ from utils.search import ShardedIndex
 
 logger = logging.getLogger(__name__)
 
-# Queries between two notes in the store of neighbours: what a kill can cost of the search.
-_QUERY_BLOCK = 4096
+# Queries, and neighbours, between two notes in the store of neighbours: what a kill can cost of the search. They go
+# through the corpus together, so that many cost little more than few.
+_QUERY_BLOCK, _BLOCK_NEIGHBORS = 16384, 1 << 21
 # Queries on which an approximate index is compared with exact search.
 _RECALL_QUERIES = 200
 _QUANTILES = (5, 25, 50, 75, 95)
@@ -67,6 +68,8 @@ def summary(result: MiningResult) -> str:
     rows += [(name, f"{counts[key]:,}") for key, name in _RARE.items() if counts[key]]
     rows += [("passages to mine from", f"{counts['candidates']:,}"), ("negatives", f"{counts['negatives']:,}")]
     rows += [(f"dropped, {reason}", f"{count:,}") for reason, count in result.drops_by_reason.items() if count]
+    if about["relative_margin"] == "auto":
+        rows += [("relative margin, measured", f"{result.report['relative_margin']['measured']:.2f}")]
     rows += [("background, query and passage", f"{result.report['background']['query_passage']['mean']:.3f}")]
     rows += [("seconds", f"{result.report['seconds']['total']:.1f}")]
     return report.table(rows, f"{about['input_data_path']} -> {about['output_data_path']}")
@@ -263,10 +266,10 @@ def _fill(
     finished: set[int],
 ) -> int:
     """Search for the blocks of queries that are not finished; returns the number of queries in them."""
-    searched = 0
+    searched, size = 0, min(_QUERY_BLOCK, max(1, _BLOCK_NEIGHBORS // depth))
     with report.Progress("search", n, "queries") as progress:
-        for number, start in enumerate(range(0, n, _QUERY_BLOCK)):
-            stop = min(start + _QUERY_BLOCK, n)
+        for number, start in enumerate(range(0, n, size)):
+            stop = min(start + size, n)
             if number not in finished:
                 block = np.ascontiguousarray(queries[start:stop]) if queries is not None else None
                 found = index.search(ranks.broadcast(block), depth)
@@ -286,7 +289,10 @@ def _note(store: EmbeddingStore | None, number: int, rows: np.ndarray, packed: n
 
 
 def _neighbors_key(given: MiningArguments, vectors: _Vectors, n_candidates: int) -> str:
-    what = {"index": given.index_factory, "parameters": given.index_parameters, "candidates": n_candidates}
+    what = {
+        "index": given.index_factory, "parameters": given.index_parameters, "candidates": n_candidates,
+        "blocks": [_QUERY_BLOCK, _BLOCK_NEIGHBORS],
+    }  # fmt: skip
     return fingerprint(what, vectors.keys)[:32]
 
 
@@ -321,10 +327,10 @@ def _screen(
         inputs.query_of_row, vectors.queries, vectors.passages, inputs.positives, inputs.forbidden,
         inputs.n_candidates, given.normalize,
     )  # fmt: skip
-    rules = _rules(given)
     with run.stage("choose"), report.Progress("screen", len(inputs.query_of_row), "rows") as progress:
         positives = negatives.positive_scores(problem)
         background = _background(given, run, problem, positives)
+        rules = _rules(given, run, problem, neighbors, positives, background)
         screened = negatives.screen(problem, neighbors, positives, rules, background, progress.update)
     return _Job(given, problem, rules, background, positives, screened)
 
@@ -366,11 +372,17 @@ def _choose_and_write(outputs: Outputs, run: report.RunReport, inputs: Inputs | 
     return result
 
 
-def _rules(given: MiningArguments) -> Rules:
-    return Rules(
+def _rules(
+    given: MiningArguments,
+    run: report.RunReport,
+    problem: Problem,
+    neighbors: Neighbors,
+    positives: np.ndarray,
+    background: Background,
+) -> Rules:
+    rules = Rules(
         window=given.window,
         parts=tuple(given.parts),
-        relative_margin=given.relative_margin,
         absolute_margin=given.absolute_margin,
         max_score=given.max_score,
         min_score=given.min_score,
@@ -380,6 +392,12 @@ def _rules(given: MiningArguments) -> Rules:
         seed=given.seed,
         backfill=given.short_rows == "backfill",
     )
+    if given.relative_margin == "auto":
+        lowest = negatives.lowest_of_each(problem.positives, positives)
+        margin, counted = negatives.measure_margin(problem, neighbors, lowest, rules, background)
+        run.results["relative_margin"] = {"measured": margin, "counted": counted}
+        return replace(rules, relative_margin=margin)
+    return replace(rules, relative_margin=given.relative_margin)
 
 
 def _background(given: MiningArguments, run: report.RunReport, problem: Problem, positives: np.ndarray) -> Background:

@@ -24,6 +24,8 @@ REASONS = (
 # Random pairs that the background is measured on.
 _BACKGROUND_PAIRS = 20_000
 _BLOCK_ROWS = 1024
+# A margin that is measured is a multiple of this, and at most that; and the rows that it is measured on.
+MARGIN_STEP, WIDEST_MARGIN, _MARGIN_ROWS = 0.05, 0.25, 10_000
 # Streams of random numbers that must not repeat each other.
 _SAMPLING, _BACKFILL = 0, 1
 
@@ -255,6 +257,51 @@ def score_limit(lowest_positive: np.ndarray, rules: Rules, background: Backgroun
     return lowest_positive - rules.relative_margin * np.where(np.isfinite(gap), gap, 0.0)
 
 
+def measure_margin(
+    problem: Problem, neighbors: Neighbors, lowest_positive: np.ndarray, rules: Rules, background: Background
+) -> tuple[float, list[dict]]:
+    """The smallest relative margin beyond which an unlabelled answer is not to be expected, ``WIDEST_MARGIN`` at most.
+
+    Which of its answers a query is labelled with is taken for chance. Then an unlabelled one scores above the labelled
+    one by some distance as often as below it by the same; so among the candidates at a distance below, there are no
+    more answers than there are candidates, of whatever kind, at that distance above. (Knockoffs bound false discoveries
+    by the same symmetry: Barber and Candes, 2015, Annals of Statistics 43.) The margin ends where that is at most half
+    of those below, from there on to the widest margin, and two standard deviations of the count are allowed for.
+
+    Args:
+        lowest_positive: from ``lowest_of_each``. With several positives there is more above the lowest of them, which
+            makes the margin wider.
+
+    Returns:
+        The margin, and for the report what was counted at each distance.
+    """
+    n_rows = len(problem.query_of_row)
+    sample = problem.query_of_row[np.unique(np.linspace(0, n_rows - 1, min(n_rows, _MARGIN_ROWS)).astype(np.int64))]
+    n_bands = round(WIDEST_MARGIN / MARGIN_STEP)
+    below, above = np.zeros(n_bands, np.int64), np.zeros(n_bands, np.int64)
+    for start in range(0, len(sample), _BLOCK_ROWS):
+        queries = sample[start : start + _BLOCK_ROWS]
+        rows, scores = neighbors.rows[queries], neighbors.scores[queries]
+        positive = lowest_positive[queries][:, None]
+        open_ = _open(problem, queries, rows, (0, rules.window[1]))[0]
+        # The margin's own scale, with the two in either order.
+        unit = np.maximum(scores, positive) - background.pairs
+        counted = open_ & np.isfinite(unit) & (unit > 0)
+        distance = (scores - positive)[counted] / unit[counted]
+        for counts, sign in ((above, 1), (below, -1)):
+            band = np.floor(sign * distance / MARGIN_STEP)
+            counts += np.bincount(band[(band >= 0) & (band < n_bands)].astype(np.int64), minlength=n_bands)
+    most = np.minimum((above + 2 * np.sqrt(above) + 1) / np.maximum(below, 1), 1.0)
+    doubtful = np.flatnonzero(most > 0.5)
+    margin = round(MARGIN_STEP * (int(doubtful[-1]) + 1 if len(doubtful) else 0), 2)
+    counted = zip(below.tolist(), above.tolist(), most.tolist(), strict=True)
+    about = [
+        {"distance": round(MARGIN_STEP * i, 2), "below": n, "above": m, "answers_at_most": round(share, 3)}
+        for i, (n, m, share) in enumerate(counted)
+    ]
+    return margin, about
+
+
 def similarity_limit(similarity: float, background: Background) -> float:
     """The cosine that a similarity above the background means: 0 is the background, 1 is 1."""
     return background.passages + similarity * (1.0 - background.passages)
@@ -284,12 +331,8 @@ def screen(
     for start in range(0, n_rows, _BLOCK_ROWS):
         queries = problem.query_of_row[start : start + _BLOCK_ROWS]
         rows, scores = neighbors.rows[queries], neighbors.scores[queries]
-        there = rows >= 0
-        forbidden = _is_member(problem.forbidden, queries, rows) & there
-        drops["forbidden"] += int(forbidden.sum())
-        open_ = there & ~forbidden
-        rank = np.cumsum(open_, axis=1) - 1
-        open_ &= (rank >= rules.window[0]) & (rank < rules.window[1])
+        open_, rank, n_forbidden = _open(problem, queries, rows, rules.window)
+        drops["forbidden"] += n_forbidden
         n_window += int(open_.sum())
         near = np.zeros_like(open_)
         for reason, fails in _tests(problem, queries, rows, scores, lowest, limit, rules, background):
@@ -304,6 +347,18 @@ def screen(
         progress(len(queries))
     presumed = Groups(_lims(np.concatenate(n_near)), np.concatenate(rows_near))
     return Screened(Candidates(*left.columns()), presumed, drops, n_window)
+
+
+def _open(
+    problem: Problem, queries: np.ndarray, rows: np.ndarray, window: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """Which of ``rows`` [b, k] are in the window, bool [b, k]; their ranks; and how many are forbidden."""
+    there = rows >= 0
+    forbidden = _is_member(problem.forbidden, queries, rows) & there
+    open_ = there & ~forbidden
+    rank = np.cumsum(open_, axis=1) - 1
+    open_ &= (rank >= window[0]) & (rank < window[1])
+    return open_, rank, int(forbidden.sum())
 
 
 class _Growing:

@@ -166,6 +166,7 @@ class ExactIndex:
     def _blocks(self, n: int, k: int) -> list[slice]:
         """The queries that go through the corpus together."""
         size = min(_QUERY_BLOCK, max(1, _NEIGHBORS // k), -(-n // runtime.cpu_threads()))
+        size = _about(size, n)
         return [slice(start, start + size) for start in range(0, n, size)]
 
     def _screened(self, queries: np.ndarray, k: int, floor: float) -> "_Candidates":
@@ -377,6 +378,11 @@ class _Begun:
         return self._result
 
 
+def _about(size: int, n: int) -> int:
+    """What divides ``n`` into parts of much the same size, about ``size``: none of a few, which cost a whole pass."""
+    return -(-n // max(1, round(n / size))) if n else size
+
+
 def _below(scores: np.ndarray) -> np.ndarray:
     """Float32 that are no larger."""
     return np.nextafter(scores.astype(np.float32), np.float32(-np.inf))
@@ -452,8 +458,9 @@ class ShardedIndex:
 
     def search_all(self, queries: np.ndarray | None, n: int, k: int, floor: float = -np.inf) -> Neighbors:
         """As ``search`` for rank 0's queries (float32 [n, dim], None elsewhere), block by block."""
-        result = Neighbors.none(n, k)
+        result = Neighbors(np.empty((n, k)), np.empty((n, k), np.int64))
         size = min(_EXCHANGE_QUERIES, max(1, _EXCHANGE_NEIGHBORS // k)) * (self.ranks.size if self._is_whole else 1)
+        size = _about(size, n)
         for start in range(0, n, size):
             part = slice(start, start + size)
             block = np.array(queries[part], np.float32) if queries is not None else None

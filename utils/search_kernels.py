@@ -40,7 +40,7 @@ class State(NamedTuple):
     rows: np.ndarray
 
 
-@compiled()
+@compiled(makes_arrays=False)
 def canonical(left, right, terms):
     """The inner product of two float32 [d], in float64.
 
@@ -70,13 +70,17 @@ def canonical(left, right, terms):
     return terms[0]
 
 
-@compiled()
-def score_pairs(left, left_rows, right, right_rows):
+def score_pairs(left: np.ndarray, left_rows: np.ndarray, right: np.ndarray, right_rows: np.ndarray) -> np.ndarray:
     """The canonical scores, float64 [n], of pairs of rows (int64 [n]) of two float32 [any, d] arrays."""
-    scores, terms = np.empty(len(right_rows)), np.empty(right.shape[1])
+    scores = np.empty(len(right_rows))
+    _score_pairs(left, left_rows, right, right_rows, np.empty(right.shape[1]), scores)
+    return scores
+
+
+@compiled(makes_arrays=False)
+def _score_pairs(left, left_rows, right, right_rows, terms, scores):
     for i in range(len(scores)):
         scores[i] = canonical(left[left_rows[i]], right[right_rows[i]], terms)
-    return scores
 
 
 @compiled()
