@@ -31,6 +31,7 @@ class Case:
 CASES = {
     "plain": Case(),
     "cosent": Case(loss="cosent"),
+    "symmetric": Case(loss="symmetric"),
     "cached": Case(chunk=2),
     "dropout": Case(chunk=2, dropout=True),
     "alone": Case(shared=False),

@@ -44,6 +44,17 @@ def test_contrastive(batch):
     assert value("contrastive", batch) == pytest.approx(np.mean(terms), rel=1e-5)
 
 
+def test_symmetric(batch):
+    _, q, p, ignored, _ = batch
+    terms = []
+    for i in range(N):
+        positive = math.exp(q[i] @ p[i * G] / T)
+        passages = sum(math.exp(q[i] @ p[j] / T) for j in negatives(ignored, i))
+        queries = sum(math.exp(q[j] @ p[i * G] / T) for j in range(N) if j != i and not ignored[j, i * G])
+        terms += [-math.log(positive / (positive + others)) for others in (passages, queries)]
+    assert value("symmetric", batch) == pytest.approx(np.mean(terms), rel=1e-5)
+
+
 def test_triplet(batch):
     _, q, p, ignored, _ = batch
     terms = [
@@ -116,7 +127,7 @@ def test_matryoshka_is_the_weighted_sum_of_normalised_cuts(batch):
 
 
 def test_an_unknown_loss_lists_the_known_ones():
-    with pytest.raises(ValueError, match="expected one of contrastive, triplet, hinge"):
+    with pytest.raises(ValueError, match="expected one of contrastive, symmetric, triplet"):
         losses.get("infonce")
 
 

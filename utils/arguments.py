@@ -319,7 +319,7 @@ class MiningArguments(ModelArguments, InputArguments):
             raise ArgumentError(f"score_baseline is {self.score_baseline}; expected less than 1, a cosine")
 
 
-LOSS_TYPES = ("contrastive", "triplet", "hinge", "pairwise_logistic", "cosent", "kl", "margin_mse")
+LOSS_TYPES = ("contrastive", "symmetric", "triplet", "hinge", "pairwise_logistic", "cosent", "kl", "margin_mse")
 WORD_EMBEDDINGS = ("train", "freeze")
 _DATA_PARALLEL = "training is data-parallel"
 _WHY = {"metrics_output_path": "losses and metrics are in <output_dir>/training.jsonl"}

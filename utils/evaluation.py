@@ -24,8 +24,8 @@ from utils.search import Neighbors, ShardedIndex
 
 logger = logging.getLogger(__name__)
 
-# Queries that are searched, judged and written at a time.
-_QUERY_BLOCK = 4096
+# Queries, and neighbours, that are searched, judged and written at a time.
+_QUERY_BLOCK, _BLOCK_NEIGHBORS = 16384, 1 << 22
 # What a text costs beside itself: its places in lists and tables, its id and its judgments.
 _OVERHEAD = 300
 _SUFFIXES = (".run.trec", ".qrels.trec", ".rejected.jsonl", ".report.json")
@@ -256,12 +256,17 @@ def _measure(
             writer.write(start, found, relevance, values[part], names)
 
     with report.Progress("search", n, "queries") as progress:
-        for start in range(0, n, _QUERY_BLOCK):
-            size = min(_QUERY_BLOCK, n - start)
+        for start in range(0, n, _block(depth)):
+            size = min(_block(depth), n - start)
             found = index.search_all(queries[start : start + size] if queries is not None else None, size, depth)
             ranks.on_first(lambda start=start, found=found: judge(start, found))
             progress.update(size)
     return values
+
+
+def _block(depth: int) -> int:
+    """How many queries are searched at a time."""
+    return min(_QUERY_BLOCK, max(1, _BLOCK_NEIGHBORS // depth))
 
 
 def _log_memory(n: int, n_corpus: int, dim: int, depth: int, n_metrics: int, ranks: Ranks) -> None:
@@ -271,7 +276,7 @@ def _log_memory(n: int, n_corpus: int, dim: int, depth: int, n_metrics: int, ran
         held = n_corpus * dim * 4 / ranks.size
         by_whom = f" by rank 0, {held / 2**20:.0f} MiB in memory on each of {ranks.size} ranks"
     # A screened block and its rescoring on each thread, a block's neighbours with their candidates, the values.
-    working = runtime.cpu_threads() * (160 << 20) + _QUERY_BLOCK * depth * 120 + n * n_metrics * 8
+    working = runtime.cpu_threads() * (160 << 20) + _block(depth) * depth * 120 + n * n_metrics * 8
     logger.info(
         "search: %s queries x %s passages of %d dimensions, the best %d of each, in blocks: %.0f MiB of vectors "
         "mapped from disk%s, at most %.0f MiB of working memory",

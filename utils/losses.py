@@ -54,6 +54,22 @@ def contrastive(queries: "Tensor", passages: "Tensor", targets: Targets) -> "Ten
     return functional.cross_entropy(logits, _positive_columns(len(queries), targets.group_size))
 
 
+def symmetric(queries: "Tensor", passages: "Tensor", targets: Targets) -> "Tensor":
+    """The mean of InfoNCE in both directions: the positive among all passages, and the query among all queries.
+
+    As CLIP has it for images and texts (Radford et al., 2021). Queries that a positive is known to answer, too, are
+    left out of its denominator.
+    """
+    import paddle
+    import paddle.nn.functional as functional
+
+    logits = _without_ignored(_products(queries, passages) / targets.temperature, targets)
+    columns = _positive_columns(len(queries), targets.group_size)
+    to_queries = paddle.index_select(logits, columns, axis=1).transpose([1, 0])
+    found = functional.cross_entropy(logits, columns)
+    return (found + functional.cross_entropy(to_queries, paddle.arange(len(queries)))) / 2
+
+
 def triplet(queries: "Tensor", passages: "Tensor", targets: Targets) -> "Tensor":
     """Batch-hard triplet loss (Hermans et al., 2017): max(0, margin + d(q, positive) - d(q, nearest negative)).
 
@@ -133,6 +149,7 @@ def margin_mse(queries: "Tensor", passages: "Tensor", targets: Targets) -> "Tens
 
 LOSSES: dict[str, Loss] = {
     "contrastive": Loss(contrastive),
+    "symmetric": Loss(symmetric),
     "triplet": Loss(triplet),
     "hinge": Loss(hinge),
     "pairwise_logistic": Loss(pairwise_logistic),
