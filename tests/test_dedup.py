@@ -5,7 +5,7 @@ import pytest
 from thread_ranks import on_ranks
 
 from utils import dedup, screening
-from utils.dedup import DedupResult, find_threshold, remove_near_duplicates
+from utils.dedup import DedupResult, Duplicate, Duplicates, find_threshold, remove_near_duplicates
 from utils.distributed import Ranks
 from utils.scores import pair_scores
 from utils.screening import ScreenedIndex, Sketcher
@@ -127,3 +127,11 @@ def test_find_threshold(target):
     assert len(result.kept_rows) <= target
     if result.threshold < 1.0:
         assert len(one_by_one(vectors, result.threshold + dedup.THRESHOLD_STEP)[0]) > target
+
+
+def test_duplicates_are_a_sequence_like_a_list_of_them():
+    columns = np.array([3, 5, 9]), np.array([0, 0, 4]), np.array([0.97, 1.0, 0.99])
+    found, listed = Duplicates(*columns), [Duplicate(3, 0, 0.97), Duplicate(5, 0, 1.0), Duplicate(9, 4, 0.99)]
+    assert found == listed == list(found) and found == Duplicates(*columns) and len(found) == 3
+    assert found[-1] == listed[-1] and found[1:] == listed[1:] and found != listed[:2]
+    assert type(found[0].row) is int and type(found[0].score) is float

@@ -209,10 +209,11 @@ def test_a_measured_margin_is_as_wide_as_unlabelled_answers_make_it():
         wrong, below, above = counted_one_by_one(problem, neighbors, lowest, background, answers, len(about))
         assert [counted["below"] for counted in about] == below
         assert [counted["above"] for counted in about] == above
-        shares = [counted["answers_at_most"] for counted in about]
-        assert all(own <= 1.15 * most + 2 for own, most in zip(wrong, above, strict=True))  # the same but for chance
-        assert all(share <= 0.5 for share in shares[round(margin / negatives.MARGIN_STEP) :])
-        assert margin == 0 or shares[round(margin / negatives.MARGIN_STEP) - 1] > 0.5
+        answers_at_most = [counted["answers_at_most"] for counted in about]
+        assert all(own <= most for own, most in zip(wrong, answers_at_most, strict=True))
+        clear = [2 * most <= n for most, n in zip(answers_at_most, below, strict=True)]
+        steps = round(margin / negatives.MARGIN_STEP)
+        assert all(clear[steps:]) and (steps == 1 or not clear[steps - 1])
     assert margins[0] <= margins[1] < margins[2]
 
 
@@ -230,12 +231,34 @@ def counted_one_by_one(problem, neighbors, lowest, background, answers, n_bands)
     return [wrong, below, above]
 
 
-def test_a_margin_that_cannot_be_measured_is_the_widest():
-    problem, _ = answered_problem(1, n_queries=3)
-    nobody = Neighbors.none(3, 20)
-    lowest = negatives.lowest_of_each(problem.positives, positive_scores(problem))
-    found = negatives.measure_margin(problem, nobody, lowest, Rules(), Background(0.0, 0.0, 1.0))
-    assert found[0] == negatives.WIDEST_MARGIN
+def measured(problem: Problem, depth: int = 25, window: tuple[int, int] = (0, 20)) -> float:
+    scores = positive_scores(problem)
+    lowest, (background, _) = negatives.lowest_of_each(problem.positives, scores), measure_background(problem, scores)
+    return negatives.measure_margin(problem, neighbors_of(problem, depth), lowest, Rules(window=window), background)[0]
+
+
+def test_a_margin_that_few_queries_can_tell_of_is_the_widest():
+    problem, _ = answered_problem(1)
+    few = replace(problem, query_of_row=np.repeat(np.arange(99), 20))
+    assert measured(problem) < measured(few) == negatives.WIDEST_MARGIN
+
+
+def test_rows_of_the_same_query_count_once_for_a_margin():
+    problem, _ = answered_problem(2)
+    scores = positive_scores(problem)
+    lowest, (background, _) = negatives.lowest_of_each(problem.positives, scores), measure_background(problem, scores)
+    counts = [
+        negatives.measure_margin(
+            replace(problem, query_of_row=rows), neighbors_of(problem, 25), lowest, Rules(window=(0, 20)), background
+        )
+        for rows in (np.arange(1000), np.repeat(np.arange(1000), 3)[::-1])
+    ]
+    assert counts[0] == counts[1]
+
+
+def test_a_window_that_ends_near_the_positive_does_not_widen_the_margin():
+    problem, _ = answered_problem(1)
+    assert measured(problem, depth=8, window=(0, 3)) == measured(problem, depth=4, window=(0, 1)) <= 0.1
 
 
 def test_strategies_differ_in_how_near_their_negatives_are():

@@ -3,7 +3,7 @@
 32 queries at a time go through all keys, 32 by 32. While the tiles make a block of scores, the vector unit takes the
 powers of the block before, so that no more of them is ever in memory than a core's first cache holds; sums over the
 values follow (after FlashAttention, Dao et al., 2022). A softmax takes its powers below the highest score; here that
-is not looked for, but for queries whose powers turn out too large or too small. Scores are added up in float32, and
+is looked for only where powers turn out too large or too small. Scores are added up in float32, and
 weights rounded to bfloat16 before they are summed up over the values.
 """
 
@@ -57,26 +57,27 @@ def attention(qkv: np.ndarray, lengths: np.ndarray, heads: int, context: np.ndar
         matmul.empty((QUERIES, own), np.float32),
         matmul.empty((QUERIES, widest + 16), np.float32),
     )
-    scratch.more[0] = 0
+    scratch.added[0] = 0
     _attention(amx.WHOLE_TILES, qkv, lengths, heads, scratch, context)
 
 
 class _Scratch(NamedTuple):
     """Where queries are under way; all begin with a line of the cache, or each access would take two.
 
-    What is there twice is of the queries under way and of those before, or of their heads.
+    Keys, values, ``last``, weights and parts are there twice: for the queries under way and for those before.
 
     keys: uint32 [2, tiles, steps, 16, 16], packed. values: uint32 [2, columns, tiles, 16, 16], packed. last: bfloat16
-    [2, 32, width], a text's last queries. block: float32 [32, 32], scores. more: float32 [2, 32], what is added to
-    those of keys, and of the last ones. weights: bfloat16 [2, 32, any]. parts: float32 [2, 32, 16], of the weights'
-    totals, [32]. sums: float32 [32, width]. scores: float32 [32, any], where all are needed at a time.
+    [2, 32, width], a text's last queries. block: float32 [32, 32], scores. added: float32 [2, 32], what is added to a
+    row of them: 0, and for the last keys what leaves those out that are none. weights: bfloat16 [2, 32, any]. parts:
+    float32 [2, 32, 16], of the weights' totals, float32 [32]. sums: float32 [32, width]. scores: float32 [32, any],
+    where all are needed at a time.
     """
 
     keys: np.ndarray
     values: np.ndarray
     last: np.ndarray
     block: np.ndarray
-    more: np.ndarray
+    added: np.ndarray
     weights: np.ndarray
     parts: np.ndarray
     totals: np.ndarray
@@ -107,7 +108,7 @@ class _Block(NamedTuple):
 
     n: int
     scores: int
-    more: int
+    added: int
     weights: int
     from_weights: int
     parts: int
@@ -136,7 +137,7 @@ def _attention(whole_tiles, qkv, lengths, heads, scratch, context):
                     pack_keys(pairs[text], length, padded, key // 2, scratch.keys[head_half])
                     pack_values(qkv[text], length, padded, value, own, scratch.values[head_half])
                 to = context[text, first, query:].ctypes.data
-                # Numbers are added to addresses for numba to take them for what they are in ``before``.
+                # With 0 added, an unsigned address becomes a number of ``before``'s type.
                 queries = _Queries(n, rows + 0, from_row, length, padded, half, head_half, to + 0)
                 _score(queries, 0, scratch, _last_block(before, scratch))
                 _finish(before, to_row, scratch)
@@ -177,12 +178,12 @@ def _score(queries, column, scratch, before):
 
 
 @_inlined
-def _block(queries, column, more, scratch):
+def _block(queries, column, is_last, scratch):
     """The scores of some queries and a number of 32 keys, which are there now."""
     weights = scratch.weights.ctypes.data + queries.half * scratch.weights.strides[0] + 64 * column
     parts = scratch.parts.ctypes.data + queries.half * scratch.parts.strides[0]
-    at_more = scratch.more.ctypes.data + more * scratch.more.strides[0]
-    return _Block(queries.n, scratch.block.ctypes.data, at_more, weights, scratch.weights.strides[1], parts)
+    added = scratch.added.ctypes.data + is_last * scratch.added.strides[0]
+    return _Block(queries.n, scratch.block.ctypes.data, added, weights, scratch.weights.strides[1], parts)
 
 
 @_inlined
@@ -196,16 +197,16 @@ def _weigh(block, first):
     if block.n > 0:
         for row in range(first, first + 8):
             scores, weights = block.scores + 128 * row, block.weights + row * block.from_weights
-            avx512.powers_of_2_added(scores, block.more, weights, block.parts + 64 * row)
+            avx512.powers_of_2_added(scores, block.added, weights, block.parts + 64 * row)
 
 
 @_inlined
 def _begin(queries, scratch):
     """Nothing has been added up; and where the last keys are none, they will get no weight."""
     scratch.parts[queries.half] = _F(0.0)
-    more = scratch.more[1]
+    added = scratch.added[1]
     for j in range(32):
-        more[j] = _F(0.0) if queries.padded - 32 + j < queries.length else _LOWEST
+        added[j] = _F(0.0) if queries.padded - 32 + j < queries.length else _LOWEST
 
 
 @_inlined

@@ -75,8 +75,9 @@ def compiled(fastmath: bool | set[str] = False, makes_arrays: bool = True) -> Ca
 
     Args:
         fastmath: what the compiler may assume of floating-point numbers (numba's own argument).
-        makes_arrays: whether it makes any. If not, numba need not count who holds which, also of an array's parts;
-            each such count keeps the processor from working ahead.
+        makes_arrays: whether it makes any, or returns one. If not, numba need not count who holds which, also of an
+            array's parts; each such count keeps the processor from working ahead. (``_nrt`` is numba's own option, not
+            a promised one: look at it again when numba is updated.)
     """
 
     def decorate(function: Callable) -> Callable:

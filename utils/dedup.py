@@ -66,6 +66,10 @@ class Duplicates(Sequence):
             return [self[k] for k in range(*i.indices(len(self)))]
         return Duplicate(int(self.rows[i]), int(self.kept_rows[i]), float(self.scores[i]))
 
+    def __eq__(self, other: object) -> bool:
+        """As of lists."""
+        return isinstance(other, Sequence) and list(self) == list(other)
+
     def __iter__(self) -> Iterator[Duplicate]:
         columns = (column.tolist() for column in (self.rows, self.kept_rows, self.scores))
         return map(Duplicate._make, zip(*columns, strict=True))

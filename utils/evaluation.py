@@ -266,7 +266,7 @@ def _measure(
 
 def _block(depth: int) -> int:
     """How many queries are searched at a time."""
-    return min(_QUERY_BLOCK, max(1, _BLOCK_NEIGHBORS // depth))
+    return min(_QUERY_BLOCK, max(1, _BLOCK_NEIGHBORS // max(1, depth)))
 
 
 def _log_memory(n: int, n_corpus: int, dim: int, depth: int, n_metrics: int, ranks: Ranks) -> None:

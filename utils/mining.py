@@ -266,7 +266,7 @@ def _fill(
     finished: set[int],
 ) -> int:
     """Search for the blocks of queries that are not finished; returns the number of queries in them."""
-    searched, size = 0, min(_QUERY_BLOCK, max(1, _BLOCK_NEIGHBORS // depth))
+    searched, size = 0, min(_QUERY_BLOCK, max(1, _BLOCK_NEIGHBORS // max(1, depth)))
     with report.Progress("search", n, "queries") as progress:
         for number, start in enumerate(range(0, n, size)):
             stop = min(start + size, n)
@@ -289,6 +289,7 @@ def _note(store: EmbeddingStore | None, number: int, rows: np.ndarray, packed: n
 
 
 def _neighbors_key(given: MiningArguments, vectors: _Vectors, n_candidates: int) -> str:
+    # Blocks of queries are noted by their numbers, which mean nothing where blocks are of another size.
     what = {
         "index": given.index_factory, "parameters": given.index_parameters, "candidates": n_candidates,
         "blocks": [_QUERY_BLOCK, _BLOCK_NEIGHBORS],

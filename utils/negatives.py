@@ -24,8 +24,9 @@ REASONS = (
 # Random pairs that the background is measured on.
 _BACKGROUND_PAIRS = 20_000
 _BLOCK_ROWS = 1024
-# A margin that is measured is a multiple of this, and at most that; and the rows that it is measured on.
-MARGIN_STEP, WIDEST_MARGIN, _MARGIN_ROWS = 0.05, 0.25, 10_000
+# A margin that is measured is a multiple of this, and at most that; and the queries that it is measured on, if there
+# are so many at least. With fewer, it is the widest.
+MARGIN_STEP, WIDEST_MARGIN, _MARGIN_QUERIES, _FEWEST_QUERIES = 0.05, 0.25, 10_000, 100
 # Streams of random numbers that must not repeat each other.
 _SAMPLING, _BACKFILL = 0, 1
 
@@ -260,13 +261,16 @@ def score_limit(lowest_positive: np.ndarray, rules: Rules, background: Backgroun
 def measure_margin(
     problem: Problem, neighbors: Neighbors, lowest_positive: np.ndarray, rules: Rules, background: Background
 ) -> tuple[float, list[dict]]:
-    """The smallest relative margin beyond which an unlabelled answer is not to be expected, ``WIDEST_MARGIN`` at most.
+    """The smallest relative margin beyond which most candidates cannot be answers; see ``WIDEST_MARGIN``.
 
-    Which of its answers a query is labelled with is taken for chance. Then an unlabelled one scores above the labelled
-    one by some distance as often as below it by the same; so among the candidates at a distance below, there are no
-    more answers than there are candidates, of whatever kind, at that distance above. (Knockoffs bound false discoveries
-    by the same symmetry: Barber and Candes, 2015, Annals of Statistics 43.) The margin ends where that is at most half
-    of those below, from there on to the widest margin, and two standard deviations of the count are allowed for.
+    If it is chance which of its answers a query is labelled with, an unlabelled one is as likely to score above the
+    labelled one by some distance as below it by the same. So among the candidates at a distance below, no more answers
+    are to be expected than there are candidates, of whatever kind, at that distance above. (Knockoffs bound false
+    discoveries by the same symmetry: Barber and Candes, 2015, Annals of Statistics 43.) From the margin on to the
+    widest one, these are at most half of those below at every distance, a standard deviation of their number included.
+
+    Where labels are no chance but what a similar model ranks first, there is nothing above them, whatever is below;
+    hence the least margin, of one step.
 
     Args:
         lowest_positive: from ``lowest_of_each``. With several positives there is more above the lowest of them, which
@@ -275,31 +279,33 @@ def measure_margin(
     Returns:
         The margin, and for the report what was counted at each distance.
     """
-    n_rows = len(problem.query_of_row)
-    sample = problem.query_of_row[np.unique(np.linspace(0, n_rows - 1, min(n_rows, _MARGIN_ROWS)).astype(np.int64))]
+    # A query is counted once, and from its nearest passage on, whatever part of the window is wanted.
+    asked = np.unique(problem.query_of_row)
+    asked = asked[np.unique(np.linspace(0, len(asked) - 1, min(len(asked), _MARGIN_QUERIES)).astype(np.int64))]
     n_bands = round(WIDEST_MARGIN / MARGIN_STEP)
-    below, above = np.zeros(n_bands, np.int64), np.zeros(n_bands, np.int64)
-    for start in range(0, len(sample), _BLOCK_ROWS):
-        queries = sample[start : start + _BLOCK_ROWS]
-        rows, scores = neighbors.rows[queries], neighbors.scores[queries]
-        positive = lowest_positive[queries][:, None]
-        open_ = _open(problem, queries, rows, (0, rules.window[1]))[0]
+    below, above, squares = np.zeros((3, n_bands), np.int64)
+    for start in range(0, len(asked), _BLOCK_ROWS):
+        queries = asked[start : start + _BLOCK_ROWS]
+        scores, positive = neighbors.scores[queries], lowest_positive[queries][:, None]
+        open_ = _in_window(problem, queries, neighbors.rows[queries], (0, rules.window[1]))[0]
         # The margin's own scale, with the two in either order.
         unit = np.maximum(scores, positive) - background.pairs
         counted = open_ & np.isfinite(unit) & (unit > 0)
-        distance = (scores - positive)[counted] / unit[counted]
-        for counts, sign in ((above, 1), (below, -1)):
-            band = np.floor(sign * distance / MARGIN_STEP)
-            counts += np.bincount(band[(band >= 0) & (band < n_bands)].astype(np.int64), minlength=n_bands)
-    most = np.minimum((above + 2 * np.sqrt(above) + 1) / np.maximum(below, 1), 1.0)
-    doubtful = np.flatnonzero(most > 0.5)
-    margin = round(MARGIN_STEP * (int(doubtful[-1]) + 1 if len(doubtful) else 0), 2)
-    counted = zip(below.tolist(), above.tolist(), most.tolist(), strict=True)
+        distance = np.divide(scores - positive, unit, out=np.zeros_like(unit), where=counted) / MARGIN_STEP
+        for band in range(n_bands):
+            below[band] += (counted & (distance <= 0) & (-distance >= band) & (-distance < band + 1)).sum()
+            of_each = (counted & (distance > 0) & (distance >= band) & (distance < band + 1)).sum(axis=1)
+            above[band] += of_each.sum()
+            squares[band] += (of_each**2).sum()  # those of one query come together
+    answers = above + np.sqrt(squares)
+    doubtful = np.flatnonzero(2 * answers > below) if len(asked) >= _FEWEST_QUERIES else [n_bands - 1]
+    steps = max(1, int(doubtful[-1]) + 1 if len(doubtful) else 0)
+    counts = zip(below.tolist(), above.tolist(), answers.tolist(), strict=True)
     about = [
-        {"distance": round(MARGIN_STEP * i, 2), "below": n, "above": m, "answers_at_most": round(share, 3)}
-        for i, (n, m, share) in enumerate(counted)
+        {"distance": round(MARGIN_STEP * band, 2), "below": n, "above": m, "answers_at_most": round(most, 1)}
+        for band, (n, m, most) in enumerate(counts)
     ]
-    return margin, about
+    return round(MARGIN_STEP * steps, 2), about
 
 
 def similarity_limit(similarity: float, background: Background) -> float:
@@ -331,7 +337,7 @@ def screen(
     for start in range(0, n_rows, _BLOCK_ROWS):
         queries = problem.query_of_row[start : start + _BLOCK_ROWS]
         rows, scores = neighbors.rows[queries], neighbors.scores[queries]
-        open_, rank, n_forbidden = _open(problem, queries, rows, rules.window)
+        open_, rank, n_forbidden = _in_window(problem, queries, rows, rules.window)
         drops["forbidden"] += n_forbidden
         n_window += int(open_.sum())
         near = np.zeros_like(open_)
@@ -349,7 +355,7 @@ def screen(
     return Screened(Candidates(*left.columns()), presumed, drops, n_window)
 
 
-def _open(
+def _in_window(
     problem: Problem, queries: np.ndarray, rows: np.ndarray, window: tuple[int, int]
 ) -> tuple[np.ndarray, np.ndarray, int]:
     """Which of ``rows`` [b, k] are in the window, bool [b, k]; their ranks; and how many are forbidden."""

@@ -165,8 +165,7 @@ class ExactIndex:
 
     def _blocks(self, n: int, k: int) -> list[slice]:
         """The queries that go through the corpus together."""
-        size = min(_QUERY_BLOCK, max(1, _NEIGHBORS // k), -(-n // runtime.cpu_threads()))
-        size = _about(size, n)
+        size = min(_about(min(_QUERY_BLOCK, max(1, _NEIGHBORS // k)), n), -(-n // runtime.cpu_threads()))
         return [slice(start, start + size) for start in range(0, n, size)]
 
     def _screened(self, queries: np.ndarray, k: int, floor: float) -> "_Candidates":
@@ -379,7 +378,10 @@ class _Begun:
 
 
 def _about(size: int, n: int) -> int:
-    """What divides ``n`` into parts of much the same size, about ``size``: none of a few, which cost a whole pass."""
+    """What divides ``n`` into parts of much the same size, at most half as many again as ``size``.
+
+    A small part would cost a whole pass over the corpus, too.
+    """
     return -(-n // max(1, round(n / size))) if n else size
 
 

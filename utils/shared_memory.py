@@ -81,7 +81,7 @@ class SharedMemory:
         if self._rank != 0:
             own = np.empty(size[0], np.uint8)
         self.broadcast(own)
-        return _loaded(own)
+        return value if self._rank == 0 else _loaded(own)
 
     def _pass_on(self, own: np.ndarray) -> np.ndarray:
         """Write our bytes, and return all ranks' areas, uint8 [ranks, area], once the others have written theirs.
