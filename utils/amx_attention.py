@@ -3,8 +3,8 @@
 32 queries at a time go through all keys, 32 by 32. While the tiles make a block of scores, the vector unit takes the
 powers of the block before, so that no more of them is ever in memory than a core's first cache holds; sums over the
 values follow (after FlashAttention, Dao et al., 2022). A softmax takes its powers below the highest score; here that
-is looked for only where powers turn out too large or too small. Scores are added up in float32, and
-weights rounded to bfloat16 before they are summed up over the values.
+is looked for only where powers turn out too large or too small. Scores are added up in float32, and weights rounded
+to bfloat16 before they are summed up over the values.
 """
 
 from typing import NamedTuple

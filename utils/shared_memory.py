@@ -75,13 +75,15 @@ class SharedMemory:
 
     def broadcast_object(self, value):
         """Rank 0's value, on every rank."""
-        own = np.frombuffer(pickle.dumps(value if self._rank == 0 else None), np.uint8).copy()
+        own = np.frombuffer(pickle.dumps(value) if self._rank == 0 else b"", np.uint8)
         size = np.array([len(own)])
         self.broadcast(size)
-        if self._rank != 0:
-            own = np.empty(size[0], np.uint8)
-        self.broadcast(own)
-        return value if self._rank == 0 else _loaded(own)
+        if self._rank == 0:
+            self.broadcast(own)
+            return value
+        received = np.empty(size[0], np.uint8)
+        self.broadcast(received)
+        return _loaded(received)
 
     def _pass_on(self, own: np.ndarray) -> np.ndarray:
         """Write our bytes, and return all ranks' areas, uint8 [ranks, area], once the others have written theirs.
