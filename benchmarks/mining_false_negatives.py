@@ -30,11 +30,12 @@ runtime.prepare()
 
 import numpy as np  # noqa: E402
 
-from utils import negatives  # noqa: E402
+from utils import margins, negatives  # noqa: E402
 from utils.arguments import MiningArguments, build  # noqa: E402
 from utils.distributed import Ranks  # noqa: E402
 from utils.embedding import build_encoders, embed  # noqa: E402
 from utils.mining_inputs import Inputs  # noqa: E402
+from utils.mining_problem import Groups, Problem  # noqa: E402
 from utils.scores import Neighbors  # noqa: E402
 from utils.search import ExactIndex  # noqa: E402
 
@@ -101,21 +102,21 @@ def load(data: str, pool: str, n_passages: int) -> tuple[Inputs, list[set[int]]]
     return inputs, wrong
 
 
-def hide(inputs: Inputs) -> tuple[negatives.Groups, negatives.Groups, list[set[int]]]:
+def hide(inputs: Inputs) -> tuple[Groups, Groups, list[set[int]]]:
     """The positives and the forbidden passages if only each query's first positive were known, and the others."""
     first = [own[:1].tolist() for own in map(inputs.positives.__getitem__, range(len(inputs.queries)))]
     hidden = [set(inputs.positives[query].tolist()) - set(first[query]) for query in range(len(inputs.queries))]
     forbidden = [sorted(set(inputs.forbidden[query].tolist()) - hidden[query]) for query in range(len(inputs.queries))]
-    return negatives.Groups.of(first), negatives.Groups.of(forbidden), hidden
+    return Groups.of(first), Groups.of(forbidden), hidden
 
 
-def judge(problem: negatives.Problem, neighbors: Neighbors, wrong: list[set[int]]) -> None:
+def judge(problem: Problem, neighbors: Neighbors, wrong: list[set[int]]) -> None:
     """Print what every rule keeps of the passages that are wrong for a query."""
-    positives = negatives.positive_scores(problem)
-    measured, about = negatives.measure_background(problem, positives)
+    positives = problem.positive_scores()
+    measured, about = margins.measure_background(problem, positives)
     everyone = dataclasses.replace(problem, query_of_row=np.arange(len(problem.query_vectors)))
-    lowest = negatives.lowest_of_each(problem.positives, positives)
-    auto, _ = negatives.measure_margin(everyone, neighbors, lowest, negatives.Rules(), measured)
+    lowest = problem.positives.lowest(positives)
+    auto, _ = margins.measure_margin(everyone, neighbors, lowest, negatives.Rules().window[1], measured)
     print(f"{len(problem.query_of_row)} queries with {sum(map(len, wrong))} of them; background {about}")
     print(f"the margin measured: {auto}")
 
@@ -128,7 +129,7 @@ def judge(problem: negatives.Problem, neighbors: Neighbors, wrong: list[set[int]
 
     base = mine(window=(0, 10), parts=(("top", 2),))
     print(f"{'rule':<34} {'kept':>6} {'share':>7} {'of all':>7} {'short':>6} {'negatives':>10}")
-    raw = negatives.Background(0.0, 0.0, measured.spread)
+    raw = margins.Background(0.0, 0.0, measured.spread)
     rules = [
         (margin, similar, measured)
         for margin in (None, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4)
@@ -160,7 +161,7 @@ def main() -> None:
         concerned = np.array([query for query, passages_of_it in enumerate(wrong) if passages_of_it], np.int64)
         if len(concerned):
             print(name, end=": ")
-            judge(negatives.Problem(concerned, queries, passages, known, never, len(passages)), neighbors, wrong)
+            judge(Problem(concerned, queries, passages, known, never, len(passages)), neighbors, wrong)
 
 
 if __name__ == "__main__":

@@ -21,12 +21,13 @@ runtime.prepare()
 import numpy as np  # noqa: E402
 from compare import WARM_UP, serve  # noqa: E402
 
-from utils import negatives  # noqa: E402
+from utils import margins, negatives  # noqa: E402
 from utils.arguments import ModelArguments, build  # noqa: E402
 from utils.dedup import remove_near_duplicates  # noqa: E402
 from utils.distributed import Ranks  # noqa: E402
 from utils.embedding import build_encoders  # noqa: E402
 from utils.encoder import Encoder  # noqa: E402
+from utils.mining_problem import Groups, Problem  # noqa: E402
 from utils.search import ShardedIndex  # noqa: E402
 
 
@@ -71,7 +72,7 @@ def mine(queries: str, passages: str, positives: str, depth: int, wanted: int, o
     # As the script holds them.
     query_vectors, passage_vectors = np.load(queries, mmap_mode="r"), np.load(passages, mmap_mode="r")
     n, n_passages, dim = len(query_vectors), len(passage_vectors), query_vectors.shape[1]
-    own = negatives.Groups.of([[row] for row in np.load(positives).tolist()])
+    own = Groups.of([[row] for row in np.load(positives).tolist()])
     texts = [f"passage {row}" for row in range(n_passages)]
     # The rival's defaults: no margins, no near-copies looked for.
     rules = negatives.Rules(window=(0, depth), parts=(("top", wanted),))
@@ -80,9 +81,9 @@ def mine(queries: str, passages: str, positives: str, depth: int, wanted: int, o
     index = ShardedIndex.of(Ranks(), passage_vectors, n_passages, dim)
     found = index.search_all(query_vectors, n, min(depth + 1, n_passages))
     searched = time.perf_counter() - started
-    problem = negatives.Problem(np.arange(n), query_vectors, passage_vectors, own, own, n_passages)
-    scores = negatives.positive_scores(problem)
-    background, _ = negatives.measure_background(problem, scores)
+    problem = Problem(np.arange(n), query_vectors, passage_vectors, own, own, n_passages)
+    scores = problem.positive_scores()
+    background, _ = margins.measure_background(problem, scores)
     screened = negatives.screen(problem, found, scores, rules, background)
     np.save(output, found.rows)
     del found

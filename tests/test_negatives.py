@@ -6,17 +6,9 @@ import numpy as np
 import pytest
 
 from utils import negatives
-from utils.negatives import (
-    Background,
-    Groups,
-    Negative,
-    Problem,
-    Rules,
-    choose,
-    measure_background,
-    positive_scores,
-    screen,
-)
+from utils.margins import Background, measure_background
+from utils.mining_problem import Groups, Problem
+from utils.negatives import Negative, Rules, choose, screen
 from utils.scores import Neighbors, pair_scores
 from utils.search import ExactIndex
 
@@ -44,7 +36,7 @@ def neighbors_of(problem: Problem, depth: int) -> Neighbors:
 
 
 def mine(problem: Problem, rules: Rules, depth: int = 60, baseline: float | None = None):
-    positives = positive_scores(problem)
+    positives = problem.positive_scores()
     background, _ = measure_background(problem, positives)
     if baseline is not None:
         background = Background(baseline, baseline, background.spread)
@@ -170,97 +162,6 @@ def test_unlabelled_copies_of_positives_are_not_taken_by_default():
         assert not copies & {negative.row for negative in chosen}
 
 
-def test_a_margin_never_loosens_when_the_positive_is_below_the_background():
-    lowest = np.array([0.5, -0.5, 0.1])
-    limits = negatives.score_limit(lowest, Rules(relative_margin=0.2), Background(0.2, 0.3, 0.1))
-    assert (limits <= lowest).all()
-    assert limits[0] == pytest.approx(0.2 + 0.8 * 0.3)
-    assert (negatives.score_limit(lowest, Rules(relative_margin=0.0), Background(0.2, 0.3, 0.1)) == lowest).all()
-
-
-def answered_problem(n_answers: int, n_queries: int = 1000) -> tuple[Problem, list[set[int]]]:
-    """Queries with some answers, one of which is labelled by chance, and passages that come a little less near."""
-    rng = np.random.default_rng(n_answers)
-
-    def unit(values):
-        return (values / np.linalg.norm(values, axis=-1, keepdims=True)).astype(np.float32)
-
-    queries = unit(rng.standard_normal((n_queries, 64)))
-    levels = ((0.8, 0.1, n_answers), (0.5, 0.05, 20))
-    near = np.concatenate([rng.normal(mean, spread, (n_queries, n)) for mean, spread, n in levels], axis=1).clip(
-        0, 0.99
-    )
-    across = unit(rng.standard_normal((*near.shape, 64)))
-    passages = unit(near[..., None] * queries[:, None] + np.sqrt(1 - near**2)[..., None] * across).reshape(-1, 64)
-    answers = [set(range(first, first + n_answers)) for first in range(0, len(passages), near.shape[1])]
-    labelled = Groups.of([[int(rng.choice(sorted(own)))] for own in answers])
-    return Problem(np.arange(n_queries), queries, passages, labelled, labelled, len(passages)), answers
-
-
-def test_a_measured_margin_is_as_wide_as_unlabelled_answers_make_it():
-    margins = []
-    for n_answers in (1, 2, 5):
-        problem, answers = answered_problem(n_answers)
-        neighbors, scores = neighbors_of(problem, 25), positive_scores(problem)
-        lowest = negatives.lowest_of_each(problem.positives, scores)
-        background, _ = measure_background(problem, scores)
-        margin, about = negatives.measure_margin(problem, neighbors, lowest, Rules(window=(0, 20)), background)
-        margins.append(margin)
-        wrong, below, above = counted_one_by_one(problem, neighbors, lowest, background, answers, len(about))
-        assert [counted["below"] for counted in about] == below
-        assert [counted["above"] for counted in about] == above
-        answers_at_most = [counted["answers_at_most"] for counted in about]
-        assert all(own <= most for own, most in zip(wrong, answers_at_most, strict=True))
-        clear = [2 * most <= n for most, n in zip(answers_at_most, below, strict=True)]
-        steps = round(margin / negatives.MARGIN_STEP)
-        assert all(clear[steps:]) and (steps == 1 or not clear[steps - 1])
-    assert margins[0] <= margins[1] < margins[2]
-
-
-def counted_one_by_one(problem, neighbors, lowest, background, answers, n_bands) -> list[list[int]]:
-    """Unlabelled answers below the labelled one, all candidates below it, and all above, at each distance."""
-    wrong, below, above = [[0] * n_bands for _ in range(3)]
-    for query, own in enumerate(answers):
-        candidates = zip(neighbors.rows[query].tolist(), neighbors.scores[query].tolist(), strict=True)
-        for passage, score in [pair for pair in candidates if pair[0] not in problem.forbidden[query]][:20]:
-            distance = (score - lowest[query]) / (max(score, lowest[query]) - background.pairs)
-            band = int(abs(distance) // negatives.MARGIN_STEP)
-            if band < n_bands:
-                (above if distance > 0 else below)[band] += 1
-                wrong[band] += distance < 0 and passage in own
-    return [wrong, below, above]
-
-
-def measured(problem: Problem, depth: int = 25, window: tuple[int, int] = (0, 20)) -> float:
-    scores = positive_scores(problem)
-    lowest, (background, _) = negatives.lowest_of_each(problem.positives, scores), measure_background(problem, scores)
-    return negatives.measure_margin(problem, neighbors_of(problem, depth), lowest, Rules(window=window), background)[0]
-
-
-def test_a_margin_that_few_queries_can_tell_of_is_the_widest():
-    problem, _ = answered_problem(1)
-    few = replace(problem, query_of_row=np.repeat(np.arange(99), 20))
-    assert measured(problem) < measured(few) == negatives.WIDEST_MARGIN
-
-
-def test_rows_of_the_same_query_count_once_for_a_margin():
-    problem, _ = answered_problem(2)
-    scores = positive_scores(problem)
-    lowest, (background, _) = negatives.lowest_of_each(problem.positives, scores), measure_background(problem, scores)
-    counts = [
-        negatives.measure_margin(
-            replace(problem, query_of_row=rows), neighbors_of(problem, 25), lowest, Rules(window=(0, 20)), background
-        )
-        for rows in (np.arange(1000), np.repeat(np.arange(1000), 3)[::-1])
-    ]
-    assert counts[0] == counts[1]
-
-
-def test_a_window_that_ends_near_the_positive_does_not_widen_the_margin():
-    problem, _ = answered_problem(1)
-    assert measured(problem, depth=8, window=(0, 3)) == measured(problem, depth=4, window=(0, 1)) <= 0.1
-
-
 def test_strategies_differ_in_how_near_their_negatives_are():
     problem = make_problem(n_queries=200)
 
@@ -303,7 +204,7 @@ def test_a_vector_of_zeros_is_like_nothing():
     problem = replace(problem, passage_vectors=vectors, unit=False)
     assert not problem.cosines(np.arange(20), np.arange(20, 40)).any()
     np.testing.assert_allclose(problem.cosines(np.arange(20, 40), np.arange(20, 40)), 1)
-    _, about = measure_background(problem, positive_scores(problem))
+    _, about = measure_background(problem, problem.positive_scores())
     assert np.isfinite(list(about["passage_passage"].values())).all()
 
 
@@ -323,7 +224,7 @@ def test_passages_outside_the_pool_are_never_mined():
         problem.query_of_row, problem.query_vectors, problem.passage_vectors, problem.positives, problem.forbidden, 40
     )
     neighbors = ExactIndex(16, vectors=problem.passage_vectors[:40]).search(problem.query_vectors, 40)
-    positives = positive_scores(problem)
+    positives = problem.positive_scores()
     background, _ = measure_background(problem, positives)
     rules = Rules(parts=(("top", 30),), relative_margin=0.3, backfill=True)
     result = choose(problem, screen(problem, neighbors, positives, rules, background), rules, background)
@@ -353,7 +254,7 @@ def test_no_candidates_at_all():
     problem = Problem(
         np.arange(3), problem.query_vectors, problem.passage_vectors, problem.positives, problem.forbidden, 200
     )
-    positives = positive_scores(problem)
+    positives = problem.positive_scores()
     background, _ = measure_background(problem, positives)
     rules = Rules(positive_similarity=0.7, negative_similarity=0.9)
     result = choose(problem, screen(problem, nothing, positives, rules, background), rules, background)

@@ -9,15 +9,17 @@ from pathlib import Path
 
 import numpy as np
 
-from utils import candidates, engines, mining_formats, negatives, report, runtime
+from utils import candidates, engines, margins, mining_formats, negatives, report, runtime
 from utils.arguments import MiningArguments, text_values
 from utils.distributed import Ranks
 from utils.embedding import build_encoders, embed
 from utils.embedding_store import EmbeddingStore, derive, fingerprint
 from utils.faiss_search import FactoryIndex, check_factory
+from utils.margins import Background
 from utils.mining_formats import MinedRow
 from utils.mining_inputs import Inputs
-from utils.negatives import Background, MiningResult, Problem, Rules, Screened
+from utils.mining_problem import Problem
+from utils.negatives import MiningResult, Rules, Screened
 from utils.outputs import Outputs, write_rejected
 from utils.records import to_line
 from utils.reranker import Reranker, rerank
@@ -329,7 +331,7 @@ def _screen(
         inputs.n_candidates, given.normalize,
     )  # fmt: skip
     with run.stage("choose"), report.Progress("screen", len(inputs.query_of_row), "rows") as progress:
-        positives = negatives.positive_scores(problem)
+        positives = problem.positive_scores()
         background = _background(given, run, problem, positives)
         rules = _rules(given, run, problem, neighbors, positives, background)
         screened = negatives.screen(problem, neighbors, positives, rules, background, progress.update)
@@ -394,15 +396,15 @@ def _rules(
         backfill=given.short_rows == "backfill",
     )
     if given.relative_margin == "auto":
-        lowest = negatives.lowest_of_each(problem.positives, positives)
-        margin, counted = negatives.measure_margin(problem, neighbors, lowest, rules, background)
+        lowest = problem.positives.lowest(positives)
+        margin, counted = margins.measure_margin(problem, neighbors, lowest, rules.window[1], background)
         run.results["relative_margin"] = {"measured": margin, "counted": counted}
         return replace(rules, relative_margin=margin)
     return replace(rules, relative_margin=given.relative_margin)
 
 
 def _background(given: MiningArguments, run: report.RunReport, problem: Problem, positives: np.ndarray) -> Background:
-    background, about = negatives.measure_background(problem, positives)
+    background, about = margins.measure_background(problem, positives)
     run.results["background"] = about
     if given.score_baseline is not None:
         background = Background(given.score_baseline, given.score_baseline, background.spread)

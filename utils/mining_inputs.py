@@ -10,7 +10,7 @@ from utils import beir, candidates
 from utils.arguments import MiningArguments
 from utils.embedding_store import read_user_vectors
 from utils.mining_formats import answer_of
-from utils.negatives import Groups
+from utils.mining_problem import Groups
 from utils.records import Record, RecordError, Source, fold, parse_record
 
 # Under which keys a row may carry its own id.
