@@ -129,6 +129,27 @@ def test_merge_positives(job, rows):
     assert [row["id"] for row in merged] == result.kept_rows.tolist()
 
 
+def test_a_teachers_scores_stay_with_their_passages_when_positives_are_merged(tiny_model, tmp_path):
+    def merged(**of_the_removed):
+        rows = [
+            {
+                "query": "a card",
+                "pos_passage": ["p"],
+                "pos_scores": [0.9],
+                "neg_passage": ["n", "q"],
+                "neg_scores": [1, 2],
+            },
+            {"query": "a card", "pos_passage": ["p", "q"], **of_the_removed},
+        ]
+        source, output = write_jsonl(tmp_path / "in.json", rows), str(tmp_path / "out.json")
+        Clean_Query(tiny_model, input_data_path=source, output_data_path=output, merge_positives=True).clean()
+        return read_jsonl(output)[0]
+
+    united = {"query": "a card", "pos_passage": ["p", "q"], "neg_passage": ["n"], "neg_scores": [1]}
+    assert merged(pos_scores=[0.5, 0.7]) == united | {"pos_scores": [0.9, 0.7]}
+    assert merged() == merged(pos_scores=[0.5]) == united
+
+
 def test_leaks_are_removed_whatever_else_they_are(job, rows, tmp_path, tiny_model):
     reference = [{"query": f" {rows[3]['query']}  "}, {"query": "a new shirt where is"}]
     result = job(reference_data_path=write_jsonl(tmp_path / "dev.json", reference))

@@ -1,5 +1,6 @@
 """The cleaning job: rows in, near-duplicates out, every row accounted for."""
 
+import itertools
 import logging
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -365,25 +366,48 @@ def _good_lines(queries: _Queries) -> Iterator[tuple[int, RawLine]]:
     return enumerate(raw for raw in queries.source.raw_lines() if raw.number not in bad)
 
 
-def _positives_to_merge(queries: _Queries, removed: dict[int, Removed]) -> dict[int, list[str]]:
-    """For each kept row that gains any, the positives of the rows that were removed for it."""
-    gained: dict[int, list[str]] = {}
+def _positives_to_merge(queries: _Queries, removed: dict[int, Removed]) -> dict[int, dict[str, float | None]]:
+    """For each kept row that gains any, the positives of the rows that were removed for it, and a teacher's scores."""
+    gained: dict[int, dict[str, float | None]] = {}
     for row, raw in _good_lines(queries):
         reason = removed.get(row)
         if reason is not None and reason.reason != "leakage":
             record = parse_object(raw, queries.source.path)
-            gained.setdefault(reason.kept_row, []).extend(record.get(passages_key(record, "pos_passage"), []))
+            passages = record.get(passages_key(record, "pos_passage"), [])
+            scores = _scores(record, "pos_scores", len(passages)) or [None] * len(passages)
+            own = gained.setdefault(reason.kept_row, {})
+            for passage, score in zip(passages, scores, strict=True):
+                own.setdefault(passage, score)
     return gained
 
 
-def _with_positives(raw: RawLine, path: str, more: list[str]) -> bytes:
-    """The row with new positives, which are negatives no longer; the line as it was if none is new."""
+def _scores(row: dict, key: str, n: int) -> list | None:
+    """A teacher's scores of n passages, if there are so many."""
+    scores = row.get(key)
+    return scores if isinstance(scores, list) and len(scores) == n else None
+
+
+def _with_positives(raw: RawLine, path: str, more: dict[str, float | None]) -> bytes:
+    """The row with new positives, which are negatives no longer; the line as it was if none is new.
+
+    A teacher's scores go with their passages. Where one is unknown, the list would no longer fit, and is left out.
+    """
     row = parse_object(raw, path)
     key, negatives = passages_key(row, "pos_passage"), passages_key(row, "neg_passage")
-    new = list(dict.fromkeys(passage for passage in more if passage not in row.get(key, [])))
+    old = row.get(key, [])
+    new = {passage: score for passage, score in more.items() if passage not in old}
     if not new:
         return raw.content + b"\n"
-    row[key] = [*row.get(key, []), *new]
+    row[key] = [*old, *new]
+    scores = _scores(row, "pos_scores", len(old))
+    if scores is not None and None not in new.values():
+        row["pos_scores"] = [*scores, *new.values()]
+    else:
+        row.pop("pos_scores", None)
     if negatives in row:
-        row[negatives] = [passage for passage in row[negatives] if passage not in new]
+        stays = [passage not in new for passage in row[negatives]]
+        scores = _scores(row, "neg_scores", len(stays))
+        row[negatives] = list(itertools.compress(row[negatives], stays))
+        if scores is not None:
+            row["neg_scores"] = list(itertools.compress(scores, stays))
     return to_line(row)
