@@ -4,6 +4,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 _PASSAGE_KEYS = ("pos_passage", "pos", "neg_passage", "neg")
+# What a row says of the negatives that it had, and is not true of those that it gets.
+_OF_NEGATIVES = ("neg", "neg_scores", "neg_backfilled")
 
 
 class MinedRow(NamedTuple):
@@ -38,8 +40,10 @@ def answer_of(row: dict, key: str) -> str | None:
 
 
 def as_list(mined: MinedRow) -> dict:
-    """The row with its negatives, in place of those that it had, under FlagEmbedding's name too."""
-    return {key: value for key, value in mined.row.items() if key != "neg"} | {"neg_passage": mined.negatives}
+    """The row with its negatives, in place of those that it had, and of what was said of those."""
+    return {key: value for key, value in mined.row.items() if key not in _OF_NEGATIVES} | {
+        "neg_passage": mined.negatives
+    }
 
 
 def _list(mined: MinedRow, with_scores: bool) -> list[dict]:
@@ -48,7 +52,7 @@ def _list(mined: MinedRow, with_scores: bool) -> list[dict]:
 
 def _flagembedding(mined: MinedRow, with_scores: bool) -> list[dict]:
     known = {"query": mined.query, "pos": mined.positives, "neg": mined.negatives}
-    rest = {key: value for key, value in mined.row.items() if key not in ("query", *_PASSAGE_KEYS)}
+    rest = {key: value for key, value in mined.row.items() if key not in ("query", *_PASSAGE_KEYS, *_OF_NEGATIVES)}
     return [known | rest | _extras(mined, with_scores)]
 
 
