@@ -443,9 +443,10 @@ def _write(
     run.counts = _counts(inputs, screened, result, dropped, n_lines) | run.counts
     if run.counts["without_negatives"]:
         logger.warning(
-            "%d of %d rows have no negative at all: the nearest passages were all dropped as likely answers; a wider"
-            " range_for_sampling, a smaller relative_margin, or short_rows backfill or drop",
+            "%d of %d rows have no negative at all%s: the nearest passages were all dropped as likely answers; a wider"
+            " range_for_sampling, a smaller relative_margin, or short_rows backfill%s",
             run.counts["without_negatives"], run.counts["input"],
+            *((" and were dropped", "") if given.short_rows == "drop" else ("", " or drop")),
         )  # fmt: skip
     run.results["drops_by_reason"] = result.drops_by_reason
     found = result.negatives

@@ -64,6 +64,7 @@ class Inputs:
         self = cls(given)
         self._source: Source | None = None
         self._beir_rows: list[Record] = []
+        self._query_of_id: dict[str, str] = {}
         if given.candidate_pool_only:
             self._read_pool()
             self.n_candidates = len(self.passages)
@@ -102,10 +103,28 @@ class Inputs:
         return number
 
     def _jsonl(self) -> Iterator[Record]:
-        self._source = Source(self.given.input_data_path, ("query", "pos_passage"), self.given.on_bad_row)
+        given = self.given
+        self._source = Source(given.input_data_path, ("query", "pos_passage"), given.on_bad_row, self._check)
         yield from self._source
         self.n_rows, self.n_rejected_rows = self._source.n_rows, len(self._source.rejected)
         self.rejected += self._source.rejected
+
+    def _check(self, record: Record) -> None:
+        """What this run needs of a row besides its query and its passages."""
+        given = self.given
+        if given.output_format == "context_qa" and answer_of(record.row, given.answer_key) is None:
+            raise RecordError(
+                given.input_data_path, record.line,
+                f'no "{given.answer_key}"; output_format context_qa expects a non-empty string, or a list of them',
+            )  # fmt: skip
+        own_id = _own_id(record.row, _QUERY_IDS)
+        if not given.run_path or own_id is None:
+            return
+        if self._query_of_id.setdefault(own_id, record.query) != record.query:
+            raise RecordError(
+                given.input_data_path, record.line,
+                f"id {own_id!r} is also that of another query; run_path expects each query's own",
+            )  # fmt: skip
 
     def _beir(self) -> Iterator[Record]:
         """The judged queries of a BEIR folder as rows; its corpus becomes passages."""
@@ -155,23 +174,14 @@ class Inputs:
         query_number: dict[str, int] = {}
         query_of_row = []
         positives_of: list[list[int]] = []
-        given = self.given
         for record in records:
-            if given.output_format == "context_qa" and answer_of(record.row, given.answer_key) is None:
-                raise RecordError(
-                    given.input_data_path, record.line,
-                    f'no "{given.answer_key}"; output_format context_qa expects a non-empty string, or a list of them',
-                )  # fmt: skip
             number = query_number.setdefault(record.query, len(positives_of))
             if number == len(positives_of):
                 positives_of.append([])
             positives_of[number] += [self._number(text) for text in record.pos_passage]
             own_id = _own_id(record.row, _QUERY_IDS)
-            if own_id is not None and self.query_ids.setdefault(own_id, number) != number and given.run_path:
-                raise RecordError(
-                    given.input_data_path, record.line,
-                    f"id {own_id!r} is also that of another query; run_path expects each query's own",
-                )  # fmt: skip
+            if own_id is not None:
+                self.query_ids.setdefault(own_id, number)
             query_of_row.append(number)
             self.n_with_negatives += bool(record.neg_passage)
         self.queries = list(query_number)
@@ -221,14 +231,14 @@ class Inputs:
         self.positives, self.forbidden = Groups.of(positives), Groups.of(forbidden)
 
     def _number_the_rest(self) -> None:
-        """Ids for what has none of its own: its number, counted from 0."""
+        """Ids for what has none of its own: its number, counted from 0; or ``row-`` and that, if another has it."""
         if not (self.given.run_path or self.given.write_corpus):
             return
         for ids, n in ((self.query_ids, len(self.queries)), (self.passage_ids, len(self.passages))):
             named = set(ids.values())
             for number in range(n):
                 if number not in named:
-                    ids.setdefault(str(number), number)
+                    ids[_free_id(ids, number)] = number
 
     def _read_vectors(self) -> None:
         given = self.given
@@ -248,6 +258,13 @@ class Inputs:
             rows = np.flatnonzero(~np.isin(good, bad))
         _, first = np.unique(self.query_of_row, return_index=True)
         self.query_vectors, self.passage_vectors = by_row[rows[first]], passages
+
+
+def _free_id(ids: dict[str, int], number: int) -> str:
+    name = str(number)
+    while name in ids:
+        name = f"row-{name}"
+    return name
 
 
 def _own_id(row: dict, keys: tuple[str, ...]) -> str | None:

@@ -64,6 +64,7 @@ class Source:
         path: the file.
         require: the keys that each row must have, filled.
         on_bad_row: ``"error"`` raises at the first bad row, ``"skip"`` collects it in ``rejected``.
+        check: raises a RecordError if a row is bad for another reason than its form.
 
     After a full pass ``n_rows`` counts the rows (blank lines are not rows), ``rejected`` holds the bad
     ones and ``digest`` the SHA-256 of the content, so that a second pass can tell that the file is
@@ -73,6 +74,7 @@ class Source:
     path: str
     require: tuple[str, ...] = ("query",)
     on_bad_row: str = "error"
+    check: Callable[[Record], None] = lambda record: None
     n_rows: int = 0
     digest: str = ""
     rejected: list[RecordError] = field(default_factory=list)
@@ -85,6 +87,7 @@ class Source:
             n_rows += 1
             try:
                 record = parse_record(raw, self.path, self.require)
+                self.check(record)
             except RecordError as error:
                 if self.on_bad_row != "skip":
                     raise
