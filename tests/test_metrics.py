@@ -87,6 +87,12 @@ def test_equals_the_slow_loop(seed):
             assert values[i, column] == pytest.approx(slowly(ranking, grades, name), abs=1e-12), (name, i)
 
 
+@pytest.mark.parametrize("n", range(1, 12))
+def test_a_perfect_ranking_scores_no_more_than_1(n):
+    relevance = Relevance.of_hits(np.arange(10)[None] < n, np.array([n]), 10)
+    assert metrics.ndcg(relevance, 10).tolist() == [1.0]
+
+
 def test_binary_hits():
     hits = np.array([[True, False], [False, False]])
     relevance = Relevance.of_hits(hits, np.array([2, 1]), 5)

@@ -359,7 +359,7 @@ class TrainArguments:
         above=0.0, at_most=1000.0,
     )  # fmt: skip
     dev_dataset_path: str | None = option(None, "the dev rows; default: dev.json in the first folder that has one")
-    dev_corpus_path: str | None = option(None, "more passages for the dev corpus, in the rows' neg_passage")
+    dev_corpus_path: str | None = option(None, "more passages for the dev corpus: rows of neg_passage, or of text")
     on_bad_row: str = option(
         "error", "error: stop at the first bad row; skip: leave bad rows out and count them", choices=("error", "skip")
     )

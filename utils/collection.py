@@ -149,7 +149,7 @@ def _read_rows(given: EvaluateArguments) -> Collection:
         n_read += 1
 
     if given.corpus_path is not None:
-        for text in _read_corpus_file(given.corpus_path, rejected if given.on_bad_row == "skip" else None):
+        for text in read_corpus_file(given.corpus_path, rejected if given.on_bad_row == "skip" else None):
             add(text)
     queries: dict[str, int] = {}
     query_rows: list[int] = []
@@ -198,7 +198,7 @@ def _read_rows(given: EvaluateArguments) -> Collection:
     )
 
 
-def _read_corpus_file(path: str, rejected: list[RecordError] | None) -> Iterator[str]:
+def read_corpus_file(path: str, rejected: list[RecordError] | None) -> Iterator[str]:
     """Passages of rows with ``neg_passage``, or with ``text`` and perhaps ``title``."""
     n_rows = n_good = 0
     for raw in read_lines(path):

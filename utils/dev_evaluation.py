@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from utils import engines, metrics
+from utils.collection import read_corpus_file
 from utils.distributed import Ranks
 from utils.encoder import TextEncoder
 from utils.records import Source
@@ -55,9 +56,8 @@ class DevSet:
             for text in record.neg_passage:
                 number(text)
         if corpus_path is not None:
-            for record in Source(corpus_path, (), on_bad_row):
-                for text in (*record.pos_passage, *record.neg_passage):
-                    number(text)
+            for text in read_corpus_file(corpus_path, [] if on_bad_row == "skip" else None):
+                number(text)
         return dev
 
     def evaluate(self, encoders: tuple[TextEncoder, TextEncoder], ranks: Ranks) -> dict[str, float]:

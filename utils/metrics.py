@@ -93,7 +93,9 @@ def ndcg(relevance: Relevance, k: int) -> np.ndarray:
     ``ndcg_cut_k``: the ideal ranking holds all judged passages, and grades below 0 gain nothing.
     """
     found, best = (_dcg(grades[:, :k]) for grades in (relevance.grades, relevance.ideal))
-    return np.divide(found, best, out=np.zeros_like(found), where=best > 0)
+    shares = np.divide(found, best, out=np.zeros_like(found), where=best > 0)
+    # Both sums of a perfect ranking are the same numbers, but not added in the same order.
+    return np.minimum(shares, 1.0)
 
 
 FORMULAE: dict[str, Callable[[Relevance, int], np.ndarray]] = {
