@@ -96,9 +96,9 @@ def test_gradients_equal_those_spelt_out(width, t):
     values[:, : heads * width] *= (width**-0.5) / np.log(2)
     qkv = matmul.to_bfloat16(values)
     outer = matmul.to_bfloat16(rng.standard_normal((t, heads * width)).astype(np.float32))
-    results = [np.full(outer.shape, np.nan, np.float32) for _ in range(3)]
-    amx_attention_gradients.attention_backward(qkv, outer, heads, results)
-    for found, gradient in zip(results, expected_gradients(qkv, outer, heads), strict=True):
+    result = np.full(qkv.shape, np.nan, np.float32)
+    amx_attention_gradients.attention_backward(qkv, outer, heads, result)
+    for found, gradient in zip(np.split(result, 3, axis=1), expected_gradients(qkv, outer, heads), strict=True):
         # Two roundings to bfloat16, of 2**-9 of a value each at most, and what the powers add.
         scale = np.sqrt((gradient**2).mean()) if t > 1 else 1.0
         assert np.sqrt(((found - gradient) ** 2).mean()) <= 0.004 * scale
@@ -109,6 +109,6 @@ def test_gradients_of_what_is_no_number_are_none():
     qkv = matmul.to_bfloat16(np.random.default_rng(0).standard_normal((8, 96)).astype(np.float32))
     outer = matmul.to_bfloat16(np.random.default_rng(1).standard_normal((8, 32)).astype(np.float32))
     outer[3, 2] = NAN
-    results = [np.zeros((8, 32), np.float32) for _ in range(3)]
-    amx_attention_gradients.attention_backward(qkv, outer, 1, results)
-    assert all(np.isnan(result).any() for result in results)
+    result = np.zeros((8, 96), np.float32)
+    amx_attention_gradients.attention_backward(qkv, outer, 1, result)
+    assert all(np.isnan(part).any() for part in np.split(result, 3, axis=1))

@@ -192,26 +192,20 @@ def test_the_cpu_attention_is_the_textbooks(share, size, monkeypatch):
     monkeypatch.setattr(cpu_layers, "_SCORES", 200)  # so that some texts are cut by heads and some are not
     lengths, heads, width = [7, 1, 13, 4], 4, 6
     paddle.seed(1)
-    inputs = [paddle.randn([sum(lengths), heads * width]) * size for _ in range(3)]
-    inputs += [paddle.randn([heads * width]) for _ in range(3)]
+    inputs = [paddle.randn([sum(lengths), 3 * heads * width]) * size, paddle.randn([3 * heads * width])]
     drop = cpu_layers.Drop(share, [5])
 
-    def textbook(*tensors):
+    def textbook(qkv, bias):
         rows = []
         for text, start in enumerate(np.cumsum([0, *lengths[:-1]])):
             t = lengths[text]
-            query, key, value = (
-                (product[start : start + t] + bias).reshape([t, heads, width]).transpose([1, 0, 2])
-                for product, bias in zip(tensors[:3], tensors[3:], strict=True)
-            )
+            query, key, value = (qkv[start : start + t] + bias).reshape([t, 3, heads, width]).transpose([1, 2, 0, 3])
             weights = functional.softmax(paddle.matmul(query, key, transpose_y=True) * width**-0.5)
             weights = weights * dropped_by([heads * t, t], drop.settled(text)).reshape([heads, t, t])
             rows.append(paddle.matmul(weights, value).transpose([1, 0, 2]).reshape([t, heads * width]))
         return paddle.concat(rows)
 
-    both_ways(
-        inputs, lambda *t: cpu_layers.attention(t[:3], t[3:], lengths, heads, drop), textbook, 1e-5 * size**2
-    )  # fmt: skip
+    both_ways(inputs, lambda *t: cpu_layers.attention(*t, lengths, heads, drop), textbook, 1e-5 * size**2)
 
 
 def test_the_rounded_attention_is_nearly_the_other():
@@ -223,20 +217,22 @@ def test_the_rounded_attention_is_nearly_the_other():
         pytest.skip("this processor has no AMX")
     paddle.seed(2)
     lengths, heads = [7, 40, 1, 70], 3
-    inputs = [paddle.randn([sum(lengths), heads * 32]) for _ in range(3)] + [paddle.randn([heads * 32])] * 3
-    outer, found = paddle.randn(inputs[0].shape), []
+    width = heads * 32
+    inputs = [paddle.randn([sum(lengths), 3 * width]), paddle.randn([width]).tile([3])]
+    outer, found = paddle.randn([sum(lengths), width]), []
     for bfloat16 in (False, True):
         tensors = [tensor.clone().detach() for tensor in inputs]
         for tensor in tensors:
             tensor.stop_gradient = False
-        result = cpu_layers.attention(tensors[:3], tensors[3:], lengths, heads, bfloat16=bfloat16)
+        result = cpu_layers.attention(*tensors, lengths, heads, bfloat16=bfloat16)
         (result * outer).sum().backward()
-        found.append([result.numpy(), *(tensor.grad.numpy() for tensor in tensors)])
+        gradients = (tensor.grad.numpy() for tensor in tensors)
+        found.append([result.numpy(), *(part for own in gradients for part in np.split(own, 3, axis=-1))])
     key_bias = 5  # added to every score of a row alike, it changes nothing: its gradient is 0 but for rounding
     for number, (exact, rounded) in enumerate(zip(*found, strict=True)):
         assert 0 < np.linalg.norm(rounded - exact) <= (1.0 if number == key_bias else 0.01 * np.linalg.norm(exact))
-    dropped = cpu_layers.attention(inputs[:3], inputs[3:], lengths, heads, cpu_layers.Drop(0.5, [1]), bfloat16=True)
-    same = cpu_layers.attention(inputs[:3], inputs[3:], lengths, heads, cpu_layers.Drop(0.5, [1]))
+    dropped = cpu_layers.attention(*inputs, lengths, heads, cpu_layers.Drop(0.5, [1]), bfloat16=True)
+    same = cpu_layers.attention(*inputs, lengths, heads, cpu_layers.Drop(0.5, [1]))
     np.testing.assert_array_equal(dropped.numpy(), same.numpy())
 
 
@@ -303,7 +299,7 @@ def test_nan_comes_through_the_cpu_layers():
     gain = paddle.ones([8])
     assert np.isnan(cpu_layers.gelu(x).numpy()).sum() == 1
     assert np.isnan(cpu_layers.add_norm(x, x, None, gain, gain, 1e-5, cpu_layers.Drop()).numpy()).any(axis=1).sum() == 1
-    assert np.isnan(cpu_layers.attention([x] * 3, [None] * 3, [4, 2], 2).numpy()[2]).any()
+    assert np.isnan(cpu_layers.attention(paddle.concat([x] * 3, axis=1), None, [4, 2], 2).numpy()[2]).any()
 
 
 def test_padded_batches_are_packed_ones(tiny_model, monkeypatch):

@@ -21,13 +21,13 @@ _LOG_2 = np.float32(np.log(2))
 _inlined = inlined(MATHS)
 
 
-def attention_backward(qkv: np.ndarray, d_context: np.ndarray, heads: int, results: list[np.ndarray]) -> None:
-    """The gradients of ``amx_attention.attention`` of one text without padding.
+def attention_backward(qkv: np.ndarray, d_context: np.ndarray, heads: int, d_qkv: np.ndarray) -> None:
+    """The gradient of ``amx_attention.attention`` of one text without padding.
 
     Args:
         qkv: uint16 (bfloat16) [t, 3 * heads * width], as for the attention: its scores are logarithms to base 2.
         d_context: uint16 (bfloat16) [t, heads * width], the gradient of what came out.
-        results: float32 [t, heads * width] each, filled in: the gradients of queries, before they were scaled by
+        d_qkv: float32 [t, 3 * heads * width], filled in: the gradients of queries, before they were scaled by
             1 / (log 2 * sqrt(width)), of keys, and of values.
     """
     t, own = len(qkv), d_context.shape[1] // heads
@@ -46,7 +46,7 @@ def attention_backward(qkv: np.ndarray, d_context: np.ndarray, heads: int, resul
         np.empty((2, widest), np.float32),
         np.empty(QUERIES, np.float32),
     )
-    _backward(amx.WHOLE_TILES, qkv, d_context, heads, scratch, *results)
+    _backward(amx.WHOLE_TILES, qkv, d_context, heads, scratch, d_qkv)
 
 
 class _Scratch(NamedTuple):
@@ -74,7 +74,7 @@ class _Scratch(NamedTuple):
 
 
 @compiled(MATHS, makes_arrays=False)
-def _backward(whole_tiles, qkv, d_context, heads, scratch, d_query, d_key, d_value):
+def _backward(whole_tiles, qkv, d_context, heads, scratch, d_qkv):
     length, width = d_context.shape
     own = width // heads
     padded = -(-length // ALIGNED) * ALIGNED
@@ -113,7 +113,7 @@ def _backward(whole_tiles, qkv, d_context, heads, scratch, d_query, d_key, d_val
                 d_scores.ctypes.data, d_scores.strides[0], scratch.along, padded // 32, own // 32, scratch.result
             )
             for i in range(n):
-                to, result = d_query[first + i, query : query + own], scratch.result[i]
+                to, result = d_qkv[first + i, query : query + own], scratch.result[i]
                 for j in range(own):
                     to[j] = result[j] * scale
             for which in range(2):
@@ -126,8 +126,8 @@ def _backward(whole_tiles, qkv, d_context, heads, scratch, d_query, d_key, d_val
                     at_left = transposed[32 * part, first:].ctypes.data
                     at_sums = scratch.sums[which, 32 * part].ctypes.data
                     _accumulate(at_left, transposed.strides[0], packed, padded // 32, at_sums, scratch.sums.strides[1])
-        _transpose_back(scratch.sums[0], _LOG_2, length, query, d_key)
-        _transpose_back(scratch.sums[1], _F(1.0), length, query, d_value)
+        _transpose_back(scratch.sums[0], _LOG_2, length, key, d_qkv)
+        _transpose_back(scratch.sums[1], _F(1.0), length, value, d_qkv)
     amx.release()
 
 

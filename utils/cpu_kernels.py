@@ -229,58 +229,59 @@ def _put(result, scale, column, rows):
 
 
 @_inlined
-def _attention_weights(query, key, value, biases, scale, head, settled, q, k, v, weights, dropped):
+def _attention_weights(qkv, bias, scale, head, settled, q, k, v, weights, dropped):
     """A head's queries, keys and values, and its attention weights before and after dropout."""
-    t, width = q.shape
-    _take(query, biases[0], scale, head * width, q)
-    _take(key, biases[1], _F(1.0), head * width, k)
-    _take(value, biases[2], _F(1.0), head * width, v)
+    (t, width), columns = q.shape, qkv.shape[1] // 3
+    _take(qkv, bias, scale, head * width, q)
+    _take(qkv, bias, _F(1.0), columns + head * width, k)
+    _take(qkv, bias, _F(1.0), 2 * columns + head * width, v)
     np.dot(q, k.T, weights)
     _softmax(weights, head * t, settled[0], settled[1], settled[2], dropped)
 
 
 @_compiled
-def attention(query, key, value, biases, width, heads, settled, result):
+def attention(qkv, bias, width, heads, settled, result):
     """Attention within one text, for the heads from ``heads[0]`` to before ``heads[1]``.
 
     Args:
-        query, key, value, result: [t, all heads * width].
-        biases: [3, all heads * width], added to the first three.
+        qkv: [t, 3 * all heads * width], queries, keys and values beside each other.
+        bias: [3 * all heads * width], added to every row.
+        result: [t, all heads * width].
         settled: key, threshold and upscale of the dropout of the weights.
     """
-    t = len(query)
+    t = len(qkv)
     scale, one = _F(1.0) / np.sqrt(_F(width)), _F(1.0)
     q, k, v, own = _empty(t, width), _empty(t, width), _empty(t, width), _empty(t, width)
     weights = _empty(t, t)
     dropped = _empty(t, t) if settled[1] > _U(0) else weights
     for head in range(heads[0], heads[1]):
         column = head * width
-        _attention_weights(query, key, value, biases, scale, head, settled, q, k, v, weights, dropped)
+        _attention_weights(qkv, bias, scale, head, settled, q, k, v, weights, dropped)
         np.dot(dropped, v, own)
         _put(own, one, column, result)
 
 
 @_compiled
-def attention_backward(query, key, value, biases, width, heads, settled, gradient, d_query, d_key, d_value):
-    """The gradients of ``attention``'s first three arguments, given that of its result."""
-    t = len(query)
+def attention_backward(qkv, bias, width, heads, settled, gradient, d_qkv):
+    """The gradient of ``attention``'s first argument, given that of its result."""
+    t, columns = gradient.shape
     scale, one = _F(1.0) / np.sqrt(_F(width)), _F(1.0)
-    no_bias = np.zeros(query.shape[1], np.float32)
+    no_bias = np.zeros(columns, np.float32)
     q, k, v, d_result, own = _empty(t, width), _empty(t, width), _empty(t, width), _empty(t, width), _empty(t, width)
     weights, d_weights = _empty(t, t), _empty(t, t)
     dropped = _empty(t, t) if settled[1] > _U(0) else weights
     for head in range(heads[0], heads[1]):
         column = head * width
-        _attention_weights(query, key, value, biases, scale, head, settled, q, k, v, weights, dropped)
+        _attention_weights(qkv, bias, scale, head, settled, q, k, v, weights, dropped)
         _take(gradient, no_bias, one, column, d_result)
         np.dot(dropped.T, d_result, own)
-        _put(own, one, column, d_value)
+        _put(own, one, 2 * columns + column, d_qkv)
         np.dot(d_result, v.T, d_weights)
         _softmax_backward(weights, head * t, settled[0], settled[1], settled[2], d_weights)
         np.dot(d_weights, k, own)
-        _put(own, scale, column, d_query)
+        _put(own, scale, column, d_qkv)
         np.dot(d_weights.T, q, own)
-        _put(own, one, column, d_key)
+        _put(own, one, columns + column, d_qkv)
 
 
 @_inlined

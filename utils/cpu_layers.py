@@ -70,8 +70,8 @@ def add_norm(
 
 
 def attention(
-    products: Sequence["Tensor"],
-    biases: Sequence["Tensor | None"],
+    qkv: "Tensor",
+    bias: "Tensor | None",
     lengths: Sequence[int],
     heads: int,
     drop: Drop | None = None,
@@ -80,9 +80,9 @@ def attention(
     """Softmax attention of each text within itself (Vaswani et al., 2017).
 
     Args:
-        products: queries, keys and values before their biases, float32 [tokens, heads * width], the texts one
-            after another.
-        biases: [heads * width] or None, of each.
+        qkv: queries, keys and values beside each other, float32 [tokens, 3 * heads * width], the texts one after
+            another.
+        bias: [3 * heads * width], still to be added to each token's, or None.
         lengths: tokens of each text.
         drop: of the attention weights.
         bfloat16: round what is multiplied, where the processor has AMX and nothing is dropped.
@@ -90,7 +90,7 @@ def attention(
     Returns:
         float32 [tokens, heads * width].
     """
-    return _layers().Attention.apply(*products, *biases, list(lengths), heads, drop or Drop(), bfloat16)
+    return _layers().Attention.apply(qkv, bias, list(lengths), heads, drop or Drop(), bfloat16)
 
 
 def _in_blocks(n: int, work: Callable[..., None], sums: np.ndarray | None = None) -> None:
@@ -150,8 +150,8 @@ def _product_over_rows(left: np.ndarray, right: np.ndarray) -> np.ndarray:
 class _Attention:
     """One call of ``attention``: its inputs as arrays, and the work on each piece."""
 
-    products: list[np.ndarray]
-    biases: np.ndarray  # [3, heads * width]
+    qkv: np.ndarray
+    bias: np.ndarray
     lengths: list[int]
     heads: int
     drop: Drop
@@ -160,28 +160,28 @@ class _Attention:
         """The attention's output."""
         from utils import cpu_kernels
 
-        result = np.empty_like(self.products[0])
-        self._in_pieces(lambda cut, *text: cpu_kernels.attention(*map(cut, self.products), *text, cut(result)))
+        result = np.empty((len(self.qkv), self.qkv.shape[1] // 3), np.float32)
+        self._in_pieces(lambda cut, *text: cpu_kernels.attention(cut(self.qkv), *text, cut(result)))
         return result
 
-    def backward(self, gradient: np.ndarray) -> list[np.ndarray]:
-        """The gradients of the three products, given that of the output."""
+    def backward(self, gradient: np.ndarray) -> np.ndarray:
+        """The gradient of ``qkv``, given that of the output."""
         from utils import cpu_kernels
 
-        results = [np.empty_like(product) for product in self.products]
+        result = np.empty_like(self.qkv)
 
         def work(cut: Callable, *text) -> None:
-            cpu_kernels.attention_backward(*map(cut, self.products), *text, cut(gradient), *map(cut, results))
+            cpu_kernels.attention_backward(cut(self.qkv), *text, cut(gradient), cut(result))
 
         self._in_pieces(work)
-        return results
+        return result
 
     def _in_pieces(self, work: Callable[..., None]) -> None:
         """``work`` of each text and some heads, the longest texts first: what cuts arrays down to the text, and
         the kernels' arguments.
         """
         starts = np.cumsum([0, *self.lengths])
-        width = self.products[0].shape[1] // self.heads
+        width = self.qkv.shape[1] // (3 * self.heads)
         pieces = []
         for text in np.argsort(self.lengths, kind="stable")[::-1].tolist():
             step = max(1, min(self.heads, _SCORES // self.lengths[text] ** 2))
@@ -190,7 +190,7 @@ class _Attention:
         def piece(number: int) -> None:
             text, heads = pieces[number]
             tokens = slice(starts[text], starts[text + 1])
-            work(lambda array: array[tokens], self.biases, width, heads, self.drop.settled(text))
+            work(lambda array: array[tokens], self.bias, width, heads, self.drop.settled(text))
 
         in_threads(piece, range(len(pieces)))
 
@@ -203,41 +203,40 @@ class _RoundedAttention(_Attention):
         """The attention's output."""
         from utils import amx_attention
 
-        n, width = self.products[0].shape
-        self._qkv, context = matmul.empty((n, 3 * width), np.uint16), matmul.empty((n, width), np.uint16)
+        n, width = len(self.qkv), self.qkv.shape[1] // 3
+        self._rounded, context = matmul.empty(self.qkv.shape, np.uint16), matmul.empty((n, width), np.uint16)
         result = matmul.empty((n, width), np.float32)
         # The kernel takes powers of 2.
-        scales = np.float32((width // self.heads) ** -0.5 / np.log(2)), np.float32(1), np.float32(1)
+        scale = np.float32((width // self.heads) ** -0.5 / np.log(2))
 
         def round_rows(rows: slice) -> None:
-            for part, (product, bias, scale) in enumerate(zip(self.products, self.biases, scales, strict=True)):
-                own = (product[rows] + bias) * scale
-                self._qkv[rows, part * width : (part + 1) * width] = matmul.to_bfloat16(own)
+            own = self.qkv[rows] + self.bias
+            own[:, :width] *= scale
+            matmul.to_bfloat16(own, self._rounded[rows])
 
         def attend(tokens: slice) -> None:
-            own = self._qkv[tokens]
+            own = self._rounded[tokens]
             amx_attention.attention(own[None], np.array([len(own)]), self.heads, context[tokens][None])
             result.view(np.uint32)[tokens] = context[tokens].astype(np.uint32) << 16
 
         _in_blocks(n, round_rows)
         self._in_texts(attend)
-        self.products = []  # the backward pass needs only what they were rounded to
+        self.qkv = self.qkv[:0]  # the backward pass needs only what it was rounded to
         return result
 
-    def backward(self, gradient: np.ndarray) -> list[np.ndarray]:
-        """The gradients of the three products, given that of the output."""
+    def backward(self, gradient: np.ndarray) -> np.ndarray:
+        """The gradient of ``qkv``, given that of the output."""
         from utils import amx_attention_gradients
 
-        rounded = matmul.empty(gradient.shape, np.uint16)
-        results = [matmul.empty(gradient.shape, np.float32) for _ in range(3)]
+        rounded, result = matmul.empty(gradient.shape, np.uint16), matmul.empty(self._rounded.shape, np.float32)
 
         def work(tokens: slice) -> None:
-            own = [result[tokens] for result in results]
-            amx_attention_gradients.attention_backward(self._qkv[tokens], rounded[tokens], self.heads, own)
+            own = self._rounded[tokens], rounded[tokens]
+            amx_attention_gradients.attention_backward(*own, self.heads, result[tokens])
 
         _in_blocks(len(gradient), lambda rows: matmul.to_bfloat16(gradient[rows], rounded[rows]))
         self._in_texts(work)
-        return results
+        return result
 
     def _in_texts(self, work: Callable[[slice], None]) -> None:
         """``work`` of each text's tokens, the longest texts first."""
@@ -377,23 +376,18 @@ def _layers():
 
         class Attention(PyLayer):
             @staticmethod
-            def forward(ctx, query, key, value, query_bias, key_bias, value_bias, lengths, heads, drop, bfloat16):
-                tensors = (query, key, value), (query_bias, key_bias, value_bias)
-                ctx.needed = _needed(*tensors[0], *tensors[1])
-                biases = np.stack([bias_of(bias, query.shape[1]) for bias in tensors[1]])
-                rounds = bfloat16 and _can_round(query.shape[1] // heads, drop)
+            def forward(ctx, qkv, bias, lengths, heads, drop, bfloat16):
+                ctx.needed = _needed(qkv, bias)
+                rounds = bfloat16 and _can_round(qkv.shape[1] // (3 * heads), drop)
                 kind = _RoundedAttention if rounds else _Attention
-                ctx.call = kind([_array(tensor) for tensor in tensors[0]], biases, lengths, heads, drop)
+                ctx.call = kind(_array(qkv), bias_of(bias, qkv.shape[1]), lengths, heads, drop)
                 return _tensor(ctx.call.forward())
 
             @staticmethod
             def backward(ctx, gradient):
-                products = ctx.call.backward(_array(gradient))
-                biases = [np.zeros(product.shape[1], np.float32) for product in products]
-                for product, bias in zip(products, biases, strict=True):
-                    _in_blocks(
-                        len(product), lambda rows, sums, of=product: cpu_kernels.add_columns(of[rows], sums), bias
-                    )
-                return _gradients([*products, *biases], ctx.needed)
+                d_qkv = ctx.call.backward(_array(gradient))
+                d_bias = np.zeros(d_qkv.shape[1], np.float32)
+                _in_blocks(len(d_qkv), lambda rows, sums: cpu_kernels.add_columns(d_qkv[rows], sums), d_bias)
+                return _gradients((d_qkv, d_bias), ctx.needed)
 
     return Layers

@@ -251,11 +251,12 @@ class _Padded:
         """The layer of x, and its bias if that is still to be added."""
         return layer(x), None
 
-    def attention(self, products: list["Product"], heads: int, drop: Drop) -> "Tensor":
-        """Attention within each text, of queries, keys and values."""
+    def attention(self, projections: list["nn.Layer"], x: "Tensor", heads: int, drop: Drop) -> "Tensor":
+        """Attention within each text, of the queries, keys and values that three layers make of x."""
         import paddle
         import paddle.nn.functional as functional
 
+        products = [self.product(layer, x) for layer in projections]
         b, t, width = products[0][0].shape
         query, key, value = (
             y.reshape([b, t, heads, width // heads]).transpose([0, 2, 1, 3]) for y, _ in products
@@ -296,12 +297,24 @@ class _Packed:
         import paddle
 
         if type(layer) is paddle.nn.Linear:
-            multiply = cpu_layers.linear if self._bfloat16 else paddle.matmul
-            return multiply(x, layer.weight), layer.bias
+            return self._multiply(x, layer.weight), layer.bias
         return layer(x), None
 
-    def attention(self, products: list["Product"], heads: int, drop: Drop) -> "Tensor":
-        return cpu_layers.attention(*zip(*products, strict=True), self._lengths, heads, drop, self._bfloat16)
+    def _multiply(self, x: "Tensor", weight: "Tensor") -> "Tensor":
+        import paddle
+
+        return (cpu_layers.linear if self._bfloat16 else paddle.matmul)(x, weight)
+
+    def attention(self, projections: list["nn.Layer"], x: "Tensor", heads: int, drop: Drop) -> "Tensor":
+        import paddle
+
+        if all(type(layer) is paddle.nn.Linear and layer.bias is not None for layer in projections):
+            # One product, and one of its gradients, take less time than three of a third, and their sum.
+            weight = paddle.concat([layer.weight for layer in projections], axis=1)
+            qkv, bias = self._multiply(x, weight), paddle.concat([layer.bias for layer in projections])
+        else:
+            qkv, bias = paddle.concat([layer(x) for layer in projections], axis=1), None
+        return cpu_layers.attention(qkv, bias, self._lengths, heads, drop, self._bfloat16)
 
     def add_norm(self, norm: "nn.Layer", x: "Tensor", product: "Product", drop: Drop) -> "Tensor":
         return cpu_layers.add_norm(x, *product, norm.weight, norm.bias, norm._epsilon, drop)
@@ -362,7 +375,7 @@ class _LeanForward:
 
     def _layer(self, x: "Tensor", batch: _Padded | _Packed, drops: list[Drop], parts: list) -> "Tensor":
         *projections, out, norm1, up, down, norm2 = parts
-        context = batch.attention([batch.product(layer, x) for layer in projections], self.heads, drops[0])
+        context = batch.attention(projections, x, self.heads, drops[0])
         x = batch.add_norm(norm1, x, batch.product(out, context), drops[1])
         return batch.add_norm(norm2, x, batch.product(down, self._activated(batch, up, x)), drops[2])
 
