@@ -14,7 +14,7 @@ from pathlib import Path
 
 from utils import arguments, runtime
 
-# What a run without an argument file starts from: the settings that suit the bundled model. Not if another is named.
+# What a run without an argument file starts from: the settings that suit the bundled model, unless another is named.
 DEFAULT_CONFIG = str(Path(__file__).parent / "config" / "multilingual-e5-small" / "emb_argument.json")
 
 

@@ -13,9 +13,11 @@ from utils.arguments import (
     DEFAULT_MODEL,
     ArgumentError,
     CleanArguments,
+    EvaluateArguments,
     MiningArguments,
     TrainArguments,
     build,
+    check,
     option,
     parse,
 )
@@ -47,9 +49,27 @@ def test_null_is_none(text):
     assert parsed("--limit", text).limit is None
 
 
-def test_null_for_an_argument_that_needs_a_value():
+def test_null_leaves_an_argument_that_needs_a_value_at_its_default(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text('{"count": null, "rate": null, "sizes": null, "limit": null}')
+    assert parsed(str(path), "--rate", "2") == Example(rate=2.0)
+    assert build(Example, count=None) == Example()
+    given = Example(count=None)
     with pytest.raises(ArgumentError, match="count is None; expected a whole number"):
-        build(Example, count=None)
+        check(given)
+
+
+def test_commas_separate_the_items_of_a_list_in_json_too(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text('{"sizes": "4, 5"}')
+    assert parsed(str(path)).sizes == [4, 5]
+    assert build(TrainArguments, dataset_name_or_path="a.jsonl,b.jsonl").dataset_name_or_path == ["a.jsonl", "b.jsonl"]
+    assert build(TrainArguments, dataset_name_or_path=["a,b.jsonl"]).dataset_name_or_path == ["a,b.jsonl"]
+    path.write_text('{"metrics": "mrr,map", "k_values": "5"}')
+    assert parse(EvaluateArguments, [str(path)], "").metric_names() == ["mrr@5", "map@5"]
+    for text, message in (("4,x", "sizes is 'x'; expected a whole number"), ("4,0", "sizes is 0; expected at least 1")):
+        with pytest.raises(ArgumentError, match=message):
+            build(Example, sizes=text)
 
 
 def test_a_flag_alone_is_a_yes():
@@ -63,6 +83,7 @@ def test_a_default_file_is_read_unless_one_is_named_or_a_flag_forbids_it(tmp_pat
     default, named = str(tmp_path / "default.json"), str(tmp_path / "named.json")
     assert parse(Example, ["--rate", "0.5"], "", default, "name").count == 3
     assert parse(Example, [named], "", default, "name").count == 4
+    assert parse(Example, ["--name", "a"], "", default, "name").count == 3  # its own default forbids nothing
     assert parse(Example, ["--name", "beta"], "", default, "name").count == Example().count
 
 

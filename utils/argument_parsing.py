@@ -1,7 +1,8 @@
 """Dataclass fields as keyword arguments, JSON keys and command-line flags.
 
 A field's metadata holds its help text and its limits; ``check`` applies them wherever the values came
-from. Unknown names are refused with the nearest known one. A JSON ``null`` is None.
+from. Unknown names are refused with the nearest known one. A JSON ``null`` is None where an argument takes
+None, and stands for the default where it does not.
 """
 
 import argparse
@@ -79,7 +80,7 @@ def parse(
     """Command-line flags over an optional JSON file over the defaults.
 
     Args:
-        config: the JSON file where none is named, unless the flag ``unless`` is given.
+        config: the JSON file where none is named, unless the flag ``unless`` gives another value than its default.
 
     Raises:
         ArgumentError: an unknown name, a wrong type, or a value out of range.
@@ -108,7 +109,7 @@ def parse(
         raise ArgumentError(f"unknown argument {name}{nearest(name.split('=')[0], known)}")
     values = vars(given)
     path = values.pop("config")
-    if path is None and unless not in values:
+    if path is None and values.get(unless) in (None, getattr(cls, unless, None)):
         path = config
     merged = _read_json(path, cls) if path is not None else {}
     merged |= {name: _from_text(name, text, types_[name]) for name, text in values.items()}
@@ -126,7 +127,7 @@ def text_values(arguments, but: str) -> list[str]:
 
 
 def build(cls: type[Arguments], **values) -> Arguments:
-    """Keyword arguments as a checked dataclass.
+    """Keyword arguments as a checked dataclass. None for an argument that does not take None leaves the default.
 
     Raises:
         ArgumentError: an unknown name, a wrong type, or a value out of range.
@@ -135,7 +136,8 @@ def build(cls: type[Arguments], **values) -> Arguments:
     for name in values:
         if name not in known:
             raise ArgumentError(f"unknown argument {name!r}{nearest(name, known)}")
-    arguments = cls(**values)
+    types_ = typing.get_type_hints(cls)
+    arguments = cls(**{name: v for name, v in values.items() if v is not None or _takes_none(types_[name])})
     check(arguments)
     return arguments
 
@@ -183,7 +185,7 @@ def _check_limits(f: dataclasses.Field, value) -> None:
 def _checked_type(name: str, value, hint) -> Any:
     """The value as its field's type, an int where a float is wanted and no other leniency."""
     options, words = _alternatives(hint), _words(hint)
-    if value is None and type(None) in options:
+    if value is None and _takes_none(hint):
         return None
     if type(value) is str and value in words:
         return value
@@ -192,6 +194,8 @@ def _checked_type(name: str, value, hint) -> Any:
         return os.fspath(value)
     if typing.get_origin(wanted) is list:
         (item,) = typing.get_args(wanted)
+        if type(value) is str:
+            return _parts_from_text(name, value, item)
         if isinstance(value, list | tuple):
             return [_checked_type(f"{name}[{i}]", v, item) for i, v in enumerate(value)]
         return [_checked_type(name, value, item)]
@@ -202,7 +206,7 @@ def _checked_type(name: str, value, hint) -> Any:
         except OverflowError:
             raise ArgumentError(f"{name} is out of range; expected {_type_name(wanted)}") from None
     if type(value) is not wanted:
-        others = "".join(f" or {word!r}" for word in words) + (" or null" if type(None) in options else "")
+        others = "".join(f" or {word!r}" for word in words) + (" or null" if _takes_none(hint) else "")
         raise ArgumentError(f"{name} is {value!r}; expected {_type_name(wanted)}{others}")
     if wanted is float and not math.isfinite(value):
         raise ArgumentError(f"{name} is {value!r}; expected a finite number")
@@ -225,14 +229,14 @@ def _check_text(name: str, value: str) -> None:
 def _from_text(name: str, text: str, hint) -> Any:
     """A command-line flag's text as its field's type."""
     options, words = _alternatives(hint), _words(hint)
-    if type(None) in options and text.lower() in ("none", "null"):
+    if _takes_none(hint) and text.lower() in ("none", "null"):
         return None
     if text in words:
         return text
     (wanted,) = [t for t in options if t is not type(None)]
     if typing.get_origin(wanted) is list:
         (item,) = typing.get_args(wanted)
-        return [_from_text(name, part.strip(), item) for part in text.split(",")]
+        return _parts_from_text(name, text, item)
     if wanted is bool:
         if text.lower() in ("true", "1", "yes"):
             return True
@@ -247,6 +251,11 @@ def _from_text(name: str, text: str, hint) -> Any:
         return text
     others = "".join(f" or {word!r}" for word in words)
     raise ArgumentError(f"{name} is {text!r}; expected {_type_name(wanted)}{others}")
+
+
+def _parts_from_text(name: str, text: str, item) -> list:
+    """A list that was given as one text, its items between commas."""
+    return [_from_text(name, part.strip(), item) for part in text.split(",")]
 
 
 def _read_json(path: str, cls: type) -> dict:
@@ -284,6 +293,10 @@ def _alternatives(hint) -> tuple:
     """The types that a value may have, without the words that may stand in their place."""
     options = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
     return tuple(option for option in options if typing.get_origin(option) is not typing.Literal)
+
+
+def _takes_none(hint) -> bool:
+    return type(None) in _alternatives(hint)
 
 
 def _words(hint) -> tuple[str, ...]:
