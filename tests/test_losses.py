@@ -126,6 +126,16 @@ def test_matryoshka_is_the_weighted_sum_of_normalised_cuts(batch):
     assert float(both) == pytest.approx(0.5 * float(four) + 2 * float(seven), rel=1e-6)
 
 
+def test_matryoshka_trains_the_full_width_too(batch):
+    paddle, q, p, ignored, _ = batch
+    targets = Targets(G, paddle.to_tensor(ignored), T)
+    q, p = paddle.to_tensor(q), paddle.to_tensor(p)
+    for weights in (None, [0.5]):
+        left_out = objective(losses.contrastive, True, [4], weights)(q, p, targets)
+        named = objective(losses.contrastive, True, [4, D], weights and [*weights, 1.0])(q, p, targets)
+        assert float(left_out) == float(named)
+
+
 def test_an_unknown_loss_lists_the_known_ones():
     with pytest.raises(ValueError, match="expected one of contrastive, symmetric, triplet"):
         losses.get("infonce")

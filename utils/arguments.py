@@ -378,11 +378,12 @@ class TrainArguments:
     margin: float = option(0.2, "of the triplet and hinge losses", at_least=0)
     embedding_negatives_cross_device: bool = option(True, "the passages of all ranks are negatives of every query")
     embedding_matryoshka_dims: list[int] | None = option(
-        None, "train these leading dimensions as well, such as 64,128,384", at_least=1
+        None, "train these leading dimensions as well as the full width, such as 64,128", at_least=1
     )
     embedding_matryoshka_weights: list[float] | None = option(
-        None, "weights of the losses over embedding_matryoshka_dims; default: 1 each", at_least=0
-    )
+        None, "weights of the losses over embedding_matryoshka_dims; default: 1 each. The full width has 1 unless it is"
+        " among them", at_least=0,
+    )  # fmt: skip
     gradcache_chunk_size: int | None = option(
         None, "gradient cache: so many queries (and their passages) in memory at a time; default: the whole batch",
         at_least=1,

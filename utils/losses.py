@@ -176,15 +176,18 @@ def objective(
     """A loss over pooled vectors: normalised, and summed over leading dimensions if ``dims`` are given.
 
     Matryoshka representation learning (Kusupati et al., 2022): the weighted sum of the loss over the first
-    ``dims[0]``, ``dims[1]``, ... dimensions, each cut normalised by itself. Weights default to 1.
+    ``dims[0]``, ``dims[1]``, ... dimensions, each cut normalised by itself. Weights default to 1. The full width
+    is a part of the sum, with weight 1 where ``dims`` do not name it.
     """
+    parts = list(zip(dims or [], weights or [1.0] * len(dims or []), strict=True))
 
     def whole(queries: "Tensor", passages: "Tensor", targets: Targets) -> "Tensor":
         import paddle.nn.functional as functional
 
-        cuts = dims or [queries.shape[-1]]
+        width = queries.shape[-1]
+        full = [] if any(dim == width for dim, _ in parts) else [(width, 1.0)]
         total = 0.0
-        for dim, weight in zip(cuts, weights or [1.0] * len(cuts), strict=True):
+        for dim, weight in parts + full:
             sides = (queries[:, :dim], passages[:, :dim])
             if normalize:
                 sides = tuple(functional.normalize(side, axis=-1) for side in sides)
