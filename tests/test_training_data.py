@@ -73,6 +73,19 @@ def test_teacher_scores_go_with_their_passages(tmp_path):
         with pytest.raises(RecordError, match=r"b\.jsonl:1") as caught:
             read([path], None, "error", True)
         assert message in str(caught.value)
+        assert read([path], None, "error", False).scores == [{}]  # of no concern to a loss without a teacher
+
+
+def test_rows_whose_scores_do_not_fit_can_be_left_out(tmp_path):
+    good = row("q", ["p"], ["n"], pos_scores=[3], neg_scores=[1])
+    made = [row("r", ["s"], ["t"]), good, row("u", []), row("v", ["w"], ["x"], pos_scores=[1], neg_scores=[1, 2])]
+    found = read([write_jsonl(tmp_path / "a.jsonl", made)], None, "skip", True)
+    # Nothing of a row that is left out stays: no text, no known positive.
+    assert (found.queries, found.passages, found.known_positives) == (["q"], ["p", "n"], [{0}])
+    assert found.scores == [{0: 3.0, 1: 1.0}] and [error.line for error in found.rejected] == [1, 3, 4]
+    path = write_jsonl(tmp_path / "b.jsonl", [made[0], made[3]])
+    with pytest.raises(ValueError, match=r"all 2 rows are bad, the first: .*b\.jsonl:1: pos_scores or"):
+        read([path], None, "skip", True)
 
 
 def test_folders_hold_train_and_dev(tmp_path):

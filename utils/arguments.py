@@ -55,7 +55,9 @@ class InputArguments:
     """How rows are read."""
 
     on_bad_row: str = option(
-        "error", "error: stop at the first bad row; skip: set bad rows aside in a file", choices=("error", "skip")
+        "error",
+        "error: stop at the first bad row; skip: leave bad rows out and list them in a file",
+        choices=("error", "skip"),
     )
 
 

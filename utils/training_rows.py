@@ -21,7 +21,7 @@ class TrainingRows:
 
     query_ids: int64 [n], a row's query.
     positives, negatives: for each row, the numbers of its passages; no negative is a known positive.
-    scores: for each row, a teacher's scores by passage number; empty where the row has none.
+    scores: for each row, a teacher's scores by passage number; empty where the loss learns from none.
     sources: int64 [n], the file that a row comes from.
     known_positives: for each query, every passage that any row names as its positive.
     n_false: negatives left out because some row names them as a positive of the same query.
@@ -73,17 +73,31 @@ def find_files(paths: Sequence[str], dev_path: str | None) -> tuple[list[str], s
 def read(paths: Sequence[str], weights: Sequence[float] | None, on_bad_row: str, needs_scores: bool) -> TrainingRows:
     """Read the training files.
 
+    A row's ``pos_scores`` and ``neg_scores`` are looked at only if ``needs_scores``; a row is bad then, too, if they
+    are missing or do not fit. Bad rows are left out if ``on_bad_row`` is ``"skip"``.
+
     Raises:
-        RecordError: a bad row, or one without the teacher's scores that the loss needs.
-        OSError, ValueError: a file that cannot be read or holds no rows.
+        RecordError: a bad row.
+        OSError, ValueError: a file that cannot be read or holds no usable rows.
     """
-    builder = _Builder(needs_scores)
+    builder = _Builder()
     rejected, digests = [], []
     for number, path in enumerate(paths):
         source = Source(path, ("query", "pos_passage"), on_bad_row)
+        unscored: list[RecordError] = []
         for record in source:
-            builder.add(record, number, path)
-        rejected += source.rejected
+            try:
+                scores = _scores(record, path) if needs_scores else {}
+            except RecordError as error:
+                if on_bad_row != "skip":
+                    raise
+                unscored.append(error)
+                continue
+            builder.add(record, scores, number)
+        bad = sorted(source.rejected + unscored, key=lambda error: error.line)
+        if len(bad) == source.n_rows:
+            raise ValueError(f"{path}: all {source.n_rows} rows are bad, the first: {bad[0]}")
+        rejected += bad
         digests.append(source.digest)
     rows = builder.finish(list(weights or [1.0] * len(paths)))
     rows.rejected, rows.digests = rejected, digests
@@ -93,8 +107,7 @@ def read(paths: Sequence[str], weights: Sequence[float] | None, on_bad_row: str,
 class _Builder:
     """Numbers texts as rows come in."""
 
-    def __init__(self, needs_scores: bool):
-        self.needs_scores = needs_scores
+    def __init__(self) -> None:
         self.query_numbers: dict[str, int] = {}
         self.passage_numbers: dict[str, int] = {}
         self.queries: list[str] = []
@@ -102,7 +115,8 @@ class _Builder:
         self.rows: list[tuple[int, list[int], list[int], dict[int, float], int]] = []
         self.known: list[set[int]] = []
 
-    def add(self, record: Record, source: int, path: str) -> None:
+    def add(self, record: Record, scores: dict[str, float], source: int) -> None:
+        """A row, with a teacher's scores by folded passage."""
         query = self.query_numbers.setdefault(fold(record.query), len(self.queries))
         if query == len(self.queries):
             self.queries.append(record.query)
@@ -110,10 +124,8 @@ class _Builder:
         positives = [self._passage(text) for text in record.pos_passage]
         negatives = [self._passage(text) for text in record.neg_passage]
         self.known[query].update(positives)
-        scores = {**_scores(record, "neg", negatives, path), **_scores(record, "pos", positives, path)}
-        if self.needs_scores and len(scores) < len({*positives, *negatives}):
-            raise RecordError(path, record.line, "pos_scores or neg_scores missing; this loss learns from both")
-        self.rows.append((query, _unique(positives), _unique(negatives), scores, source))
+        by_number = {self.passage_numbers[text]: score for text, score in scores.items()}
+        self.rows.append((query, _unique(positives), _unique(negatives), by_number, source))
 
     def _passage(self, text: str) -> int:
         number = self.passage_numbers.setdefault(fold(text), len(self.passages))
@@ -142,18 +154,26 @@ def _first_there(folder: str, names: Sequence[str]) -> str | None:
     return next((path for name in names if os.path.isfile(path := os.path.join(folder, name))), None)
 
 
-def _scores(record: Record, side: str, passages: list[int], path: str) -> dict[int, float]:
-    """A teacher's scores of a row's positives or negatives, by passage."""
-    key = f"{side}_scores"
-    scores = record.row.get(key)
-    if scores is None:
-        return {}
-    if not isinstance(scores, list) or len(scores) != len(passages):
-        raise RecordError(path, record.line, f'"{key}" does not fit; expected a list of {len(passages)} numbers')
-    for score in scores:
-        if isinstance(score, bool) or not isinstance(score, int | float) or not abs(score) <= _LARGEST_SCORE:
-            raise RecordError(path, record.line, f'"{key}" holds {score!r:.40}; expected numbers of ordinary size')
-    return dict(zip(passages, map(float, scores), strict=True))
+def _scores(record: Record, path: str) -> dict[str, float]:
+    """A teacher's scores of all of a row's passages, by folded text; a positive's own where it is a negative, too.
+
+    Raises:
+        RecordError: a passage has no score, or the scores do not fit.
+    """
+    found = {}
+    for key, passages in (("neg_scores", record.neg_passage), ("pos_scores", record.pos_passage)):
+        scores = record.row.get(key)
+        if scores is None:
+            continue
+        if not isinstance(scores, list) or len(scores) != len(passages):
+            raise RecordError(path, record.line, f'"{key}" does not fit; expected a list of {len(passages)} numbers')
+        for score in scores:
+            if isinstance(score, bool) or not isinstance(score, int | float) or not abs(score) <= _LARGEST_SCORE:
+                raise RecordError(path, record.line, f'"{key}" holds {score!r:.40}; expected numbers of ordinary size')
+        found |= dict(zip(map(fold, passages), map(float, scores), strict=True))
+    if len(found) < len(set(map(fold, (*record.pos_passage, *record.neg_passage)))):
+        raise RecordError(path, record.line, "pos_scores or neg_scores missing; this loss learns from both")
+    return found
 
 
 def _unique(numbers: list[int]) -> list[int]:
