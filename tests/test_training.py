@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT, make_rows, read_jsonl, run_script, write_jsonl
+from thread_ranks import on_ranks
 
 from utils import arguments, checkpoint, matmul, training
 from utils.arguments import ArgumentError, ModelArguments, build, parse
@@ -305,6 +306,29 @@ def test_an_unwritable_folder_is_refused(run, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="cannot write there"):
         run("file/out")
+
+
+@pytest.mark.parametrize("changed", ["train.json", "dev.json", "vocab.txt"])
+def test_ranks_that_have_read_different_files_do_not_train(tiny_model, data, tmp_path, changed):
+    shutil.copytree(tiny_model, tmp_path / "model")
+    shutil.copytree(data, tmp_path / "data")
+    given = build(
+        arguments.training_arguments(), model_name_or_path=str(tmp_path / "model"),
+        dataset_name_or_path=str(tmp_path / "data"),
+    )  # fmt: skip
+    here = training._Inputs.read(given)
+    here.digests()  # the base model's is taken when it is first asked for
+    (path,) = tmp_path.glob(f"*/{changed}")
+    path.write_text(path.read_text().replace("answer", "reply"))
+    there = training._Inputs.read(given)
+    on_ranks(2, lambda ranks: training._agree_on_inputs(ranks, here))
+    name = "model_name_or_path" if changed == "vocab.txt" else str(path)
+
+    def refuses(ranks):
+        with pytest.raises(ValueError, match=f"^{name}: rank 1 has read other content there than rank 0; expected"):
+            training._agree_on_inputs(ranks, there if ranks.rank else here)
+
+    on_ranks(2, refuses)
 
 
 def test_two_ranks_train_as_one(run, tiny_model, data, tmp_path):

@@ -7,7 +7,7 @@ one query with the positives of all of them. In a BEIR folder a passage is its i
 
 import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -198,10 +198,12 @@ def _read_rows(given: EvaluateArguments) -> Collection:
     )
 
 
-def read_corpus_file(path: str, rejected: list[RecordError] | None) -> Iterator[str]:
-    """Passages of rows with ``neg_passage``, or with ``text`` and perhaps ``title``."""
+def read_corpus_file(
+    path: str, rejected: list[RecordError] | None, saw: Callable[[bytes], None] = lambda chunk: None
+) -> Iterator[str]:
+    """Passages of rows with ``neg_passage``, or with ``text`` and perhaps ``title``; ``saw`` gets every byte."""
     n_rows = n_good = 0
-    for raw in read_lines(path):
+    for raw in read_lines(path, saw):
         n_rows += 1
         try:
             row = parse_object(raw, path)

@@ -1,8 +1,9 @@
 """The dev rows as a small retrieval task, for judging a model while it trains."""
 
+import hashlib
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -24,11 +25,13 @@ class DevSet:
     """Queries, the corpus, and each query's relevant passages, by number.
 
     Equal texts are one text, as in ``collection``; a query's positives are those of all its rows.
+    ``digests`` are of the files' contents, by path.
     """
 
     queries: list[str]
     corpus: list[str]
     positives: list[set[int]]
+    digests: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: str, corpus_path: str | None, on_bad_row: str) -> "DevSet":
@@ -47,7 +50,8 @@ class DevSet:
                 dev.corpus.append(text)
             return found
 
-        for record in Source(path, ("query", "pos_passage"), on_bad_row):
+        source = Source(path, ("query", "pos_passage"), on_bad_row)
+        for record in source:
             query = queries.setdefault(record.query, len(dev.queries))
             if query == len(dev.queries):
                 dev.queries.append(record.query)
@@ -55,9 +59,12 @@ class DevSet:
             dev.positives[query].update(number(text) for text in record.pos_passage)
             for text in record.neg_passage:
                 number(text)
+        dev.digests[path] = source.digest
         if corpus_path is not None:
-            for text in read_corpus_file(corpus_path, [] if on_bad_row == "skip" else None):
+            hasher = hashlib.sha256()
+            for text in read_corpus_file(corpus_path, [] if on_bad_row == "skip" else None, hasher.update):
                 number(text)
+            dev.digests[corpus_path] = hasher.hexdigest()
         return dev
 
     def evaluate(self, encoders: tuple[TextEncoder, TextEncoder], ranks: Ranks) -> dict[str, float]:

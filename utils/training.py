@@ -52,9 +52,15 @@ class TrainingResult:
 class _Inputs:
     """What every rank reads and checks before any weight is loaded."""
 
+    files: list[str]
     rows: TrainingRows
     base: Checkpoint
     dev: DevSet | None
+
+    def digests(self) -> dict[str, str]:
+        """Of all that was read: the data by path, and the base model, whose path machines may not share."""
+        data = dict(zip(self.files, self.rows.digests, strict=True)) | (self.dev.digests if self.dev else {})
+        return data | {"model_name_or_path": self.base.digest}
 
     @classmethod
     def read(cls, given: TrainArguments) -> "_Inputs":
@@ -74,7 +80,7 @@ class _Inputs:
         metric = trainer.metric(given)
         if dev is not None and metric not in METRICS:
             raise ValueError(f"metric_for_best_model is {metric!r}; expected one of {', '.join(METRICS)}")
-        return cls(rows, base, dev)
+        return cls(files, rows, base, dev)
 
 
 def train(given: TrainArguments) -> TrainingResult:
@@ -88,6 +94,7 @@ def train(given: TrainArguments) -> TrainingResult:
     with run.stage("read"):
         lock = ranks.start(lambda: _prepare_output(given))
         inputs = ranks.all_agree(lambda: _Inputs.read(given))
+        _agree_on_inputs(ranks, inputs)
     job = Job(given, ranks, inputs)
     try:
         with run.stage("preflight"):
@@ -109,6 +116,26 @@ def train(given: TrainArguments) -> TrainingResult:
     finally:
         if lock is not None:
             lock.close()
+
+
+def _agree_on_inputs(ranks: Ranks, inputs: _Inputs) -> None:
+    """Every rank takes its part of batches that it has planned by itself, so all must have read the same.
+
+    Raises:
+        ValueError: a rank has not read what rank 0 has.
+    """
+    digests = ranks.gather_object(ranks.all_agree(inputs.digests))
+
+    def compare() -> None:
+        for rank, own in enumerate(digests):
+            other = sorted(name for name in {*own, *digests[0]} if own.get(name) != digests[0].get(name))
+            if other:
+                raise ValueError(
+                    f"{', '.join(other)}: rank {rank} has read other content there than rank 0; expected the same data "
+                    "and base model on every machine"
+                )
+
+    ranks.on_first(compare)
 
 
 def _prepare_output(given: TrainArguments):
