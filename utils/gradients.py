@@ -2,10 +2,12 @@
 
 The loss is split from the encoder at the pooled vectors. Each rank computes the loss of the whole batch
 from the gathered vectors, takes the gradient with respect to its own, and sends that back through the
-encoder. Summed over ranks, the parameters' gradients are exactly those of one process with the whole
-batch, for any loss. With a chunk size the encoder sees the batch in chunks, twice: without gradients for
-the vectors, and again chunk by chunk for the backward pass (GradCache, Gao et al., 2021), so that memory
-is bounded by a chunk; dropout is seeded by the chunk's place in the batch, so both passes agree.
+encoder. Summed over ranks, the parameters' gradients are those of one process with the whole batch, for
+any loss, if dropout is the same. With a chunk size the encoder sees the batch in chunks, twice: without
+gradients for the vectors, and again chunk by chunk for the backward pass (GradCache, Gao et al., 2021), so
+that memory is bounded by a chunk. Dropout is seeded by a chunk's place in the whole batch, so both passes
+agree. It is the same on any number of ranks only where all of them hold whole chunks; without a chunk size,
+each rank's part of the batch is one chunk.
 """
 
 import contextlib
