@@ -380,6 +380,13 @@ def test_paddlenlps_own_keys_are_taken(tiny_model, data, tmp_path):
     assert result.steps == 2
 
 
+@pytest.mark.parametrize("strategy", ["no", "steps"])
+def test_do_eval_without_dev_rows_evaluates_nothing(run, data, strategy):
+    rows = str(Path(data) / "train.json")
+    result = run(dataset_name_or_path=rows, do_eval=True, evaluation_strategy=strategy, max_steps=2, logging_steps=1)
+    assert result.steps == 2 and result.metrics == {}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

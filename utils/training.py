@@ -339,6 +339,7 @@ class Job:
             "fp16_opt_level": "O1", "recompute": False, "skip_profile_timer": True, "load_best_model_at_end": False,
         }  # fmt: skip
         options.setdefault("report_to", ["visualdl"])
+        options["do_eval"] = self.dev is not None  # true alone would make PaddleNLP evaluate every few steps
         if self.dev is None:
             options["evaluation_strategy"] = "no"
         try:
