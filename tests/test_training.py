@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT, make_rows, read_jsonl, run_script, write_jsonl
 from thread_ranks import on_ranks
 
-from utils import arguments, checkpoint, matmul, training
+from utils import arguments, checkpoint, matmul, paddlenlp_models, training
 from utils.arguments import ArgumentError, ModelArguments, build, parse
 from utils.embedding import build_encoders
 from utils.gradients import GradientStep
@@ -104,6 +104,43 @@ def test_xlm_roberta_too(run, tiny_model, tmp_path):
     lean = encoder.embed(ids, lengths).numpy()
     encoder._lean = None
     np.testing.assert_allclose(lean, encoder.embed(ids, lengths).numpy(), atol=1e-5)
+
+
+@pytest.fixture
+def ernie(tiny_model, tmp_path) -> str:
+    """A model in PaddleNLP's layout for which it has no Hugging Face names."""
+    import paddle
+
+    folder = tmp_path / "ernie"
+    shutil.copytree(tiny_model, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "ernie", "architectures": ["ErnieModel"]}))
+    (folder / "model_state.pdparams").write_bytes(b"")
+    model = paddlenlp_models.new_model(checkpoint.resolve(str(folder)), "float32")
+    paddle.save(model.state_dict(), str(folder / "model_state.pdparams"))
+    return str(folder)
+
+
+def test_an_export_that_cannot_be_is_refused_before_training(run, ernie, tmp_path, monkeypatch):
+    calls = die_at(1, monkeypatch)
+    message = "export_format is 'huggingface', but PaddleNLP has no Hugging Face names for ErnieModel; leave it out"
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        run(model_name_or_path=ernie, export_format="huggingface")
+    assert not calls
+    monkeypatch.undo()
+    run(model_name_or_path=ernie, max_steps=1)
+    assert (tmp_path / "out" / "model_state.pdparams").is_file()
+
+
+def test_a_failed_export_costs_no_model(run, tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(training.export, "write_torch_weights", full)
+    with pytest.raises(OSError, match="out: cannot write the export: No space left"):
+        run(max_steps=1, export_format="huggingface")
+    vectors(tmp_path / "out")
+    assert not (tmp_path / "out" / "huggingface").exists() and not list((tmp_path / "out").glob("*.work"))
 
 
 @pytest.mark.parametrize("has_it", [True, False])

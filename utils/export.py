@@ -64,6 +64,18 @@ def write_config(checkpoint: Checkpoint, folder: Path) -> None:
     _write_json(folder / "config.json", checkpoint.config)
 
 
+def check_torch_weights(model: "nn.Layer") -> None:
+    """Tell before a training what ``write_torch_weights`` could not do after it.
+
+    Raises:
+        ValueError: PaddleNLP does not say how its names of this model map to Hugging Face's.
+    """
+    names = weights.torch_names(model)
+    for name in model.state_dict():
+        if name not in names and ".lora_" not in name:  # adapters are merged into what has a name
+            raise ValueError(f"PaddleNLP has no Hugging Face name for {name} of {type(model).__name__}")
+
+
 def write_torch_weights(model: "nn.Layer", state: dict[str, "Tensor"], folder: Path) -> None:
     """The model's weights ``state`` as ``model.safetensors``, as Hugging Face's transformers names and stores them.
 

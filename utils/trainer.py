@@ -57,6 +57,7 @@ def make(job: "Job"):
     job.encoder = TrainableEncoder(
         job.base, job.pooling, given.recompute, flash_attention, lora, given.dropout, bfloat16
     )  # fmt: skip
+    ranks.on_first(job.check_export)
     if given.word_embeddings == "freeze" or given.freeze_layers:
         job.encoder.freeze(given.freeze_layers)
 

@@ -4,6 +4,8 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -159,6 +161,24 @@ def _prepare_output(given: TrainArguments):
     return lock
 
 
+@contextmanager
+def _put_into(folder: Path, what: str) -> Iterator[Path]:
+    """A work folder; what is in it in the end appears in ``folder``, each file whole, the weights last."""
+    work = folder / "model.work"
+    try:
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+        yield work
+        for path in sorted(work.iterdir(), key=lambda p: p.suffix == ".pdparams"):
+            if path.is_dir():
+                shutil.rmtree(folder / path.name, ignore_errors=True)
+            os.replace(path, folder / path.name)
+        work.rmdir()
+    except OSError as error:
+        shutil.rmtree(work, ignore_errors=True)
+        raise described(error, f"{folder}: cannot write {what}") from None
+
+
 def _read_object(path: Path) -> dict:
     """A JSON object that an earlier run left.
 
@@ -277,24 +297,24 @@ class Job:
         write_whole(record, (json.dumps(own, ensure_ascii=False, indent=2) + "\n").encode())
         return str(found[-1]) if found else None
 
+    def check_export(self) -> None:
+        """Refuse an export that the model does not allow, before it is trained."""
+        assert self.encoder is not None
+        if self.given.export_format == "huggingface":
+            try:
+                export.check_torch_weights(self.encoder.model)
+            except ValueError as error:
+                raise ValueError(f"export_format is 'huggingface', but {error}; leave it out") from None
+
     def write_model(self, folder: Path) -> None:
-        """The model's files, each appearing whole, the weights last."""
-        work = folder / "model.work"
-        try:
-            shutil.rmtree(work, ignore_errors=True)
-            work.mkdir(parents=True)
+        """The model's files; then its export, if one is asked for, so that its failure costs no model."""
+        with _put_into(folder, "the model") as work:
             self.write_model_files(work)
-            if self.given.export_format == "huggingface":
+            # What is there was exported from the model that is replaced now.
+            shutil.rmtree(folder / "huggingface", ignore_errors=True)
+        if self.given.export_format == "huggingface":
+            with _put_into(folder, "the export") as work:
                 self.write_export(work / "huggingface")
-                shutil.rmtree(folder / "huggingface", ignore_errors=True)
-            for path in sorted(work.iterdir(), key=lambda p: p.suffix == ".pdparams"):
-                if path.is_dir():
-                    shutil.rmtree(folder / path.name, ignore_errors=True)
-                os.replace(path, folder / path.name)
-            work.rmdir()
-        except OSError as error:
-            shutil.rmtree(work, ignore_errors=True)
-            raise described(error, f"{folder}: cannot write the model") from None
 
     def write_model_files(self, folder: Path) -> None:
         """Weights in PaddleNLP's form, and all that a loader needs beside them."""
