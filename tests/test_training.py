@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT, make_rows, read_jsonl, run_script, write_jsonl
 from thread_ranks import on_ranks
 
-from utils import arguments, checkpoint, matmul, paddlenlp_models, training
+from utils import arguments, checkpoint, matmul, paddlenlp_models, trainer, training
 from utils.arguments import ArgumentError, ModelArguments, build, parse
 from utils.embedding import build_encoders
 from utils.gradients import GradientStep
@@ -264,6 +264,32 @@ def test_the_best_checkpoint_and_early_stopping(run, tmp_path, monkeypatch):
         early_stopping_patience=2, save_total_limit=1,
     )  # fmt: skip
     assert result.steps == 12 and next(values, None) is None
+    assert_same_weights(tmp_path / "out", tmp_path / "out" / "checkpoint-6")
+
+
+BEST_BETWEEN = {
+    "evaluation_strategy": "steps", "eval_steps": 2, "save_steps": 5, "load_best_model_at_end": True,
+    "save_total_limit": 1,
+}  # fmt: skip
+
+
+def judge_by_step(values: dict[int, float], monkeypatch) -> None:
+    """An evaluation finds the value of its step, or 0."""
+    note = trainer._Standing.note
+    monkeypatch.setattr(training.Job, "evaluate", lambda job: dict.fromkeys(training.METRICS, 0.0))
+    monkeypatch.setattr(trainer._Standing, "note", lambda self, _, step: note(self, values.get(step, 0.0), step))
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_the_best_step_is_saved_whatever_save_steps_says(run, tmp_path, monkeypatch, killed):
+    judge_by_step({2: 0.1, 6: 0.5, 10: 0.4}, monkeypatch)
+    if killed:
+        die_at(8, monkeypatch)
+        with pytest.raises(Killed):
+            run(**BEST_BETWEEN)
+        assert [p.name for p in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-6"]
+    assert run(**BEST_BETWEEN).steps == 16
+    assert sorted(p.name for p in (tmp_path / "out").glob("checkpoint-*")) == ["checkpoint-15", "checkpoint-6"]
     assert_same_weights(tmp_path / "out", tmp_path / "out" / "checkpoint-6")
 
 

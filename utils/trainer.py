@@ -171,6 +171,8 @@ def make(job: "Job"):
             self.log(dict(logs))
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)
             self._standing.note(self.final_metrics[metric(given)], self.state.global_step)
+            if given.load_best_model_at_end and self._standing.best_step == self.state.global_step:
+                self.control.should_save = True  # the best may come at a step that save_steps passes over
             if self._standing.ends(given.early_stopping_patience):
                 logger.info(
                     "stopping early: no better %s in %d evaluations", metric(given), self._standing.without_gain
