@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -179,6 +180,15 @@ def die_at(number: int, monkeypatch) -> list:
     return calls
 
 
+@contextmanager
+def killed_at(number: int, monkeypatch):
+    """A run that dies at that training step."""
+    with monkeypatch.context() as patched:
+        die_at(number, patched)
+        with pytest.raises(Killed):
+            yield
+
+
 @pytest.mark.parametrize("options", [{}, {"lora": True}, {"gradient_accumulation_steps": 2, "gradcache_chunk_size": 3}])
 def test_a_killed_run_ends_with_the_same_weights(run, tmp_path, monkeypatch, options):
     run("whole", **options)
@@ -210,6 +220,72 @@ def test_another_runs_checkpoints_are_not_taken_over(run):
     with pytest.raises(ValueError, match="a run with other learning_rate"):
         run(learning_rate=5e-4)
     run(learning_rate=5e-4, overwrite_output_dir=True)
+
+
+def kept(folder: Path) -> list[int]:
+    return sorted(int(path.name.partition("-")[2]) for path in folder.glob("checkpoint-*"))
+
+
+def test_going_on_from_an_earlier_checkpoint(run, tmp_path, monkeypatch, caplog):
+    out = tmp_path / "out"
+    run("whole")
+    with killed_at(11, monkeypatch):
+        run(save_total_limit=5)
+    options = {"resume_from_checkpoint": str(out / "checkpoint-3"), "save_total_limit": 2}
+    with pytest.raises(ValueError, match=r"holds checkpoint-6, checkpoint-9, not on the way to .*checkpoint-3; give"):
+        run(**options)
+    assert kept(out) == [3, 6, 9]
+    with caplog.at_level("INFO"), killed_at(8, monkeypatch):
+        run(**options, overwrite_output_dir=True)
+    assert "checkpoint-9, of another run" in caplog.text and kept(out) == [6, 9]
+    # The same command goes on from its own, though the one that it names has made room; one without it, too.
+    calls = die_at(99, monkeypatch)
+    run(**options, overwrite_output_dir=True)
+    assert len(calls) == 16 - 9 and kept(out) == [12, 15]
+    run()
+    assert len(calls) == 16 - 9 + 1
+    assert_same_weights(out, tmp_path / "whole")
+
+
+def test_going_on_from_another_folders_checkpoint(run, tmp_path, monkeypatch):
+    run("whole")
+    with killed_at(8, monkeypatch):
+        run("old")
+    options = {"resume_from_checkpoint": str(tmp_path / "old" / "checkpoint-3")}
+    with killed_at(5, monkeypatch):
+        run("new", **options)
+    assert kept(tmp_path / "new") == [6] and kept(tmp_path / "old") == [3, 6]
+    run("new", **options)
+    assert_same_weights(tmp_path / "new", tmp_path / "whole")
+    steps = [entry["step"] for entry in read_jsonl(tmp_path / "new" / "training.jsonl")]
+    assert steps == sorted(steps) and steps[0] > 3
+    run("other", seed=1, num_train_epochs=1)
+    with pytest.raises(ValueError, match="other: holds checkpoint-3, checkpoint-6, not on the way to"):
+        run("other", **options)
+    with pytest.raises(ValueError, match="checkpoint-5: no checkpoint there; expected"):
+        run("other", resume_from_checkpoint=str(tmp_path / "old" / "checkpoint-5"))
+
+
+def test_a_best_checkpoint_that_stays_behind_is_not_ended_with(run, tmp_path, monkeypatch):
+    judge_by_step({2: 0.1, 6: 0.9, 14: 0.4}, monkeypatch)
+    run("old", **BEST_BETWEEN | {"save_total_limit": 9})
+    run("new", **BEST_BETWEEN, resume_from_checkpoint=str(tmp_path / "old" / "checkpoint-10"))
+    assert_same_weights(tmp_path / "new", tmp_path / "new" / "checkpoint-14")
+
+
+def test_the_journal_and_the_export_are_this_runs(run, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    run(export_format="huggingface", max_steps=2, save_strategy="no")
+    assert (out / "huggingface").is_dir()
+    with killed_at(9, monkeypatch):
+        run(logging_steps=1)
+    assert (out / "huggingface").is_dir()  # as long as the model that it is of
+    with open(out / "training.jsonl", "a") as stream:
+        stream.write('{"step": 9, "lo')
+    run(logging_steps=1)
+    steps = [entry["step"] for entry in read_jsonl(out / "training.jsonl") if "loss" in entry]
+    assert steps == list(range(1, 17))
+    assert not (out / "huggingface").exists()
 
 
 @pytest.mark.parametrize("name", ["model_state.pdparams", "optimizer.pdopt", "standing.json", "trainer_state.json"])
@@ -284,8 +360,7 @@ def judge_by_step(values: dict[int, float], monkeypatch) -> None:
 def test_the_best_step_is_saved_whatever_save_steps_says(run, tmp_path, monkeypatch, killed):
     judge_by_step({2: 0.1, 6: 0.5, 10: 0.4}, monkeypatch)
     if killed:
-        die_at(8, monkeypatch)
-        with pytest.raises(Killed):
+        with killed_at(8, monkeypatch):
             run(**BEST_BETWEEN)
         assert [p.name for p in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-6"]
     assert run(**BEST_BETWEEN).steps == 16

@@ -429,7 +429,7 @@ class TrainArguments:
     export_format: str | None = option(
         None, "huggingface: also write <output_dir>/huggingface for sentence-transformers", choices=("huggingface",)
     )
-    overwrite_output_dir: bool = option(False, "start anew where output_dir holds another run's checkpoints")
+    overwrite_output_dir: bool = option(False, "start anew, removing an earlier run's checkpoints from output_dir")
     # In PaddleNLP's shipped files, and without effect on an embedding.
     zero_padding: bool | None = option(None, "accepted for PaddleNLP's files; changes nothing here")
     eval_with_do_generation: bool | None = option(None, "accepted for PaddleNLP's files; changes nothing here")

@@ -92,7 +92,7 @@ def make(job: "Job"):
 
         def run(self, resume: str | None) -> None:
             """Train, from a checkpoint on if one is given; a training that had ended is not gone on with."""
-            ended = resume is not None and ranks.broadcast_object(ranks.on_first(lambda: self._ended_at(resume)))
+            step, standing, ended = ranks.broadcast_object(ranks.on_first(lambda: self._begin(resume)))
             if not ended:
                 if job.dev is not None and resume is None:
                     self._note_where_it_began()
@@ -101,8 +101,8 @@ def make(job: "Job"):
             logger.info("%s: the training had ended there", resume)
             self._load_from_checkpoint(resume)
             self._agree(self.model)
-            self.state.global_step, standing = ended
-            self._standing = _Standing(**standing)
+            self.state.global_step = step
+            self._take_over(standing)
 
         def _note_where_it_began(self) -> None:
             """The dev metrics of the base model: what training is to better."""
@@ -111,13 +111,27 @@ def make(job: "Job"):
             if self._journal is not None:
                 self._journal.add(0, {f"eval_{name}": value for name, value in found.items()}, shown=False)
 
-        def _ended_at(self, checkpoint: str) -> tuple[int, dict] | None:
-            """Of a checkpoint with which a training ended: its step and standing."""
-            with _whole(checkpoint):
-                step = json.loads((Path(checkpoint) / "trainer_state.json").read_text())["global_step"]
-                standing = json.loads((Path(checkpoint) / "standing.json").read_text())
-                ended = _Standing(**standing).ends(given.early_stopping_patience) or 0 < self.args.max_steps <= step
-            return (step, standing) if ended else None
+        def _begin(self, resume: str | None) -> tuple[int, dict, bool]:
+            """The step and the standing of what is gone on from, and whether the training had ended there."""
+            step, standing, ended = 0, {}, False
+            if resume is not None:
+                with _whole(resume):
+                    step = json.loads((Path(resume) / "trainer_state.json").read_text())["global_step"]
+                    standing = json.loads((Path(resume) / "standing.json").read_text())
+                    ended = _Standing(**standing).ends(given.early_stopping_patience) or 0 < self.args.max_steps <= step
+            goes_on_here = resume is not None and os.path.samefile(Path(resume).parent, given.output_dir)
+            self._journal.cut(step if goes_on_here else None)
+            return step, standing, ended
+
+        def _take_over(self, standing: dict) -> None:
+            """A checkpoint's standing. A best step whose checkpoint is not in output_dir cannot be ended with."""
+            self._standing = _Standing(**standing)
+            best = self._standing.best_step
+            is_here = ranks.broadcast_object(best is None or _is_checkpoint(_checkpoint_folder(given, best)))
+            if given.load_best_model_at_end and not is_here:
+                logger.info("step %d was the best so far, but is not in %s: the best from here on counts",
+                            best, given.output_dir)  # fmt: skip
+                self._standing.best = self._standing.best_step = None
 
         def mean_loss(self) -> float:
             """Over all steps, of a resumed training too."""
@@ -220,7 +234,7 @@ def make(job: "Job"):
             names = {name: parameter.name for name, parameter in self.model.named_parameters()}
             self.optimizer.set_state_dict(_renamed(states["optimizer"], names))
             self.lr_scheduler.set_state_dict(states["scheduler"])
-            self._standing = _Standing(**states["standing"])
+            self._take_over(states["standing"])
             if self.do_grad_scaling and "scaler" in states:
                 self.scaler.load_state_dict(states["scaler"])
 
@@ -344,6 +358,12 @@ class _Journal:
     def __init__(self, path: Path):
         self.path = path
 
+    def cut(self, step: int | None) -> None:
+        """Drop what an earlier run wrote after a step, which comes again now; all of it if None is gone on with."""
+        lines = self.path.read_bytes().splitlines(keepends=True) if self.path.is_file() else []
+        kept = [line for line in lines if step is not None and _step_of(line) <= step]
+        write_whole(self.path, b"".join(kept))
+
     def add(self, step: int, logs: dict, shown: bool = True) -> None:
         """One log entry, for people too if it is ``shown``."""
         kept = {"step": step, "time": round(time.time(), 1)}
@@ -356,14 +376,26 @@ class _Journal:
             logger.info("step %d: %s", step, ", ".join(f"{name} {value:.4g}" for name, value in worth.items()))
 
 
+def _step_of(line: bytes) -> float:
+    """Of a line of the journal; infinite if a kill has left only a part of it."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, TypeError, KeyError):
+        return math.inf
+
+
 def _checkpoint_folder(given: TrainArguments, step: int) -> Path:
     return Path(given.output_dir) / f"checkpoint-{step}"
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return (path / "trainer_state.json").is_file()
 
 
 def checkpoints(output_dir: str) -> list[Path]:
     """The folders of the whole checkpoints there, oldest first."""
     found = {path: _CHECKPOINT.fullmatch(path.name) for path in Path(output_dir).iterdir()}
-    whole = {path: match for path, match in found.items() if match and (path / "trainer_state.json").is_file()}
+    whole = {path: match for path, match in found.items() if match and _is_checkpoint(path)}
     return [path for _, path in sorted((int(match[1]), path) for path, match in whole.items())]
 
 

@@ -29,6 +29,8 @@ _FREE_TO_CHANGE = {
     "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "logging_steps", "save_total_limit",
     "export_format", "report_to", "logging_dir", "disable_tqdm",
 }  # fmt: skip
+# The key under which a run's record says which checkpoint it was asked to go on from.
+_RESUMED = "resume_from_checkpoint"
 _UNCUT = 1 << 20
 
 
@@ -179,6 +181,29 @@ def _put_into(folder: Path, what: str) -> Iterator[Path]:
         raise described(error, f"{folder}: cannot write {what}") from None
 
 
+def _differences(own: dict, record: Path, asked: bool) -> list[str]:
+    """In which arguments the run that a folder's record tells of is another one.
+
+    Args:
+        asked: True if a checkpoint to go on from was asked for; the run goes on as it began where none is.
+    """
+    before = _read_object(record) if record.is_file() else {}
+    names = {*own, *before} - (set() if asked else {_RESUMED})
+    return sorted(name for name in names if own.get(name) != before.get(name))
+
+
+def _not_leading_to(asked: str, found: list[Path]) -> list[Path]:
+    """Of a folder's checkpoints, oldest first, those that a run from the one asked for would take for its own.
+
+    Raises:
+        ValueError: there is no checkpoint where one was asked for.
+    """
+    if not (Path(asked) / "trainer_state.json").is_file():
+        raise ValueError(f"{asked}: no checkpoint there; expected a folder such as output_dir/checkpoint-100")
+    places = [i for i, path in enumerate(found) if os.path.samefile(path, asked)]
+    return found[places[0] + 1 :] if places else found
+
+
 def _read_object(path: Path) -> dict:
     """A JSON object that an earlier run left.
 
@@ -265,37 +290,34 @@ class Job:
         return kept | {"data": self.rows.digests, "model": self.base.digest, "ranks": self.ranks.size}
 
     def resumed(self) -> str | None:
-        """The checkpoint to go on from, on rank 0.
+        """The checkpoint to go on from, on rank 0: this run's last one, or what ``resume_from_checkpoint`` says.
 
         Raises:
-            ValueError: the folder holds another run's checkpoints.
+            ValueError: the folder holds checkpoints that are not this run's, or none is there where one was asked for.
         """
         folder = Path(self.given.output_dir)
         for stale in folder.glob("checkpoint-*.work"):
             shutil.rmtree(stale)
         found = trainer.checkpoints(self.given.output_dir)
-        record = folder / "run.json"
-        own = json.loads(json.dumps(self.fingerprint()))
         asked = getattr(self.given, "resume_from_checkpoint", None)
-        if asked is not None:
-            if not (Path(asked) / "trainer_state.json").is_file():
-                raise ValueError(f"{asked}: no checkpoint there; expected a folder such as {folder}/checkpoint-100")
-            return asked
-        if found and self.given.overwrite_output_dir:
-            for path in found:
-                shutil.rmtree(path)
-            found = []
-        if found:
-            before = _read_object(record) if record.is_file() else {}
-            other = sorted(name for name in {*own, *before} if own.get(name) != before.get(name))
-            if other:
-                raise ValueError(
-                    f"{folder}: holds checkpoints of a run with other {', '.join(other[:4])}; give another output_dir, "
-                    "or --overwrite_output_dir true"
-                )
+        own = json.loads(json.dumps(self.fingerprint())) | {_RESUMED: asked and os.path.realpath(asked)}
+        record = folder / "run.json"
+        anew = asked is None and self.given.overwrite_output_dir
+        other = _differences(own, record, asked is not None) if found and not anew else []
+        if found and not anew and not other:
             logger.info("going on from %s", found[-1])
+            return str(found[-1])
+        what = f"checkpoints of a run with other {', '.join(other[:4])}"
+        if asked is not None:
+            found = _not_leading_to(asked, found)
+            what = f"{', '.join(path.name for path in found)}, not on the way to {asked}"
+        if found and not self.given.overwrite_output_dir:
+            raise ValueError(f"{folder}: holds {what}; give another output_dir, or --overwrite_output_dir true")
+        for path in found:
+            logger.info("removing %s, of another run", path)
+            shutil.rmtree(path)
         write_whole(record, (json.dumps(own, ensure_ascii=False, indent=2) + "\n").encode())
-        return str(found[-1]) if found else None
+        return asked
 
     def check_export(self) -> None:
         """Refuse an export that the model does not allow, before it is trained."""
