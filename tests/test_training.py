@@ -446,13 +446,14 @@ def test_an_unwritable_folder_is_refused(run, tmp_path):
         run("file/out")
 
 
-@pytest.mark.parametrize("changed", ["train.json", "dev.json", "vocab.txt"])
+@pytest.mark.parametrize("changed", ["train.json", "dev.json", "corpus.json", "vocab.txt"])
 def test_ranks_that_have_read_different_files_do_not_train(tiny_model, data, tmp_path, changed):
     shutil.copytree(tiny_model, tmp_path / "model")
     shutil.copytree(data, tmp_path / "data")
+    corpus = write_jsonl(tmp_path / "data" / "corpus.json", [{"text": "an answer"}])
     given = build(
         arguments.training_arguments(), model_name_or_path=str(tmp_path / "model"),
-        dataset_name_or_path=str(tmp_path / "data"),
+        dataset_name_or_path=str(tmp_path / "data"), dev_corpus_path=corpus,
     )  # fmt: skip
     here = training._Inputs.read(given)
     here.digests()  # the base model's is taken when it is first asked for
