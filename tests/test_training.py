@@ -237,7 +237,7 @@ def test_going_on_from_an_earlier_checkpoint(run, tmp_path, monkeypatch, caplog)
     assert kept(out) == [3, 6, 9]
     with caplog.at_level("INFO"), killed_at(8, monkeypatch):
         run(**options, overwrite_output_dir=True)
-    assert "checkpoint-9, of another run" in caplog.text and kept(out) == [6, 9]
+    assert "checkpoint-9, of an earlier run" in caplog.text and kept(out) == [6, 9]
     # The same command goes on from its own, though the one that it names has made room; one without it, too.
     calls = die_at(99, monkeypatch)
     run(**options, overwrite_output_dir=True)

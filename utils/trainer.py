@@ -112,7 +112,7 @@ def make(job: "Job"):
                 self._journal.add(0, {f"eval_{name}": value for name, value in found.items()}, shown=False)
 
         def _begin(self, resume: str | None) -> tuple[int, dict, bool]:
-            """The step and the standing of what is gone on from, and whether the training had ended there."""
+            """Cut the journal. Of what is gone on from: step, standing, and whether the training had ended there."""
             step, standing, ended = 0, {}, False
             if resume is not None:
                 with _whole(resume):

@@ -314,7 +314,7 @@ class Job:
         if found and not self.given.overwrite_output_dir:
             raise ValueError(f"{folder}: holds {what}; give another output_dir, or --overwrite_output_dir true")
         for path in found:
-            logger.info("removing %s, of another run", path)
+            logger.info("removing %s, of an earlier run", path)
             shutil.rmtree(path)
         write_whole(record, (json.dumps(own, ensure_ascii=False, indent=2) + "\n").encode())
         return asked
