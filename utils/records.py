@@ -74,7 +74,7 @@ class Source:
     path: str
     require: tuple[str, ...] = ("query",)
     on_bad_row: str = "error"
-    check: Callable[[Record], None] = lambda record: None
+    check: Callable[[Record], object] = lambda record: None
     n_rows: int = 0
     digest: str = ""
     rejected: list[RecordError] = field(default_factory=list)

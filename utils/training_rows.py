@@ -83,21 +83,14 @@ def read(paths: Sequence[str], weights: Sequence[float] | None, on_bad_row: str,
     builder = _Builder()
     rejected, digests = [], []
     for number, path in enumerate(paths):
-        source = Source(path, ("query", "pos_passage"), on_bad_row)
-        unscored: list[RecordError] = []
+
+        def scores_of(record: Record, path: str = path) -> dict[str, float]:
+            return _scores(record, path) if needs_scores else {}
+
+        source = Source(path, ("query", "pos_passage"), on_bad_row, check=scores_of)
         for record in source:
-            try:
-                scores = _scores(record, path) if needs_scores else {}
-            except RecordError as error:
-                if on_bad_row != "skip":
-                    raise
-                unscored.append(error)
-                continue
-            builder.add(record, scores, number)
-        bad = sorted(source.rejected + unscored, key=lambda error: error.line)
-        if len(bad) == source.n_rows:
-            raise ValueError(f"{path}: all {source.n_rows} rows are bad, the first: {bad[0]}")
-        rejected += bad
+            builder.add(record, scores_of(record), number)
+        rejected += source.rejected
         digests.append(source.digest)
     rows = builder.finish(list(weights or [1.0] * len(paths)))
     rows.rejected, rows.digests = rejected, digests
