@@ -99,14 +99,13 @@ def gelu(x, bias, result, slope):
 
 
 @_compiled
-def scaled(gradient, slope, result, sums):
-    """``result`` [n, h] becomes gradient times slope, and its column sums are added to ``sums`` [h]."""
+def scale(slope, gradient, sums):
+    """``slope`` [n, h] is multiplied by the gradient, and its column sums are added to ``sums`` [h]."""
     n, h = gradient.shape
     for i in range(n):
         for j in range(h):
-            value = gradient[i, j] * slope[i, j]
-            result[i, j] = value
-            sums[j] += value
+            slope[i, j] *= gradient[i, j]
+            sums[j] += slope[i, j]
 
 
 @_compiled
@@ -208,35 +207,40 @@ def _softmax_backward(weights, first, key, threshold, upscale, gradient):
 
 
 @_inlined
-def _empty(n, h):
-    return np.empty((n, h), np.float32)
+def _take(rows, bias, scale, first, parts):
+    """Some heads' columns of rows [t, any], the first of them ``first``, plus bias, times scale: [heads, t, width].
+
+    Row by row: a head's own part of a row is too little for the processor to see what comes next.
+    """
+    for i in range(parts.shape[1]):
+        for head in range(parts.shape[0]):
+            column = first + head * parts.shape[2]
+            for j in range(parts.shape[2]):
+                parts[head, i, j] = (rows[i, column + j] + bias[column + j]) * scale
 
 
 @_inlined
-def _take(rows, bias, scale, column, result):
-    """A head's columns of rows, plus bias, times scale."""
-    for i in range(result.shape[0]):
-        for j in range(result.shape[1]):
-            result[i, j] = (rows[i, column + j] + bias[column + j]) * scale
-
-
-@_inlined
-def _put(result, scale, column, rows):
+def _put(parts, scale, first, rows):
     """The reverse of ``_take``, without a bias."""
-    for i in range(result.shape[0]):
-        for j in range(result.shape[1]):
-            rows[i, column + j] = result[i, j] * scale
+    for i in range(parts.shape[1]):
+        for head in range(parts.shape[0]):
+            column = first + head * parts.shape[2]
+            for j in range(parts.shape[2]):
+                rows[i, column + j] = parts[head, i, j] * scale
 
 
 @_inlined
-def _attention_weights(qkv, bias, scale, head, settled, q, k, v, weights, dropped):
-    """A head's queries, keys and values, and its attention weights before and after dropout."""
-    (t, width), columns = q.shape, qkv.shape[1] // 3
-    _take(qkv, bias, scale, head * width, q)
-    _take(qkv, bias, _F(1.0), columns + head * width, k)
-    _take(qkv, bias, _F(1.0), 2 * columns + head * width, v)
-    np.dot(q, k.T, weights)
-    _softmax(weights, head * t, settled[0], settled[1], settled[2], dropped)
+def _take_qkv(qkv, bias, scale, first, parts):
+    """Queries, times scale, keys and values of some heads into the first three of ``parts``."""
+    columns = qkv.shape[1] // 3
+    _take(qkv, bias, scale, first, parts[0])
+    _take(qkv, bias, _F(1.0), columns + first, parts[1])
+    _take(qkv, bias, _F(1.0), 2 * columns + first, parts[2])
+
+
+@_inlined
+def _empty(t):
+    return np.empty((t, t), np.float32)
 
 
 @_compiled
@@ -249,39 +253,38 @@ def attention(qkv, bias, width, heads, settled, result):
         result: [t, all heads * width].
         settled: key, threshold and upscale of the dropout of the weights.
     """
-    t = len(qkv)
-    scale, one = _F(1.0) / np.sqrt(_F(width)), _F(1.0)
-    q, k, v, own = _empty(t, width), _empty(t, width), _empty(t, width), _empty(t, width)
-    weights = _empty(t, t)
-    dropped = _empty(t, t) if settled[1] > _U(0) else weights
-    for head in range(heads[0], heads[1]):
-        column = head * width
-        _attention_weights(qkv, bias, scale, head, settled, q, k, v, weights, dropped)
-        np.dot(dropped, v, own)
-        _put(own, one, column, result)
+    t, n, first = len(qkv), heads[1] - heads[0], heads[0] * width
+    parts, weights = np.empty((4, n, t, width), np.float32), _empty(t)
+    dropped = _empty(t) if settled[1] > _U(0) else weights
+    _take_qkv(qkv, bias, _F(1.0) / np.sqrt(_F(width)), first, parts)
+    for i in range(n):
+        np.dot(parts[0, i], parts[1, i].T, weights)
+        _softmax(weights, (heads[0] + i) * t, settled[0], settled[1], settled[2], dropped)
+        np.dot(dropped, parts[2, i], parts[3, i])
+    _put(parts[3], _F(1.0), first, result)
 
 
 @_compiled
 def attention_backward(qkv, bias, width, heads, settled, gradient, d_qkv):
     """The gradient of ``attention``'s first argument, given that of its result."""
-    t, columns = gradient.shape
+    (t, columns), n, first = gradient.shape, heads[1] - heads[0], heads[0] * width
     scale, one = _F(1.0) / np.sqrt(_F(width)), _F(1.0)
-    no_bias = np.zeros(columns, np.float32)
-    q, k, v, d_result, own = _empty(t, width), _empty(t, width), _empty(t, width), _empty(t, width), _empty(t, width)
-    weights, d_weights = _empty(t, t), _empty(t, t)
-    dropped = _empty(t, t) if settled[1] > _U(0) else weights
-    for head in range(heads[0], heads[1]):
-        column = head * width
-        _attention_weights(qkv, bias, scale, head, settled, q, k, v, weights, dropped)
-        _take(gradient, no_bias, one, column, d_result)
-        np.dot(dropped.T, d_result, own)
-        _put(own, one, 2 * columns + column, d_qkv)
-        np.dot(d_result, v.T, d_weights)
-        _softmax_backward(weights, head * t, settled[0], settled[1], settled[2], d_weights)
-        np.dot(d_weights, k, own)
-        _put(own, scale, column, d_qkv)
-        np.dot(d_weights.T, q, own)
-        _put(own, one, columns + column, d_qkv)
+    parts, weights, d_weights = np.empty((7, n, t, width), np.float32), _empty(t), _empty(t)
+    dropped = _empty(t) if settled[1] > _U(0) else weights
+    _take_qkv(qkv, bias, scale, first, parts)
+    _take(gradient, np.zeros(columns, np.float32), one, first, parts[3])
+    for i in range(n):
+        query, key, value, d_result = parts[0, i], parts[1, i], parts[2, i], parts[3, i]
+        np.dot(query, key.T, weights)
+        _softmax(weights, (heads[0] + i) * t, settled[0], settled[1], settled[2], dropped)
+        np.dot(d_result, value.T, d_weights)
+        np.dot(dropped.T, d_result, parts[6, i])
+        _softmax_backward(weights, (heads[0] + i) * t, settled[0], settled[1], settled[2], d_weights)
+        np.dot(d_weights, key, parts[4, i])
+        np.dot(d_weights.T, query, parts[5, i])
+    _put(parts[4], scale, first, d_qkv)
+    _put(parts[5], one, columns + first, d_qkv)
+    _put(parts[6], one, 2 * columns + first, d_qkv)
 
 
 @_inlined

@@ -329,10 +329,12 @@ def _layers():
             @staticmethod
             def backward(ctx, gradient):
                 own = _array(gradient)
-                d_x, d_bias = np.empty_like(own), np.zeros(own.shape[1], np.float32)
+                # The slope is needed no more: multiplied where it lies, it takes no memory beside it.
+                d_x, ctx.slope = ctx.slope, None
+                d_bias = np.zeros(own.shape[1], np.float32)
 
                 def work(rows: slice, sums: np.ndarray) -> None:
-                    cpu_kernels.scaled(own[rows], ctx.slope[rows], d_x[rows], sums)
+                    cpu_kernels.scale(d_x[rows], own[rows], sums)
 
                 _in_blocks(len(own), work, d_bias)
                 return _gradients((d_x, d_bias), ctx.needed)
