@@ -29,6 +29,7 @@ FORBIDDEN = {
     "shared_memory": HEAVY - {"numpy"} | {"records", "distributed", "search", "runtime"},
     "scores": {"paddle", "paddlenlp", "faiss", "records", "encoder", "engines", "distributed", "search"},
     "search_kernels": {"paddle", "paddlenlp", "faiss", "records", "encoder", "engines", "distributed", "search"},
+    "search_screens": {"paddle", "paddlenlp", "faiss", "records", "encoder", "engines", "distributed", "search"},
     "search": {"paddle", "paddlenlp", "records", "encoder", "engines"},
     "faiss_search": {"paddle", "paddlenlp", "records", "encoder", "engines", "distributed"},
     "screening": {"paddle", "paddlenlp", "faiss", "records", "encoder", "engines", "outputs", "distributed", "dedup"},

@@ -9,7 +9,8 @@ from utils import matmul, search
 from utils.distributed import Ranks
 from utils.mapped import release
 from utils.scores import Neighbors, evenly, merge, pair_scores, rounding_bound
-from utils.search import ExactIndex, ShardedIndex, _Bfloat16Screen, _Float32Screen, _Shape
+from utils.search import ExactIndex, ShardedIndex
+from utils.search_screens import Bfloat16Screen, Float32Screen, Shape
 
 
 def brute_force(queries, corpus, k, floor=-np.inf) -> Neighbors:
@@ -84,7 +85,7 @@ def test_a_screened_score_lies_within_its_slack(arithmetic):
     rng = np.random.default_rng(6)
     mean = unit(rng, 1, 64)
     corpus, queries = (vectors + mean for vectors in (unit(rng, 900, 64), unit(rng, 50, 64)))
-    screen = (_Float32Screen if arithmetic == "float32" else _Bfloat16Screen)(queries, _Shape.of(corpus))
+    screen = (Float32Screen if arithmetic == "float32" else Bfloat16Screen)(queries, Shape.of(corpus))
     scores = np.empty((50, 900), np.float32)
     screen.take(corpus)
     screen.multiply(slice(0, 50), scores)
