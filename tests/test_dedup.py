@@ -80,6 +80,24 @@ def test_any_number_of_ranks_decides_the_same(size, can_map, screened, threshold
         }
 
 
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("can_map", [True, False])
+def test_a_last_block_may_have_fewer_rows_than_there_are_ranks(size, can_map, tmp_path, monkeypatch):
+    monkeypatch.setattr(ScreenedIndex, "block_rows", 250)
+    monkeypatch.setattr(dedup, "_SCREENED_ROWS", 1)
+    directions = np.linalg.qr(np.random.default_rng(1).standard_normal((24, 12)))[0]
+    monkeypatch.setattr(screening, "fit", lambda sample, threshold: Sketcher(directions))
+    vectors = clustered(251, 24)
+    np.save(tmp_path / "vectors.npy", vectors)
+    given = np.load(tmp_path / "vectors.npy", mmap_mode="r") if can_map else vectors
+    kept, _ = one_by_one(vectors, 0.8)
+    for result in on_ranks(
+        size,
+        lambda ranks: remove_near_duplicates(given if ranks.is_first else None, np.arange(251), 24, 0.8, ranks),
+    ):
+        assert result.kept_rows.tolist() == kept
+
+
 def test_a_block_of_nothing_but_copies_is_decided_within_bounds(monkeypatch):
     monkeypatch.setattr(dedup, "_MOST_PAIRS", 40_000)
     monkeypatch.setattr(dedup, "_PART_ROWS", 50)

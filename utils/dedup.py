@@ -160,7 +160,8 @@ class _Deal:
         if self._ranks.size == 1:
             return own
         # All in one, because each exchange takes its time; as bytes: Paddle would take 16-bit integers for numbers.
-        as_bytes = [array.reshape(len(array), -1).view(np.uint8) for array in own]
+        # Not reshape(n, -1), which is refused where n is 0: a last block may have fewer rows than there are ranks.
+        as_bytes = [array.reshape(len(array), math.prod(array.shape[1:])).view(np.uint8) for array in own]
         most = -(-self._n // self._ranks.size)
         starts = np.cumsum([0, *(most * array.shape[1] for array in as_bytes)]).tolist()
         sent = np.zeros(starts[-1], np.uint8)
