@@ -1,6 +1,8 @@
 """Compiled loops where the disk is full, and where numba is told of another processor."""
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 
@@ -34,6 +36,25 @@ def test_machine_code_that_cannot_be_kept_costs_no_run(tmp_path):
     kept = run("resource.RLIM_INFINITY", NUMBA_CACHE_DIR=str(tmp_path))
     assert kept.returncode == 0, kept.stderr
     assert list(tmp_path.rglob("*.nbc"))
+
+
+def test_machine_code_is_made_anew_when_any_compiled_source_changes(tmp_path, monkeypatch):
+    """A function is compiled into others of other files, too."""
+    from utils import compiled
+
+    utils = ROOT / "utils"
+    for path in utils.glob("*.py"):
+        shutil.copy(path, tmp_path)
+    monkeypatch.setattr(compiled, "__file__", str(tmp_path / "compiled.py"))
+    decorated = [
+        path for path in utils.glob("*.py") if re.search(r"^@_?(compiled|inlined)|njit", path.read_text(), re.M)
+    ]
+    assert len(decorated) > 5
+    for path in decorated:
+        before = compiled._folder_for_these_sources()
+        with open(tmp_path / path.name, "a") as stream:
+            stream.write("# another\n")
+        assert compiled._folder_for_these_sources() != before
 
 
 @pytest.mark.parametrize("told", [{"NUMBA_CPU_NAME": "generic"}, {"NUMBA_CPU_FEATURES": "+avx2,+fma"}])

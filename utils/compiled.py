@@ -37,7 +37,7 @@ def _folder_for_these_sources() -> str:
     folder = Path(__file__).resolve().parent
     digest = hashlib.sha256(f"{numba.config.CPU_NAME} {_features()}".encode())
     for source in (path.read_bytes() for path in sorted(folder.glob("*.py"))):
-        if b"numba" in source or b"import compiled" in source:
+        if b"numba" in source or b"compiled" in source:
             digest.update(source)
     beside = folder / "__pycache__"
     if not os.access(beside if beside.is_dir() else folder, os.W_OK):
