@@ -81,7 +81,10 @@ class Checkpoint:
 
     @property
     def is_torch(self) -> bool:
-        """True if the weights are PyTorch's, whose linear layers are stored transposed."""
+        """True if the weights are PyTorch's, whose linear layers are [out, in], and not Paddle's, which are [in, out].
+
+        Names do not tell: PaddleNLP names XLM-RoBERTa's weights as Hugging Face does, and transposes them.
+        """
         first = self.weight_files()[0]
         if first.suffix == ".safetensors":
             header = _safetensors_header(first)

@@ -119,7 +119,7 @@ class OneDNNEngine:
         self._epsilon = np.float32(config.get("layer_norm_eps", config.get("layer_norm_epsilon", 1e-12)))
         # What is multiplied is held in this type.
         self._type = np.uint16 if dtype == "bfloat16" else np.float32
-        parameters, torch_layout = weight_files.read_weights(model), weight_files.stores_torch_layout(model)
+        parameters, torch_layout = weight_files.read_weights(model), model.is_torch
         try:
             embeddings, layers = _sorted_out(parameters, torch_layout, config.get("num_hidden_layers"))
             _check_shapes(model, embeddings, layers)

@@ -6,12 +6,14 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+
 from utils import runtime
 from utils.checkpoint import Checkpoint
 
 
 def load_model(model: Checkpoint, dtype: str, **config):
-    """A checkpoint with its weights, as PaddleNLP's AutoModel reads them.
+    """A checkpoint with its weights in Paddle's own format, as PaddleNLP's AutoModel reads them.
 
     Args:
         config: values that override the checkpoint's configuration.
@@ -20,16 +22,16 @@ def load_model(model: Checkpoint, dtype: str, **config):
         ValueError: PaddleNLP does not know the model, or its weights do not fit.
     """
     transformers = import_paddlenlp()
-    with _one_line(f"{model.folder}: PaddleNLP cannot load this {model.model_type} model"):
+    with one_line(f"{model.folder}: PaddleNLP cannot load this {model.model_type} model"):
         return transformers.AutoModel.from_pretrained(
-            str(model.folder), convert_from_torch=model.is_torch, dtype=dtype, **config
+            str(model.folder), convert_from_torch=False, dtype=dtype, **config
         )
 
 
 def new_model(model: Checkpoint, dtype: str, **config):
     """A model of the checkpoint's configuration, with fresh weights. Raises as ``load_model`` does."""
     transformers = import_paddlenlp()
-    with _one_line(f"{model.folder}: PaddleNLP cannot make this {model.model_type} model"):
+    with one_line(f"{model.folder}: PaddleNLP cannot make this {model.model_type} model"):
         return transformers.AutoModel.from_config(
             transformers.AutoConfig.from_pretrained(str(model.folder), **config), dtype=dtype
         )
@@ -42,12 +44,33 @@ def load_tokenizer(folder: Path):
         ValueError: PaddleNLP cannot read it.
     """
     transformers = import_paddlenlp()
-    with _one_line(f"{folder}: PaddleNLP cannot load its tokenizer"):
+    with one_line(f"{folder}: PaddleNLP cannot load its tokenizer"):
         return transformers.AutoTokenizer.from_pretrained(str(folder))
 
 
+def read_torch_file(path: Path) -> dict[str, np.ndarray]:
+    """The floating-point weights in a file of torch.save, as float32.
+
+    PaddleNLP takes the file apart. Its own loading of a model would leave a converted copy in the folder, prefer that
+    from then on, and say nothing of weights that are not there.
+
+    Raises:
+        ValueError: no such file, or a damaged one.
+    """
+    import_paddlenlp()
+    from paddlenlp.utils.serialization import load_torch
+
+    with one_line(f"{path}: no weights of PyTorch's, or a damaged file"):
+        state = {name: values for name, values in load_torch(str(path)).items() if isinstance(values, np.ndarray)}
+    for name, values in state.items():
+        if values.dtype == np.uint16:  # what PaddleNLP gives for bfloat16
+            state[name] = (values.astype(np.uint32) << 16).view(np.float32)
+    return {name: values.astype(np.float32, copy=False) for name, values in state.items() if values.dtype.kind == "f"}
+
+
 @contextlib.contextmanager
-def _one_line(what: str) -> Iterator[None]:
+def one_line(what: str) -> Iterator[None]:
+    """Whatever PaddleNLP raises becomes a ValueError of one line: what could not be done, and why."""
     try:
         yield
     except MemoryError:

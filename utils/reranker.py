@@ -2,13 +2,15 @@
 
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
 from utils import checkpoint, engines, runtime
+from utils.checkpoint import Checkpoint
 from utils.distributed import Ranks
+from utils.paddlenlp_models import import_paddlenlp, load_tokenizer, one_line
 from utils.report import Progress
+from utils.weight_files import read_weights
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +39,8 @@ class Reranker:
                 f"{self.model.folder}: config.json has the architecture {architecture!r}; expected one for sequence"
                 " classification"
             )
+        if not hasattr(import_paddlenlp(), architecture):
+            raise ValueError(f"{self.model.folder}: PaddleNLP has no {architecture}; expected a reranker that it knows")
         self.max_length = min(max_length, self.model.max_length or max_length)
         self._loaded = None
 
@@ -58,44 +62,35 @@ class Reranker:
         return logits.astype("float32").numpy().reshape(-1)
 
     def _load(self) -> tuple:
-        paddle = runtime.import_paddle()
-        from paddlenlp.transformers import AutoModelForSequenceClassification, AutoTokenizer
-        from paddlenlp.utils.log import logger as paddlenlp_logger
-
-        paddlenlp_logger.set_level("ERROR")
-        paddle.set_device(engines.device())
-        folder = self.model.folder
-        if list(folder.glob("*.safetensors")) and not list(folder.glob("*.pdparams")):
-            model = _from_safetensors(folder, self.model.config["architectures"][0])
-        else:
-            model = AutoModelForSequenceClassification.from_pretrained(
-                str(folder), num_labels=1, convert_from_torch=not list(folder.glob("*.pdparams")), dtype="float32"
-            )
+        runtime.import_paddle().set_device(engines.device())
+        transformers, folder = import_paddlenlp(), self.model.folder
+        with one_line(f"{folder}: PaddleNLP cannot load this reranker"):
+            if self.model.is_torch:
+                model = _from_torch(self.model)
+            else:
+                model = transformers.AutoModelForSequenceClassification.from_pretrained(
+                    str(folder), num_labels=1, convert_from_torch=False, dtype="float32"
+                )
         model.eval()
-        return AutoTokenizer.from_pretrained(str(self.model.tokenizer_folder)), model
+        return load_tokenizer(self.model.tokenizer_folder), model
 
 
-def _from_safetensors(folder: Path, architecture: str):
+def _from_torch(reranker: Checkpoint):
     """PaddleNLP's model with weights in PyTorch's naming.
 
     Its own loader writes a converted copy into the folder and leaves the head of BERT untransposed and
     without its bias; only its table of names is used here.
     """
-    import paddlenlp.transformers
-    from safetensors import safe_open
-
-    model_class = getattr(paddlenlp.transformers, architecture)
+    folder, architecture = reranker.folder, reranker.config["architectures"][0]
+    model_class = getattr(import_paddlenlp(), architecture)
     config = model_class.config_class.from_pretrained(str(folder), num_labels=1)
     model = model_class(config)
     names = {m.source_name: (m.target_name, m.action) for m in model_class._get_name_mappings(config)}
     state = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, "np") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - no mapping
-                tensor = tensors.get_tensor(name).astype(np.float32)
-                target, action = names.get(name, (name, None))
-                transposed = action == "transpose" or (name.startswith("classifier.") and tensor.ndim == 2)
-                state[target] = tensor.T if transposed else tensor
+    for name, values in read_weights(reranker).items():
+        target, action = names.get(name, (name, None))
+        transposed = action == "transpose" or (name.startswith("classifier.") and values.ndim == 2)
+        state[target] = np.ascontiguousarray(values.T if transposed else values)
     missing = [name for name in model.state_dict() if name not in state and "position_ids" not in name]
     if missing:
         raise ValueError(f"{folder}: the weights lack {missing[0]}; expected those of {architecture}")

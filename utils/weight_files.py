@@ -1,4 +1,4 @@
-"""A checkpoint's weights as NumPy arrays, by name."""
+"""A checkpoint's weights as NumPy arrays, by name: PyTorch's in both of its formats, else as PaddleNLP reads them."""
 
 import json
 import math
@@ -12,30 +12,35 @@ from utils.checkpoint import Checkpoint
 Parameters = dict[str, np.ndarray]
 
 _FLOAT_TYPES = {"F32": "<f4", "F16": "<f2", "F64": "<f8", "BF16": "<u2"}
+# What the first BERT checkpoints call the parts of a layer norm; transformers renames them, too.
+_RENAMED = {".gamma": ".weight", ".beta": ".bias"}
 
 
 def read_weights(model: Checkpoint) -> Parameters:
-    """All floating-point weights as float32. Only safetensors are read here; PaddleNLP reads the rest.
+    """All floating-point weights as float32.
 
-    What is stored as float32 is mapped from the file, and shared by all processes that read it.
+    Of safetensors, what is stored as float32 is mapped from the file, and shared by all processes that read it.
 
     Raises:
         ValueError: a file is damaged.
     """
     files = model.weight_files()
-    if files[0].suffix != ".safetensors":
+    if files[0].suffix == ".pdparams":
         from utils.paddlenlp_models import load_model
 
         return {name: value.numpy() for name, value in load_model(model, "float32").state_dict().items()}
-    return {name: values for path in files for name, values in _mapped(path).items()}
+    if files[0].suffix == ".safetensors":
+        read = _mapped
+    else:
+        from utils.paddlenlp_models import read_torch_file as read
+    return {_renamed(name): values for path in files for name, values in read(path).items()}
 
 
-def stores_torch_layout(model: Checkpoint) -> bool:
-    """True if ``read_weights`` gives linear weights as PyTorch has them, [out, in], and not as Paddle, [in, out].
-
-    Names do not tell: PaddleNLP names XLM-RoBERTa's weights as Hugging Face does, and transposes them.
-    """
-    return model.is_torch and model.weight_files()[0].suffix == ".safetensors"  # PaddleNLP reads the others
+def _renamed(name: str) -> str:
+    for old, new in _RENAMED.items():
+        if name.endswith(old):
+            return name.removesuffix(old) + new
+    return name
 
 
 def _mapped(path: Path) -> Parameters:

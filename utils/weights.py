@@ -13,7 +13,7 @@ import numpy as np
 
 from utils import paddlenlp_models
 from utils.checkpoint import Checkpoint
-from utils.weight_files import read_weights, stores_torch_layout
+from utils.weight_files import read_weights
 
 if TYPE_CHECKING:
     from paddle import Tensor, nn
@@ -33,10 +33,12 @@ def load_model(checkpoint: Checkpoint, dtype: str = "float32", **config) -> "nn.
     Raises:
         ValueError: weights that the model needs are not in the checkpoint.
     """
-    if checkpoint.weight_files()[0].suffix != ".safetensors":
+    if checkpoint.weight_files()[0].suffix == ".pdparams":
         return paddlenlp_models.load_model(checkpoint, dtype, **config)
+    import paddle
+
     model = paddlenlp_models.new_model(checkpoint, dtype, **config)
-    weights, torch_layout = read_weights(checkpoint), stores_torch_layout(checkpoint)
+    weights, torch_layout = read_weights(checkpoint), checkpoint.is_torch
     names = torch_names(model)
     own = model.state_dict()
     state, missing = {}, []
@@ -50,7 +52,7 @@ def load_model(checkpoint: Checkpoint, dtype: str = "float32", **config) -> "nn.
         values = weights[found].T if transposed and torch_layout else weights[found]
         if list(values.shape) != parameter.shape:
             raise ValueError(f"{checkpoint.folder}: {found} has shape {list(values.shape)}; expected {parameter.shape}")
-        state[name] = np.ascontiguousarray(values)
+        state[name] = paddle.to_tensor(np.ascontiguousarray(values), dtype=parameter.dtype)
     missing = [name for name in missing if not name.startswith(_UNUSED)]
     if missing:
         raise ValueError(f"{checkpoint.folder}: the weights {', '.join(missing[:3])} are not there")

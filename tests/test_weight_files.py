@@ -1,0 +1,131 @@
+"""Weights in PyTorch's older format, against the same in safetensors, and in other types."""
+
+import pickle
+import shutil
+import sys
+import types
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from utils import checkpoint, weights
+from utils.engines import PaddleEngine
+from utils.weight_files import read_weights
+
+LAYER_NORM = "encoder.layer.1.output.LayerNorm"
+
+
+class _Storage:
+    def __init__(self, kind: str, values: np.ndarray, key: str):
+        self.kind, self.values, self.key = kind, values, key
+
+
+class _Tensor:
+    def __init__(self, storage: _Storage):
+        self.storage = storage
+
+    def __reduce__(self):
+        shape = self.storage.values.shape
+        strides = tuple(stride // self.storage.values.itemsize for stride in self.storage.values.strides)
+        return sys.modules["torch._utils"]._rebuild_tensor_v2, (self.storage, 0, shape, strides, False, {})
+
+
+class _Pickler(pickle.Pickler):
+    def persistent_id(self, obj):
+        if isinstance(obj, _Storage):
+            return "storage", getattr(sys.modules["torch"], obj.kind), obj.key, "cpu", obj.values.size
+        return None
+
+
+def save_torch(path: Path, state: dict[str, np.ndarray], monkeypatch) -> None:
+    """Writes what torch.save would; bfloat16 are given as their bits, uint16."""
+    torch, torch_utils = types.ModuleType("torch"), types.ModuleType("torch._utils")
+    for kind in ("FloatStorage", "HalfStorage", "BFloat16Storage", "LongStorage"):
+        setattr(torch, kind, type(kind, (), {"__module__": "torch"}))
+
+    def _rebuild_tensor_v2():
+        """Only its name is written."""
+
+    _rebuild_tensor_v2.__module__, _rebuild_tensor_v2.__qualname__ = "torch._utils", "_rebuild_tensor_v2"
+    torch_utils._rebuild_tensor_v2 = _rebuild_tensor_v2
+    kinds = {"float32": "FloatStorage", "float16": "HalfStorage", "uint16": "BFloat16Storage", "int64": "LongStorage"}
+    storages = {
+        name: _Storage(kinds[values.dtype.name], values, str(i)) for i, (name, values) in enumerate(state.items())
+    }
+    with monkeypatch.context() as patched, zipfile.ZipFile(path, "w") as archive:
+        patched.setitem(sys.modules, "torch", torch)
+        patched.setitem(sys.modules, "torch._utils", torch_utils)
+        with archive.open("archive/data.pkl", "w") as stream:
+            _Pickler(stream, protocol=2).dump({name: _Tensor(storage) for name, storage in storages.items()})
+        for storage in storages.values():
+            archive.writestr(f"archive/data/{storage.key}", storage.values.tobytes())
+
+
+@pytest.fixture
+def torch_model(tmp_path, tiny_model, monkeypatch):
+    """A function that stores the tiny model as pytorch_model.bin, its weights changed by another function."""
+
+    def make(change=lambda state: state) -> checkpoint.Checkpoint:
+        folder = tmp_path / "torch"
+        shutil.copytree(tiny_model, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+        state = {name: np.array(values) for name, values in read_weights(checkpoint.resolve(tiny_model)).items()}
+        save_torch(folder / "pytorch_model.bin", change(state), monkeypatch)
+        return checkpoint.resolve(str(folder))
+
+    return make
+
+
+def vectors(model: checkpoint.Checkpoint) -> np.ndarray:
+    ids = np.random.default_rng(0).integers(5, 30, (3, 16))
+    return PaddleEngine(model, "float32", "cpu").forward(
+        ids, np.array([16, 9, 4]), np.full((3, 16), 1 / 16, np.float32)
+    )
+
+
+def old_names(state: dict) -> dict:
+    return {name.replace("Norm.weight", "Norm.gamma").replace("Norm.bias", "Norm.beta"): w for name, w in state.items()}
+
+
+@pytest.mark.parametrize("change", [dict, old_names])
+def test_a_model_in_the_older_format_is_the_same_model_and_its_folder_stays_as_it_is(torch_model, tiny_model, change):
+    model = torch_model(change)
+    before = sorted(path.name for path in model.folder.iterdir())
+    expected = read_weights(checkpoint.resolve(tiny_model))
+    found = read_weights(model)
+    assert found.keys() == expected.keys()
+    assert all((found[name] == expected[name]).all() for name in expected)
+    np.testing.assert_array_equal(vectors(model), vectors(checkpoint.resolve(tiny_model)))
+    assert sorted(path.name for path in model.folder.iterdir()) == before
+
+
+def test_a_weight_that_is_not_there_is_named(torch_model):
+    model = torch_model(lambda state: {name: w for name, w in state.items() if not name.startswith(LAYER_NORM)})
+    with pytest.raises(ValueError, match=LAYER_NORM):
+        vectors(model)
+
+
+def test_other_types_in_the_older_format(torch_model):
+    half, brain = np.arange(6, dtype=np.float16).reshape(2, 3), np.array([0x3F80, 0xC040], np.uint16)
+    found = read_weights(torch_model(lambda state: {"half": half, "brain": brain, "ids": np.arange(4)}))
+    assert found["half"].tolist() == half.tolist() and found["brain"].tolist() == [1.0, -3.0]
+    assert set(found) == {"half", "brain"} and found["half"].dtype == found["brain"].dtype == np.float32
+
+
+def test_a_damaged_file_of_the_older_format_is_named(torch_model):
+    model = torch_model()
+    (path,) = model.weight_files()
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin: no weights of PyTorch's, or a damaged file"):
+        read_weights(model)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_model_is_loaded_in_the_type_that_a_gpu_computes_in(tiny_model, dtype):
+    model = checkpoint.resolve(tiny_model)
+    exact, rounded = (weights.load_model(model, kind).state_dict() for kind in ("float32", dtype))
+    for name, values in rounded.items():
+        assert str(values.dtype) == f"paddle.{dtype}"
+        if not name.startswith("pooler."):
+            np.testing.assert_allclose(values.astype("float32").numpy(), exact[name].numpy(), rtol=2**-8, atol=1e-7)
