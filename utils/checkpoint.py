@@ -73,11 +73,7 @@ class Checkpoint:
 
     def weight_files(self) -> list[Path]:
         """The files that hold the weights, of the first kind that is there."""
-        for pattern in WEIGHT_PATTERNS:
-            files = sorted(self.folder.glob(pattern))
-            if files:
-                return files
-        return []
+        return _weight_files(self.folder)
 
     @property
     def is_torch(self) -> bool:
@@ -102,8 +98,11 @@ class Checkpoint:
         return hasher.hexdigest()
 
 
-def resolve(model_path: str, tokenizer_path: str | None = None) -> Checkpoint:
+def resolve(model_path: str, tokenizer_path: str | None = None, pooling: str | None = None) -> Checkpoint:
     """The checkpoint that a ``model_path`` argument means: the bundled model, a folder, or a hub name.
+
+    Args:
+        pooling: instead of what the folder says, which may be one that this toolkit does not know.
 
     Raises:
         FileNotFoundError: no such folder, or the hub cannot be reached.
@@ -112,25 +111,28 @@ def resolve(model_path: str, tokenizer_path: str | None = None) -> Checkpoint:
     folder = _folder(model_path)
     tokenizer_folder = folder if tokenizer_path in (None, model_path) else _folder(tokenizer_path)
     try:
-        return _understand(folder, tokenizer_folder)
+        return _understand(folder, tokenizer_folder, pooling)
     except (TypeError, AttributeError, KeyError, IndexError) as error:
         raise ValueError(f"{folder}: its configuration files cannot be understood ({error!r})") from error
 
 
-def _understand(folder: Path, tokenizer_folder: Path) -> Checkpoint:
+def _understand(folder: Path, tokenizer_folder: Path, pooling: str | None) -> Checkpoint:
     config = _read_json_object(folder / "config.json")
     if not config:
         raise ValueError(f"{folder}: no config.json there; expected a model's folder")
     for path in folder.glob("*.safetensors"):
         _safetensors_header(path)
-    if not any(any(folder.glob(pattern)) for pattern in WEIGHT_PATTERNS):
+    weights = _weight_files(folder)
+    if not weights:
         raise ValueError(f"{folder}: no weights there; expected one of {', '.join(WEIGHT_PATTERNS)}")
-    _check_shards(folder)
+    _check_shards(folder, weights[0].suffix)
     model_type = str(config.get("model_type", "")).replace("_", "-")
     hidden_size = config.get("hidden_size")
     if not model_type or hidden_size is None:
         raise ValueError(f"{folder / 'config.json'}: lacks model_type or hidden_size; expected a text encoder's")
     _check_config(folder / "config.json", config)
+    if model_type in DECODERS:
+        config = _with_rotations(folder / "config.json", config)
     if not any((tokenizer_folder / name).is_file() for name in TOKENIZER_FILES):
         raise ValueError(f"{tokenizer_folder}: no tokenizer there; expected one of {', '.join(TOKENIZER_FILES)}")
     query_prompt, passage_prompt = _prompts(folder)
@@ -144,15 +146,38 @@ def _understand(folder: Path, tokenizer_folder: Path) -> Checkpoint:
         vocabulary=int(config["vocab_size"]),
         max_length=max_length,
         default_length=_default_length(folder) or max_length or 512,
-        pooling=_pooling(folder, model_type),
+        pooling=pooling or _pooling(folder, model_type),
         query_template=query_prompt + "{text}",
         passage_template=passage_prompt + "{text}",
     )
 
 
-def _check_shards(folder: Path) -> None:
-    """Every file that an index of weights names must be there."""
-    for path in folder.glob("*.index.json"):
+def _weight_files(folder: Path) -> list[Path]:
+    """The files that hold the weights, of the first kind that is there."""
+    for pattern in WEIGHT_PATTERNS:
+        files = sorted(folder.glob(pattern))
+        if files:
+            return files
+    return []
+
+
+def _with_rotations(path: Path, config: dict) -> dict:
+    """A decoder's configuration with ``rope_theta`` where PaddleNLP looks for it; transformers 5 keeps it elsewhere.
+
+    Raises:
+        ValueError: positions are rotated in a way that PaddleNLP's loader passes over.
+    """
+    rotations = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = rotations.get("rope_type", rotations.get("type", "default"))
+    if kind != "default":
+        raise ValueError(f"{path}: positions are rotated by {kind!r}; expected the default, the only kind supported")
+    theta = rotations.get("rope_theta")
+    return config if theta is None else config | {"rope_theta": theta}
+
+
+def _check_shards(folder: Path, suffix: str) -> None:
+    """Every file that the index of the weights in use names must be there; another format may be there in part."""
+    for path in folder.glob(f"*{suffix}.index.json"):
         files = (_read_json_object(path).get("weight_map") or {}).values()
         for name in sorted({name for name in files if not (folder / name).is_file()}):
             raise ValueError(f"{folder / name}: not there, but {path.name} says that it holds a part of the weights")

@@ -27,7 +27,7 @@ def build_encoders(given: ModelArguments) -> tuple[Encoder, Encoder]:
     Raises:
         FileNotFoundError, ValueError: no such model, or one that does not go with the arguments.
     """
-    model = checkpoint.resolve(given.model_path, given.tokenizer_path)
+    model = checkpoint.resolve(given.model_path, given.tokenizer_path, given.pooling)
     engine = engines.LazyEngine(model, given.dtype)
     query_template = given.query_template or given.template or model.query_template
     passage_template = given.passage_template or given.template or model.passage_template

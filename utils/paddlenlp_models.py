@@ -24,7 +24,7 @@ def load_model(model: Checkpoint, dtype: str, **config):
     transformers = import_paddlenlp()
     with one_line(f"{model.folder}: PaddleNLP cannot load this {model.model_type} model"):
         return transformers.AutoModel.from_pretrained(
-            str(model.folder), convert_from_torch=False, dtype=dtype, **config
+            str(model.folder), convert_from_torch=False, dtype=dtype, **_rotations(model), **config
         )
 
 
@@ -33,8 +33,13 @@ def new_model(model: Checkpoint, dtype: str, **config):
     transformers = import_paddlenlp()
     with one_line(f"{model.folder}: PaddleNLP cannot make this {model.model_type} model"):
         return transformers.AutoModel.from_config(
-            transformers.AutoConfig.from_pretrained(str(model.folder), **config), dtype=dtype
+            transformers.AutoConfig.from_pretrained(str(model.folder), **_rotations(model), **config), dtype=dtype
         )
+
+
+def _rotations(model: Checkpoint) -> dict:
+    """How fast a decoder's positions are rotated: PaddleNLP looks in one place only, and else assumes a value."""
+    return {"rope_theta": model.config["rope_theta"]} if "rope_theta" in model.config else {}
 
 
 def load_tokenizer(folder: Path):

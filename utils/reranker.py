@@ -27,7 +27,7 @@ class Reranker:
     """
 
     def __init__(self, path: str, max_length: int):
-        self.model = checkpoint.resolve(path)
+        self.model = checkpoint.resolve(path, pooling="cls")  # whatever it says: it has a head
         config = self.model.config
         labels = config.get("num_labels") or len(config.get("id2label") or {}) or config.get("num_choices")
         if labels != 1:

@@ -69,7 +69,7 @@ class _Inputs:
     @classmethod
     def read(cls, given: TrainArguments) -> "_Inputs":
         files, dev_path = training_rows.find_files(given.dataset_name_or_path, given.dev_dataset_path)
-        base = checkpoint.resolve(given.model_name_or_path, given.tokenizer_name_or_path)
+        base = checkpoint.resolve(given.model_name_or_path, given.tokenizer_name_or_path, given.pooling)
         needs_scores = losses.get(given.loss_type).needs_scores
         rows = training_rows.read(files, given.dataset_weights, given.on_bad_row, needs_scores)
         dims = given.embedding_matryoshka_dims or []

@@ -1,0 +1,71 @@
+"""What a model's folder says about itself, in the layouts of several writers."""
+
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from utils import checkpoint, paddlenlp_models
+
+DECODER = {
+    "model_type": "qwen2", "architectures": ["Qwen2Model"], "hidden_size": 16, "num_hidden_layers": 1,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 32, "vocab_size": 50,
+    "max_position_embeddings": 64,
+}  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A function that writes a folder with some configuration, and no real weights."""
+
+    def make(**config):
+        (tmp_path / "config.json").write_text(json.dumps(DECODER | config))
+        (tmp_path / "tokenizer.json").write_text("{}")
+        save_file({"weight": np.zeros(1, np.float32)}, tmp_path / "model.safetensors")
+        return tmp_path
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"rope_theta": 5e5},
+        {"rope_theta": 5e5, "rope_scaling": None},
+        {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}},
+    ],
+)
+def test_a_decoder_rotates_its_positions_as_it_was_trained_to(folder, config):
+    found = checkpoint.resolve(str(folder(**config)))
+    assert found.config["rope_theta"] == 5e5
+    assert paddlenlp_models.new_model(found, "float32").config.rope_theta == 5e5
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"rope_parameters": {"rope_theta": 5e5, "rope_type": "yarn", "factor": 4.0}},
+        {"rope_scaling": {"type": "yarn", "factor": 4.0}},
+    ],
+)
+def test_rotations_that_would_be_passed_over_are_refused(folder, config):
+    with pytest.raises(ValueError, match="rotated by 'yarn'; expected the default"):
+        checkpoint.resolve(str(folder(**config)))
+
+
+def test_a_pooling_that_is_not_known_can_be_replaced(folder):
+    path = folder()
+    (path / "modules.json").write_text(json.dumps([{"type": "sentence_transformers.models.Pooling", "path": "pool"}]))
+    (path / "pool").mkdir()
+    (path / "pool" / "config.json").write_text(json.dumps({"pooling_mode_max_tokens": True}))
+    with pytest.raises(ValueError, match="give pooling="):
+        checkpoint.resolve(str(path))
+    assert checkpoint.resolve(str(path), pooling="mean").pooling == "mean"
+
+
+def test_another_formats_index_does_not_count(folder):
+    path = folder()
+    index = {"weight_map": {"a": "pytorch_model-00001-of-00002.bin"}}
+    (path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    assert [file.name for file in checkpoint.resolve(str(path)).weight_files()] == ["model.safetensors"]
