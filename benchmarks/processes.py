@@ -4,7 +4,7 @@
     python benchmarks/processes.py --processes 2 --jobs search --rounds 5
 
 The jobs are those of `make bench`, without rivals: `encode` made-up texts with the bundled model, `search` for
-queries in passages, `clean` vectors. Every process has one thread; the one process is kept on one core. The
+queries in passages, `clean` vectors. Every process has one thread, and N of them are kept on N cores. The
 runs take turns, and a ratio is the one's seconds by the others' of the same round. The clock starts when the
 processes have met and loops are compiled, and stops when rank 0 has the result, so that sending vectors round
 counts. Ends with an error if the results differ by a bit.
@@ -109,18 +109,21 @@ def measured(job: str, folder: Path, processes: int) -> dict:
     """A run's seconds and digest."""
     command = [__file__, "--worker", job, "--output", str(folder)]
     if processes == 1:
-        core = min(os.sched_getaffinity(0))
-        command = [sys.executable, "-c", _ON_ONE_CORE.format(core=core), sys.executable, *command]
+        command = [sys.executable, *command]
     else:
         launcher = ["-m", "paddle.distributed.launch", "--nproc_per_node", str(processes)]
         command = [sys.executable, *launcher, "--log_dir", str(folder / "log"), *command]
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < processes:
+        raise SystemExit(f"{processes} processes need as many cores; there are {len(cores)}")
+    command = [sys.executable, "-c", _ON_CORES.format(cores=cores[:processes]), *command]
     done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
     if done.returncode != 0:
         raise SystemExit(f"{job} with {processes} processes failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
     return json.loads((folder / "result.json").read_text())
 
 
-_ON_ONE_CORE = "import os, sys; os.sched_setaffinity(0, [{core}]); os.execv(sys.argv[1], sys.argv[1:])"
+_ON_CORES = "import os, sys; os.sched_setaffinity(0, {cores}); os.execv(sys.argv[1], sys.argv[1:])"
 
 
 def write_inputs(folder: Path, given: argparse.Namespace) -> None:

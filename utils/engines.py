@@ -69,7 +69,7 @@ class LazyEngine:
             if self.name == "onednn":
                 self.dtype = onednn.best_dtype()
         elif self.device == "cpu" and dtype != "float32" and (self.name, dtype) != ("onednn", onednn.best_dtype()):
-            logger.info("this processor has no %s arithmetic; computing in float32", dtype)
+            logger.info("%s is for BERT-like encoders, on processors that multiply it; computing in float32", dtype)
             self.dtype = "float32"
 
     @property
@@ -79,7 +79,9 @@ class LazyEngine:
 
     def description(self) -> dict:
         """What of the engine the vectors depend on."""
-        return {"engine": self.name, "device": self.device, "dtype": self.dtype}
+        about = {"engine": self.name, "device": self.device, "dtype": self.dtype}
+        # Our own products and oneDNN's add up in different orders.
+        return about | ({"amx": runtime.cpu_has("amx_bf16")} if self.name == "onednn" else {})
 
     def loaded(self) -> Engine:
         """The engine, its weights in memory."""

@@ -7,6 +7,7 @@ libc call, so this module must run first and imports only the standard library.
 
 import contextlib
 import ctypes
+import functools
 import gc
 import io
 import os
@@ -89,8 +90,28 @@ def local_world_size() -> int:
 
 
 def cpu_threads() -> int:
-    """This worker's share of the processors that it may run on."""
-    return max(1, len(os.sched_getaffinity(0)) // local_world_size())
+    """This worker's share of the processors that it may run on, or of what a container's limit leaves of them."""
+    processors = min(len(os.sched_getaffinity(0)), _cpu_limit() or sys.maxsize)
+    return max(1, processors // local_world_size())
+
+
+@functools.cache
+def _cpu_limit(root: str = "/sys/fs/cgroup") -> int | None:
+    """A container's limit on processor time in whole processors, rounded up; None where there is none.
+
+    More threads than that would take turns, and wait for the next period while they hold what others need.
+
+    Args:
+        root: where control groups are mounted, of version 2 or 1; a container sees its own there.
+    """
+    for files in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
+        try:
+            quota, period = (int(word) for file in files for word in (Path(root) / file).read_text().split())
+        except (OSError, ValueError):  # not there, or "max"
+            continue
+        if quota > 0 and period > 0:
+            return -(-quota // period)
+    return None
 
 
 def cache_root() -> Path:
