@@ -129,3 +129,18 @@ def test_a_model_is_loaded_in_the_type_that_a_gpu_computes_in(tiny_model, dtype)
         assert str(values.dtype) == f"paddle.{dtype}"
         if not name.startswith("pooler."):
             np.testing.assert_allclose(values.astype("float32").numpy(), exact[name].numpy(), rtol=2**-8, atol=1e-7)
+
+
+def test_a_model_makes_its_masks_in_its_own_type(tiny_model, monkeypatch):
+    """A mask in float32 would make float32 of scores in bfloat16, which are not multiplied by values in bfloat16."""
+    import paddle
+
+    engine, seen = PaddleEngine(checkpoint.resolve(tiny_model), "bfloat16", "cpu"), []
+
+    def model(ids, attention_mask):
+        seen.append(paddle.get_default_dtype())
+        return paddle.ones([*ids.shape, 4])
+
+    monkeypatch.setattr(engine, "_model", model)
+    engine.forward(np.ones((1, 3), np.int64), np.array([3]), np.full((1, 3), 1 / 3, np.float32))
+    assert seen == ["bfloat16"] and paddle.get_default_dtype() == "float32"

@@ -4,8 +4,10 @@ PaddleEngine runs any PaddleNLP model in dynamic graph mode, on a GPU or a CPU; 
 several times as fast on CPUs, for encoders.
 """
 
+import contextlib
 import importlib.metadata
 import logging
+from collections.abc import Iterator
 from functools import cache
 from typing import Protocol
 
@@ -107,7 +109,7 @@ class PaddleEngine:
     def __init__(self, model: Checkpoint, dtype: str, device_name: str):
         paddle = runtime.import_paddle()
         paddle.set_device(device_name)
-        self._model = weights.load_model(model, dtype)
+        self._model, self._dtype = weights.load_model(model, dtype), dtype
         self._model.eval()
 
     def forward(self, ids: np.ndarray, lengths: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -115,8 +117,21 @@ class PaddleEngine:
         import paddle
 
         mask = (np.arange(ids.shape[1]) < lengths[:, None]).astype(np.int64)
-        with paddle.no_grad():
+        with paddle.no_grad(), _made_in(self._dtype):
             output = self._model(paddle.to_tensor(ids), attention_mask=paddle.to_tensor(mask))
             hidden = (output[0] if isinstance(output, list | tuple) else output).astype("float32")
             pooled = paddle.bmm(paddle.to_tensor(weights).unsqueeze(1), hidden).squeeze(1)
         return pooled.numpy()
+
+
+@contextlib.contextmanager
+def _made_in(dtype: str) -> Iterator[None]:
+    """What a model makes on its way has this type: PaddleNLP's BERT adds a mask of the default type to its scores."""
+    import paddle
+
+    before = paddle.get_default_dtype()
+    paddle.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        paddle.set_default_dtype(before)
