@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
@@ -86,6 +87,7 @@ def test_training_learns_and_the_checkpoint_is_a_model(run, tmp_path):
     np.testing.assert_allclose(vectors(tmp_path / "out" / f"checkpoint-{result.steps}"), final, atol=1e-6)
     kept = {p.name for p in (tmp_path / "out").glob("checkpoint-*")}
     assert kept == {"checkpoint-40", "checkpoint-48", f"checkpoint-{8 * (1 + int(np.argmax(dev)))}"}
+    assert len({path.stat().st_mode for path in (tmp_path / "out").rglob("*") if path.is_file()}) == 1
 
 
 def test_xlm_roberta_too(run, tiny_model, tmp_path):
@@ -134,12 +136,19 @@ def test_an_export_that_cannot_be_is_refused_before_training(run, ernie, tmp_pat
 
 
 def test_a_failed_export_costs_no_model(run, tmp_path, monkeypatch):
+    write = training.export.write_torch_weights
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
     def full(*args):
-        raise OSError(28, "No space left on device")
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+        write(*args)
 
     monkeypatch.setattr(training.export, "write_torch_weights", full)
-    with pytest.raises(OSError, match="out: cannot write the export: No space left"):
-        run(max_steps=1, export_format="huggingface")
+    try:
+        with pytest.raises(OSError, match=r"out: cannot write the export: .*File too large"):
+            run(max_steps=1, export_format="huggingface")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     vectors(tmp_path / "out")
     assert not (tmp_path / "out" / "huggingface").exists() and not list((tmp_path / "out").glob("*.work"))
 

@@ -23,6 +23,8 @@ from pathlib import Path
 import numpy as np
 
 from utils import runtime
+from utils.outputs import described
+from utils.weight_files import write_weights
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +72,7 @@ def build() -> Path:
     folder that appears by rename, and the others wait for it.
 
     Raises:
-        FileNotFoundError: the package that carries the weights is not installed.
+        OSError: the package that carries the weights is not installed, or the folder cannot be written.
         ValueError: its data file is not the one this module was written for.
     """
     target = folder()
@@ -84,12 +86,16 @@ def build() -> Path:
         logger.info("building the bundled model in %s (once, about 480 MB)", target)
         for stale in target.parent.glob(f".{target.name}.build-*"):
             shutil.rmtree(stale)  # left by a killed build: we hold the lock, so nobody uses it
+        data = _read_data_file()
         staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.build-", dir=target.parent))
         try:
-            _write_model(_read_data_file(), staging)
+            _write_model(data, staging)
             for path in (staging, *staging.rglob("*")):
                 path.chmod(0o755 if path.is_dir() else 0o644)
             os.rename(staging, target)
+        except OSError as error:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise described(error, f"{target}: cannot write the bundled model") from None
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
             raise
@@ -146,9 +152,7 @@ def _write_model(data: bytes, staging: Path) -> None:
     pieces, scores = _read_vocabulary(reader)
     weights = _read_weights(reader, (hidden, ffn, vocab, positions, types))
 
-    from safetensors.numpy import save_file
-
-    save_file(weights, staging / "model.safetensors", metadata={"format": "pt"})
+    write_weights(weights, staging / "model.safetensors")
     _write_json(
         staging / "config.json",
         {

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from utils import weights
 from utils.checkpoint import TOKENIZER_FILES, Checkpoint
+from utils.weight_files import write_weights
 
 if TYPE_CHECKING:
     from paddle import Tensor, nn
@@ -80,11 +81,10 @@ def write_torch_weights(model: "nn.Layer", state: dict[str, "Tensor"], folder: P
     """The model's weights ``state`` as ``model.safetensors``, as Hugging Face's transformers names and stores them.
 
     Raises:
+        OSError: the file cannot be written.
         ValueError: PaddleNLP does not say how its names of this model map to Hugging Face's.
     """
-    from safetensors.numpy import save_file
-
-    save_file(weights.to_torch(model, state), folder / "model.safetensors", metadata={"format": "pt"})
+    write_weights(weights.to_torch(model, state), folder / "model.safetensors")
 
 
 def _write_json(path: Path, value) -> None:

@@ -4,10 +4,12 @@ import json
 import math
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from utils.checkpoint import Checkpoint
+if TYPE_CHECKING:
+    from utils.checkpoint import Checkpoint
 
 Parameters = dict[str, np.ndarray]
 
@@ -16,7 +18,7 @@ _FLOAT_TYPES = {"F32": "<f4", "F16": "<f2", "F64": "<f8", "BF16": "<u2"}
 _RENAMED = {".gamma": ".weight", ".beta": ".bias"}
 
 
-def read_weights(model: Checkpoint) -> Parameters:
+def read_weights(model: "Checkpoint") -> Parameters:
     """All floating-point weights as float32.
 
     Of safetensors, what is stored as float32 is mapped from the file, and shared by all processes that read it.
@@ -34,6 +36,24 @@ def read_weights(model: Checkpoint) -> Parameters:
     else:
         from utils.paddlenlp_models import read_torch_file as read
     return {_renamed(name): values for path in files for name, values in read(path).items()}
+
+
+def write_weights(weights: Parameters, path: Path) -> None:
+    """A safetensors file, as PyTorch's programs expect it.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+
+    path.touch()
+    mode = path.stat().st_mode
+    try:
+        save_file(weights, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # its only way to tell of a full disk
+        raise OSError(str(error).removeprefix("Error while serializing: ")) from None
+    path.chmod(mode)  # it puts a file in place that nobody else may read
 
 
 def _renamed(name: str) -> str:
