@@ -377,6 +377,13 @@ def test_the_best_step_is_saved_whatever_save_steps_says(run, tmp_path, monkeypa
     assert_same_weights(tmp_path / "out", tmp_path / "out" / "checkpoint-6")
 
 
+def test_weights_that_leave_no_loss_are_refused(run, tiny_model, tmp_path):
+    width = checkpoint.resolve(tiny_model).hidden_size
+    with pytest.raises(ValueError, match="embedding_matryoshka_weights are all 0, the full width's too; expected"):
+        run(embedding_matryoshka_dims=[4, width], embedding_matryoshka_weights=[0, 0])
+    run(embedding_matryoshka_dims=[4], embedding_matryoshka_weights=[0], max_steps=1)  # the full width has 1
+
+
 def test_nan_ends_the_run(run, tiny_model, tmp_path):
     from safetensors.numpy import load_file, save_file
 

@@ -3,6 +3,7 @@
 import gzip
 import itertools
 import json
+import re
 
 import numpy as np
 import pytest
@@ -268,7 +269,7 @@ def test_preflight_says_what_is_wrong(tmp_path):
     found = warnings(1)
     assert "group_size is 1, so the hard negatives of 5 rows go unused" in " ".join(found.warnings)
     facts = warnings(2, loss_takes_batch=False).facts
-    assert facts["negatives_a_query_sees"] == 1
+    assert facts["negatives_a_query_sees"] == round(5 / 17, 1)
     assert facts["own_negatives_a_query_sees"] == round(5 / 17, 1)  # the others' are drawn at random
 
 
@@ -282,10 +283,55 @@ def test_preflight_counts_the_negatives_that_a_query_sees(tmp_path):
     assert preflight(*arguments).warnings == []
 
 
-def test_too_few_rows_for_a_batch(tmp_path):
-    rows = read([write_jsonl(tmp_path / "a.jsonl", make_rows(3))], None, "error", False)
-    with pytest.raises(ValueError, match="3 rows make no batch"):
-        preflight(Plan(rows, 8, 2, seed=0, n_ranks=4), (Words(), Words()), ("{text}", "{text}"), (8, 8))
+@pytest.mark.parametrize(
+    ("n", "weights", "options", "message"),
+    [
+        (3, None, {"n_ranks": 4}, "an epoch has 3 rows; expected at least 4 for a batch over 4 ranks"),
+        (1, None, {}, "an epoch has 1 row; expected at least 2 for a batch"),
+        (40, [1e-9], {}, "1 row (dataset_weights leave so few of 40); expected at least 2 for a batch"),
+        (1, [1, 1], {"group_by_source": True}, "1 row of one file at most, and group_by_source mixes none; expected"),
+        (7, None, {"drop_last": True}, "7 rows; expected at least 8 for a batch, as dataloader_drop_last leaves"),
+    ],
+)
+def test_too_few_rows_for_a_batch(tmp_path, n, weights, options, message):
+    path = write_jsonl(tmp_path / "a.jsonl", make_rows(n))
+    rows = read([path] * len(weights or [1]), weights, "error", False)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        preflight(Plan(rows, 8, 2, seed=0, **options), (Words(), Words()), ("{text}", "{text}"), (8, 8))
+
+
+@pytest.mark.parametrize(
+    ("made", "batch_size", "group_size", "none_seen"),
+    [
+        ([row("q", [f"p{i}"]) for i in range(8)], 4, 2, True),
+        ([row(f"q{i}", ["p"]) for i in range(8)], 4, 2, True),
+        ([row(f"q{i}", [f"p{i}"]) for i in range(8)], 1, 1, True),
+        ([row("q", [f"p{i}"], ["n"]) for i in range(8)], 4, 2, False),
+        ([row(f"q{i}", [f"p{i}"]) for i in range(8)], 1, 2, False),
+    ],
+)
+def test_training_without_negatives_is_told_of(tmp_path, made, batch_size, group_size, none_seen):
+    rows = read([write_jsonl(tmp_path / "a.jsonl", made)], None, "error", False)
+    plan = Plan(rows, batch_size, group_size, seed=0)
+    found = preflight(plan, (Words(), Words()), ("{text}", "{text}"), (8, 8))
+    assert any("no query sees a negative, so nothing can be learnt" in w for w in found.warnings) == none_seen
+
+
+def test_losses_of_own_passages_need_negatives_in_the_rows(tmp_path):
+    made = [row(f"q{i}", [f"p{i}"], [f"p{i}", f"n{i}"][: 2 * (i < 3)]) for i in range(8)]
+
+    def looked_over(made):
+        rows = read([write_jsonl(tmp_path / "a.jsonl", made)], None, "error", False)
+        plan = Plan(rows, 4, 2, seed=0)
+        return preflight(plan, (Words(), Words()), ("{text}", "{text}"), (8, 8), loss_takes_batch=False)
+
+    assert "5 of 8 rows have fewer than 1 negatives (5 have none); this loss compares" in looked_over(made).warnings[0]
+    with pytest.raises(
+        ValueError, match="no row has a negative, and this loss compares a row's own passages; expected"
+    ):
+        looked_over(made[3:])
+    with pytest.raises(ValueError, match="no row has a negative that is no positive of its query, and this loss"):
+        looked_over([row(f"q{i}", [f"p{i}"], [f"p{i}"]) for i in range(8)])
 
 
 def test_the_loader_numbers_batches_over_epochs(rows):

@@ -67,9 +67,19 @@ class Plan:
             batches = [batches[i] for i in rng.permutation(len(batches))]
         return batches[: len(self)]
 
+    @property
+    def smallest_batch(self) -> int:
+        """Rows that a batch has at least."""
+        return self.batch_size if self.drop_last else min(self.batch_size, max(2, self.n_ranks))
+
+    @property
+    def rows_that_can_meet(self) -> int:
+        """Rows of an epoch that batches are made of: all, or the most that one file gives."""
+        return max(self._group_sizes())
+
     def _n_batches(self, n: int) -> int:
         full, rest = divmod(n, self.batch_size)
-        return full + (not self.drop_last and rest >= max(2, self.n_ranks))
+        return full + (rest >= self.smallest_batch)
 
     def _counts(self) -> np.ndarray:
         """Entries of each file in an epoch."""

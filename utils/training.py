@@ -75,6 +75,8 @@ class _Inputs:
         dims = given.embedding_matryoshka_dims or []
         if dims and max(dims) > base.hidden_size:
             raise ValueError(f"embedding_matryoshka_dims has {max(dims)}; {base.folder} has only {base.hidden_size}")
+        if base.hidden_size in dims and not any(given.embedding_matryoshka_weights or [1]):
+            raise ValueError("embedding_matryoshka_weights are all 0, the full width's too; expected one above 0")
         dev = None
         if given.evaluation_strategy != "no" and dev_path is not None:
             dev = DevSet.read(dev_path, given.dev_corpus_path, given.on_bad_row)
@@ -97,10 +99,11 @@ def train(given: TrainArguments) -> TrainingResult:
     run = report.RunReport("run_embedding", asdict(given))
     with run.stage("read"):
         lock = ranks.start(lambda: _prepare_output(given))
-        inputs = ranks.all_agree(lambda: _Inputs.read(given))
-        _agree_on_inputs(ranks, inputs)
-    job = Job(given, ranks, inputs)
     try:
+        with run.stage("read"):
+            inputs = ranks.all_agree(lambda: _Inputs.read(given))
+            _agree_on_inputs(ranks, inputs)
+        job = Job(given, ranks, inputs)
         with run.stage("preflight"):
             found = ranks.all_agree(job.preflight)
             run.counts = {"rows": len(inputs.rows), "rejected": len(inputs.rows.rejected)}

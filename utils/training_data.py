@@ -118,8 +118,11 @@ def preflight(
     Args:
         tokenizers: that do not cut texts.
         limits: the longest query and passage in tokens.
-        loss_takes_batch: False for losses that see a query's own group only.
+        loss_takes_batch: False for losses that see a query's own group only, and of it what a teacher has scored.
         n_parts: into how many parts a batch falls whose passages are no negatives of each other.
+
+    Raises:
+        ValueError: there is no batch, or nothing that the loss could compare.
     """
     rows = plan.rows
     facts: dict[str, float] = {"rows": len(rows), "passages": len(rows.passages)}
@@ -141,36 +144,68 @@ def preflight(
             f"group_size is 1, so the hard negatives of {int((counts > 0).sum()):,} rows go unused; hard_batches uses "
             "those that are other rows' positives"
         )
-    short = int((counts < wanted).sum())
+    short, without = int((counts < wanted).sum()), int((counts == 0).sum())
+    if not loss_takes_batch and without == len(rows):
+        which = " that is no positive of its query" if rows.n_false else ""
+        raise ValueError(
+            f"no row has a negative{which}, and this loss compares a row's own passages; expected neg_passage with "
+            "neg_scores"
+        )
     if short:
+        gaps = "other queries' positives fill the gaps"
+        if not loss_takes_batch:
+            gaps = (
+                "this loss compares a row's own passages only, so nothing fills the gaps, and a row with none is idle"
+            )
         warnings.append(
-            f"{short:,} of {len(rows):,} rows have fewer than {wanted} negatives ({int((counts == 0).sum()):,} have "
-            "none); other queries' positives fill the gaps"
+            f"{short:,} of {len(rows):,} rows have fewer than {wanted} negatives ({without:,} have none); {gaps}"
         )
     if rows.n_false:
         warnings.append(f"{rows.n_false:,} negatives are named elsewhere as positives of the same query and left out")
     if not len(plan):
-        raise ValueError(
-            f"{len(rows)} rows make no batch of {plan.batch_size} over {plan.n_ranks} ranks; expected more"
-        )
+        raise ValueError(_too_few(plan))
     duplicates, seen, own = 0, [], []
     for batch in plan.epoch(0)[:_SAMPLE_BATCHES]:
         for part in np.array_split(np.arange(len(batch)), n_parts):
             mask = ignored(rows, [batch[i] for i in part])
             duplicates += int(mask.sum())
-            seen.append((~mask).sum(1) - 1 if loss_takes_batch else np.full(len(part), wanted))
+            named = np.minimum(counts[[batch[i].row for i in part]], wanted)
+            seen.append((~mask).sum(1) - 1 if loss_takes_batch else named)
             passages = [set(batch[i].passages.tolist()) for i in part]
             present = set().union(*passages)
             for i, group in zip(part, passages, strict=True):
                 seen_by_it = present if loss_takes_batch else group
                 own.append(sum(passage in seen_by_it for passage in rows.negatives[batch[i].row].tolist()))
+    seen_by_each = np.concatenate(seen)
+    if not seen_by_each.any():
+        warnings.append(
+            "no query sees a negative, so nothing can be learnt; expected rows of different queries and passages, and "
+            "more than one in a batch (per_device_train_batch_size), or hard negatives (neg_passage, and a group_size "
+            "of 2 or more)"
+        )
     facts |= {
         "batches_an_epoch": len(plan),
         "masked_pairs_a_batch": round(duplicates / min(len(plan), _SAMPLE_BATCHES), 2),
-        "negatives_a_query_sees": round(float(np.concatenate(seen).mean()), 1),
+        "negatives_a_query_sees": round(float(seen_by_each.mean()), 1),
         "own_negatives_a_query_sees": round(float(np.mean(own)), 1),
     }
     return Preflight(facts, warnings)
+
+
+def _too_few(plan: Plan) -> str:
+    """Why a plan has no batch."""
+    n = plan.rows_that_can_meet
+    found = f"an epoch has {n} row{'s' * (n != 1)}"
+    if plan.group_by_source:
+        found += " of one file at most, and group_by_source mixes none"
+    if any(weight < 1 for weight in plan.rows.weights):
+        found += f" (dataset_weights leave so few of {len(plan.rows)})"
+    expected = f"expected at least {plan.smallest_batch} for a batch"
+    if plan.drop_last:
+        expected += ", as dataloader_drop_last leaves smaller ones out"
+    elif plan.n_ranks > 1:
+        expected += f" over {plan.n_ranks} ranks"
+    return f"{found}; {expected}"
 
 
 class Loader:
