@@ -175,7 +175,7 @@ def parse_record(raw: RawLine, path: str, require: tuple[str, ...]) -> Record:
 def parse_object(raw: RawLine, path: str) -> dict:
     """One line as a JSON object, or a RecordError that says what stands there instead."""
     try:
-        row = json.loads(raw.content.decode(), parse_constant=_refuse_constant, parse_float=_finite)
+        row = json.loads(raw.content.decode(), parse_constant=_refuse_constant, parse_float=_finite, parse_int=_whole)
     except UnicodeDecodeError as error:
         reason = f"byte {error.start + 1} of the line is not UTF-8; expected UTF-8 text"
         raise RecordError(path, raw.number, reason) from None
@@ -185,7 +185,7 @@ def parse_object(raw: RawLine, path: str) -> dict:
     except RecursionError:
         reason = "JSON nested too deeply; expected one flat JSON object a line"
         raise RecordError(path, raw.number, reason) from None
-    except ValueError as error:  # such as a number of more than 4,300 digits
+    except ValueError as error:  # of our own
         reason = f"not usable JSON ({error}); expected one JSON object a line"
         raise RecordError(path, raw.number, reason) from None
     if not isinstance(row, dict):
@@ -201,8 +201,15 @@ def _finite(text: str) -> float:
     """Such as 1e400, which Python would read as infinity and write as what is no JSON."""
     value = float(text)
     if math.isinf(value):
-        raise ValueError(f"{text} is too large a number")
+        raise ValueError(f"{text:.40} is too large a number")
     return value
+
+
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:  # Python's message tells programmers how to allow so many digits
+        raise ValueError(f"a number of {len(text.lstrip('-')):,} digits is too large") from None
 
 
 def _kind(value) -> str:
