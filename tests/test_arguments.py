@@ -150,8 +150,10 @@ def test_bad_flags(argv, message):
         ('{"count": true}', "count is True; expected a whole number"),
         ("[1]", "expected one JSON object"),
         ('{"count": 3,}', ":1: not JSON"),
-        ('{"count": ' + "9" * 5000 + "}", "not usable JSON"),
-        ("[" * 100_000, "not usable JSON"),
+        ('{"count": ' + "9" * 5000 + "}", "a.json: holds a number of more than 4,300 digits; expected a shorter one"),
+        ("[" * 100_000, "a.json: JSON nested too deeply; expected one flat JSON object"),
+        ('{"count": 3, "rate": 1, "count": 3}', 'a.json: "count" is given twice; expected it once'),
+        ('{"sizes": []}', "sizes is an empty list; expected at least one whole number"),
     ],
 )
 def test_bad_json(tmp_path, content, message):

@@ -12,6 +12,7 @@ import json
 import math
 import numbers
 import os
+import sys
 import types
 import typing
 from dataclasses import field
@@ -196,6 +197,8 @@ def _checked_type(name: str, value, hint) -> Any:
         (item,) = typing.get_args(wanted)
         if type(value) is str:
             return _parts_from_text(name, value, item)
+        if isinstance(value, list | tuple) and not value and not _takes_none(hint):
+            raise ArgumentError(f"{name} is an empty list; expected at least one {_type_name(item).removeprefix('a ')}")
         if isinstance(value, list | tuple):
             return [_checked_type(f"{name}[{i}]", v, item) for i, v in enumerate(value)]
         return [_checked_type(name, value, item)]
@@ -263,7 +266,7 @@ def _read_json(path: str, cls: type) -> dict:
         raise ArgumentError(f"{path}: is no regular file; expected a JSON file of arguments")
     try:
         with open(path, encoding="utf-8-sig") as stream:
-            values = json.load(stream)
+            values = json.load(stream, object_pairs_hook=lambda pairs: _each_once(pairs, path))
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file; expected a JSON file of arguments") from None
     except OSError as error:
@@ -278,14 +281,29 @@ def _read_json(path: str, cls: type) -> dict:
                 f" go into --{data}, several files with commas between them"
             ) from None
         raise ArgumentError(f"{path}:{error.lineno}: not JSON: {error.msg} at column {error.colno}") from None
-    except (ValueError, RecursionError) as error:
-        raise ArgumentError(f"{path}: not usable JSON ({error}); expected one flat JSON object") from None
+    except RecursionError:
+        raise ArgumentError(f"{path}: JSON nested too deeply; expected one flat JSON object") from None
+    except ArgumentError:
+        raise
+    except ValueError:  # nothing else is left: Python reads no longer numbers
+        digits = sys.get_int_max_str_digits()
+        raise ArgumentError(f"{path}: holds a number of more than {digits:,} digits; expected a shorter one") from None
     if not isinstance(values, dict):
         raise ArgumentError(f"{path}: expected one JSON object of arguments")
     known = {f.name for f in dataclasses.fields(cls)}
     for name in values:
         if name not in known:
             raise ArgumentError(f"{path}: unknown argument {name!r}{nearest(name, known)}")
+    return values
+
+
+def _each_once(pairs: list[tuple[str, Any]], path: str) -> dict:
+    """A JSON object, whose names Python would let be given twice."""
+    values: dict = {}
+    for name, value in pairs:
+        if name in values:
+            raise ArgumentError(f'{path}: "{name}" is given twice; expected it once')
+        values[name] = value
     return values
 
 
