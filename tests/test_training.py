@@ -555,9 +555,21 @@ def test_do_eval_without_dev_rows_evaluates_nothing(run, data, strategy):
         ({"bf16": True, "fp16": True}, "fp16 and bf16 are both true"),
         ({"load_best_model_at_end": True, "evaluation_strategy": "no"}, "need an evaluation_strategy"),
         ({"bf16": "yes"}, "bf16 is 'yes'; expected true or false or null"),
+        ({"max_steps": -5}, "max_steps is -5; expected at least -1"),
+        ({"max_steps": 0}, "max_steps is 0; expected at least 1, or -1 for as many as num_train_epochs says"),
+        ({"save_strategy": "steps", "save_steps": 0}, "save_steps is 0; expected at least 1"),
+        ({"save_steps": -1}, "save_steps is -1; expected at least 0"),
+        ({"warmup_steps": -4}, "warmup_steps is -4; expected at least 0"),
+        ({"eval_steps": -4}, "eval_steps is -4; expected at least 0"),
+        (
+            {"report_to": "tensorbord"},
+            "report_to holds 'tensorbord'; expected 'all' or 'none' alone, or some of visualdl, ",
+        ),
+        ({"report_to": ["visualdl", "missing"]}, "report_to is 'missing', which needs no_such_package; it is not"),
     ],
 )
-def test_bad_arguments(options, message):
+def test_bad_arguments(options, message, monkeypatch):
+    monkeypatch.setitem(arguments._REPORTS, "missing", "no_such_package")
     with pytest.raises(ArgumentError) as caught:
         build(arguments.training_arguments(), **options)
     assert message in str(caught.value)

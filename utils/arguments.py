@@ -325,6 +325,10 @@ LOSS_TYPES = ("contrastive", "symmetric", "triplet", "hinge", "pairwise_logistic
 WORD_EMBEDDINGS = ("train", "freeze")
 _DATA_PARALLEL = "training is data-parallel"
 _WHY = {"metrics_output_path": "losses and metrics are in <output_dir>/training.jsonl"}
+# Where PaddleNLP's Trainer can report to, and the package that it needs for that.
+_REPORTS = {"visualdl": "visualdl", "tensorboard": "tensorboardX", "wandb": "wandb", "autonlp": "ray"}
+# The least that PaddleNLP's Trainer understands; it takes what is below for something else, or for nothing.
+_LEAST = {"warmup_steps": 0, "eval_steps": 0, "save_steps": 0}
 # Arguments of PaddleNLP's Trainer that this toolkit's data-parallel training cannot honour.
 _NOT_SUPPORTED = {
     "count_trained_tokens": (None, False),
@@ -410,7 +414,7 @@ class TrainArguments:
     )
     learning_rate: float = option(3e-5, "the highest learning rate", at_least=0)
     num_train_epochs: float = option(1.0, "how often to go through the data", above=0.0)
-    max_steps: int = option(-1, "updates at most; -1: as num_train_epochs says")
+    max_steps: int = option(-1, "updates at most; -1: as num_train_epochs says", at_least=-1)
     warmup_ratio: float = option(0.1, "share of the steps over which the learning rate rises", at_least=0, at_most=1)
     evaluation_strategy: str = option("epoch", "when to evaluate the dev rows", choices=("no", "steps", "epoch"))
     save_strategy: str = option("epoch", "when to keep a checkpoint", choices=("no", "steps", "epoch"))
@@ -454,6 +458,11 @@ class TrainArguments:
             value = getattr(self, name, None)
             if value not in harmless:
                 raise ArgumentError(f"{name} is {value!r}; not supported here: {_WHY.get(name, _DATA_PARALLEL)}")
+        if self.max_steps == 0:
+            raise ArgumentError("max_steps is 0; expected at least 1, or -1 for as many as num_train_epochs says")
+        if self.save_strategy == "steps" and getattr(self, "save_steps", None) == 0:
+            raise ArgumentError("save_steps is 0; expected at least 1, or another save_strategy than 'steps'")
+        self._check_reports()
         if getattr(self, "fp16", None) and getattr(self, "bf16", None):
             raise ArgumentError("fp16 and bf16 are both true; expected one of them")
         needs_dev = self.load_best_model_at_end or self.early_stopping_patience
@@ -461,6 +470,16 @@ class TrainArguments:
             raise ArgumentError("load_best_model_at_end and early_stopping_patience need an evaluation_strategy")
         if self.load_best_model_at_end and self.save_strategy != self.evaluation_strategy:
             raise ArgumentError("load_best_model_at_end needs save_strategy and evaluation_strategy to be the same")
+
+    def _check_reports(self) -> None:
+        """Whether there is what report_to needs."""
+        names = getattr(self, "report_to", None) or []
+        for name in names if names not in (["all"], ["none"]) else []:
+            if name not in _REPORTS:
+                expected = f"'all' or 'none' alone, or some of {', '.join(_REPORTS)}"
+                raise ArgumentError(f"report_to holds {name!r}; expected {expected}{nearest(name, _REPORTS)}")
+            if importlib.util.find_spec(_REPORTS[name]) is None:
+                raise ArgumentError(f"report_to is {name!r}, which needs {_REPORTS[name]}; it is not installed")
 
     def trainer_options(self) -> dict[str, Any]:
         """What was given of PaddleNLP's own arguments, by name."""
@@ -479,7 +498,9 @@ def training_arguments() -> type[TrainArguments]:
     """
     own = {f.name for f in dataclasses.fields(TrainArguments)}
     fields = [
-        (name, hint | None, option(None, ELSEWHERE)) for name, hint in _trainer_fields().items() if name not in own
+        (name, hint | None, option(None, ELSEWHERE, at_least=_LEAST.get(name)))
+        for name, hint in _trainer_fields().items()
+        if name not in own
     ]
     return dataclasses.make_dataclass("TrainingArguments", fields, bases=(TrainArguments,))
 
