@@ -65,6 +65,13 @@ def test_devices_and_pipes_are_not_replaced(tmp_path):
         write("/dev/null")
 
 
+def test_a_file_in_the_work_folders_place_is_left_alone(tmp_path):
+    (tmp_path / "out.json.work").write_text("precious")
+    with pytest.raises(ValueError, match=r"out\.json\.work: is in the way and no folder"):
+        write(tmp_path / "out.json")
+    assert (tmp_path / "out.json.work").read_text() == "precious"
+
+
 def test_a_work_folder_that_holds_anothers_files_is_left_alone(tmp_path):
     work = tmp_path / "out.json.work"
     work.mkdir()

@@ -206,6 +206,8 @@ def test_a_killed_run_ends_with_the_same_weights(run, tmp_path, monkeypatch, opt
         run("broken", **options)
     assert not (tmp_path / "broken" / "model_state.pdparams").exists()
     (tmp_path / "broken" / "checkpoint-99.work").mkdir()  # a kill while a checkpoint was being written
+    for name in ("checkpoint-12.work", "model.work"):  # whatever else
+        (tmp_path / "broken" / name).write_text("")
     run("broken", **options)
     assert len(calls) < 11 + 16  # it did not begin again
     assert_same_weights(tmp_path / "whole", tmp_path / "broken")
@@ -456,10 +458,24 @@ def test_a_failed_write_leaves_the_last_checkpoint(run, tmp_path, monkeypatch):
     run()
 
 
+@pytest.mark.parametrize("when", ["before", "while"])
+def test_a_journal_that_cannot_be_written_is_named(run, tmp_path, monkeypatch, when):
+    journal = tmp_path / "out" / "training.jsonl"
+    if when == "before":
+        journal.mkdir(parents=True)
+    else:
+        monkeypatch.setattr(trainer._Journal, "cut", lambda *args: journal.mkdir())
+    with pytest.raises(IsADirectoryError, match=r"/out/training\.jsonl: cannot write: Is a directory"):
+        run(max_steps=1)
+    assert not list((tmp_path / "out").glob("*.part"))
+
+
 def test_an_unwritable_folder_is_refused(run, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="cannot write there"):
         run("file/out")
+    with pytest.raises(ValueError, match=r"/file: output_dir is a file; expected a folder"):
+        run("file")
 
 
 @pytest.mark.parametrize("changed", ["train.json", "dev.json", "corpus.json", "vocab.txt"])

@@ -78,6 +78,8 @@ class Outputs:
         for path in inputs:
             if Path(os.path.realpath(path)).is_relative_to(self.work):
                 raise ValueError(f"{path}: lies in {self.work}, which is removed in the end; move it elsewhere")
+        if self.work.exists() and not self.work.is_dir():
+            raise ValueError(f"{self.work}: is in the way and no folder; move it elsewhere")
         if self.work.is_dir() and any(self.work.iterdir()) and not (self.work / "lock").exists():
             raise ValueError(f"{self.work}: is in the way and no work folder of an earlier run; move it elsewhere")
         # An earlier run's output, such as an evaluation beside the model, has its report beside it.
@@ -187,7 +189,23 @@ def write_whole(path: Path, content: bytes) -> None:
         draft.write_bytes(content)
         os.replace(draft, path)
     except OSError as error:
+        draft.unlink(missing_ok=True)
         raise described(error, f"{path}: cannot write") from None
+
+
+def remove(path: Path) -> None:
+    """A file, a link or a whole folder, if there is one.
+
+    Raises:
+        OSError: it cannot be removed; the message names it.
+    """
+    try:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        raise described(error, f"{path}: cannot remove") from None
 
 
 def described(error: OSError, what: str) -> OSError:

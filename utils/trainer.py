@@ -22,7 +22,7 @@ from utils.arguments import TrainArguments
 from utils.dev_evaluation import METRICS
 from utils.gradients import GradientStep, reduce
 from utils.losses import Targets
-from utils.outputs import described, write_whole
+from utils.outputs import described, remove, write_whole
 from utils.paddlenlp_models import import_paddlenlp
 from utils.report import Progress
 from utils.trainable import TrainableEncoder, can_multiply_in_bfloat16
@@ -246,7 +246,7 @@ def make(job: "Job"):
             final = _checkpoint_folder(given, self.state.global_step)
             work = final.with_name(final.name + ".work")
             try:
-                shutil.rmtree(work, ignore_errors=True)
+                remove(work)
                 work.mkdir()
                 job.write_model_files(work)
                 names = {parameter.name: name for name, parameter in self.model.named_parameters()}
@@ -368,8 +368,11 @@ class _Journal:
         """One log entry, for people too if it is ``shown``."""
         kept = {"step": step, "time": round(time.time(), 1)}
         kept |= {name: value for name, value in logs.items() if isinstance(value, int | float)}
-        with open(self.path, "a", encoding="utf-8") as stream:
-            stream.write(json.dumps(kept) + "\n")
+        try:
+            with open(self.path, "a", encoding="utf-8") as stream:
+                stream.write(json.dumps(kept) + "\n")
+        except OSError as error:
+            raise described(error, f"{self.path}: cannot write") from None
         worth = {name: kept[name] for name in ("loss", "learning_rate") if name in kept}
         worth |= {name: value for name, value in kept.items() if name.startswith("eval_")}
         if worth and shown:
@@ -404,4 +407,4 @@ def _remove_old(given: TrainArguments, best: int | None) -> None:
     found = checkpoints(given.output_dir)
     for path in found[: -given.save_total_limit] if given.save_total_limit else []:
         if best is None or path != _checkpoint_folder(given, best):
-            shutil.rmtree(path)
+            remove(path)

@@ -16,7 +16,7 @@ from utils.checkpoint import WEIGHT_PATTERNS, Checkpoint
 from utils.dev_evaluation import METRICS, DevSet
 from utils.distributed import Ranks
 from utils.encoder import Encoder, EncoderSettings
-from utils.outputs import LOCK_PATIENCE_S, described, take_lock, write_whole
+from utils.outputs import LOCK_PATIENCE_S, described, remove, take_lock, write_whole
 from utils.paddlenlp_models import import_paddlenlp
 from utils.trainable import TrainableEncoder, TrainableEngine, can_multiply_in_bfloat16, merged_state
 from utils.training_data import Collator, Preflight
@@ -148,6 +148,8 @@ def _agree_on_inputs(ranks: Ranks, inputs: _Inputs) -> None:
 def _prepare_output(given: TrainArguments):
     """Make and lock the output folder."""
     folder = Path(given.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder}: output_dir is a file; expected a folder, or a path for a new one")
     if folder.is_dir():
         if os.path.isdir(given.model_name_or_path) and os.path.samefile(folder, given.model_name_or_path):
             raise ValueError(f"{folder}: is the base model's folder; give another output_dir")
@@ -171,12 +173,12 @@ def _put_into(folder: Path, what: str) -> Iterator[Path]:
     """A work folder; what is in it in the end appears in ``folder``, each file whole, the weights last."""
     work = folder / "model.work"
     try:
-        shutil.rmtree(work, ignore_errors=True)
+        remove(work)
         work.mkdir(parents=True)
         yield work
         for path in sorted(work.iterdir(), key=lambda p: p.suffix == ".pdparams"):
             if path.is_dir():
-                shutil.rmtree(folder / path.name, ignore_errors=True)
+                remove(folder / path.name)
             os.replace(path, folder / path.name)
         work.rmdir()
     except OSError as error:
@@ -300,7 +302,7 @@ class Job:
         """
         folder = Path(self.given.output_dir)
         for stale in folder.glob("checkpoint-*.work"):
-            shutil.rmtree(stale)
+            remove(stale)
         found = trainer.checkpoints(self.given.output_dir)
         asked = getattr(self.given, "resume_from_checkpoint", None)
         own = json.loads(json.dumps(self.fingerprint())) | {_RESUMED: asked and os.path.realpath(asked)}
@@ -318,7 +320,7 @@ class Job:
             raise ValueError(f"{folder}: holds {what}; give another output_dir, or --overwrite_output_dir true")
         for path in found:
             logger.info("removing %s, of an earlier run", path)
-            shutil.rmtree(path)
+            remove(path)
         write_whole(record, (json.dumps(own, ensure_ascii=False, indent=2) + "\n").encode())
         return asked
 
