@@ -1,7 +1,9 @@
 """Stores, resume, and encoding over them, with an encoder that has no model."""
 
 import json
+import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -96,9 +98,16 @@ def test_vectors_that_are_not_numbers_are_refused(tmp_path):
         run(Broken(), tmp_path)
 
 
-def test_too_little_space_is_said_beforehand(tmp_path):
-    with pytest.raises(OSError, match="MiB free"):
+def test_too_little_space_is_said_beforehand(tmp_path, monkeypatch):
+    with pytest.raises(
+        OSError, match=r"cannot keep embeddings there: [\d,]+ GiB needed for 1,000,000,000,000,000 rows of"
+    ):
         EmbeddingStore(tmp_path, "k" * 64, 10**15, 1024).open()
+    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_bavail=1, f_frsize=512))
+    with pytest.raises(
+        OSError, match="cannot keep neighbours there: 478 KiB needed for 600 rows of 102 numbers, 512 bytes"
+    ):
+        EmbeddingStore(tmp_path, "k", 600, 102, np.dtype("<f8"), "neighbours").open()
 
 
 def save(path, array) -> str:
@@ -109,7 +118,7 @@ def save(path, array) -> str:
 @pytest.mark.parametrize(
     ("array", "message"),
     [
-        (np.ones((3, 4), np.float32), "shape [3, 4]; expected [5, dim]"),
+        (np.ones((3, 4), np.float32), "shape [3, 4]; expected float32 [5, dim], a vector for each row of input"),
         (np.ones(5, np.float32), "expected float32 [5, dim]"),
         (np.ones((5, 4), np.int64), "holds int64"),
         (
@@ -117,12 +126,12 @@ def save(path, array) -> str:
             "row 3 holds NaN, infinity",
         ),
         (np.array([[1, 2], [0, 0], [1, 1], [1, 1], [1, 1]], np.float32), "row 2 holds only zeros"),
-        (np.array([{}] * 5, object), "not a plain .npy"),
+        (np.array([{}] * 5, object), "v.npy: is no .npy file of numbers, or a damaged one; expected float32 [5, dim]"),
     ],
 )
 def test_bad_user_vectors(tmp_path, array, message):
     with pytest.raises(ValueError) as caught:
-        read_user_vectors(save(tmp_path / "v.npy", array), 5, normalize=True)
+        read_user_vectors(save(tmp_path / "v.npy", array), 5, "row of input", normalize=True)
     assert message in str(caught.value)
 
 
@@ -133,10 +142,12 @@ def test_a_damaged_header_of_user_vectors(tmp_path, shape):
     header = content.replace(b"(5, 8), }", shape)[: content.index(b"\n")].ljust(content.index(b"\n"))
     Path(path).write_bytes(header + content[content.index(b"\n") :])
     with pytest.raises(ValueError, match=r"v\.npy"):
-        read_user_vectors(path, 5, normalize=True)
+        read_user_vectors(path, 5, "row of input", normalize=True)
 
 
 def test_text_as_user_vectors(tmp_path):
     (tmp_path / "v.npy").write_text(json.dumps([1]))
-    with pytest.raises(ValueError, match=r"not a plain \.npy"):
-        read_user_vectors(str(tmp_path / "v.npy"), 5, normalize=True)
+    with pytest.raises(
+        ValueError, match=r"v\.npy: is no \.npy file of numbers, or a damaged one; expected float32 \[5, dim\]"
+    ):
+        read_user_vectors(str(tmp_path / "v.npy"), 5, "row of input", normalize=True)

@@ -428,7 +428,9 @@ def test_own_vectors(mine, tmp_path, tiny_model):
     assert [row["neg_passage"] for row in read_jsonl(out)] == expected
     assert result.report["counts"]["encoded"] == 0
     np.save(tmp_path / "p.npy", np.ones((3, 32), np.float32))
-    with pytest.raises(ValueError, match=r"p\.npy: has shape \[3, 32\]"):
+    with pytest.raises(
+        ValueError, match=r"p\.npy: has shape \[3, 32\]; expected .* for each different passage, in the order of"
+    ):
         mine(**own)
     with pytest.raises(ArgumentError, match="go together"):
         mine(embeddings_path=own["embeddings_path"])

@@ -140,7 +140,7 @@ class _Inputs:
         if given.reference_data_path:
             reference = _Queries.read(given.reference_data_path, given.on_bad_row)
         if given.embeddings_path:
-            vectors = read_user_vectors(given.embeddings_path, queries.source.n_rows, normalize=True)
+            vectors = read_user_vectors(given.embeddings_path, queries.source.n_rows, "row of input", normalize=True)
         else:
             build_encoders(given)
         outputs.open_work(text_values(given, but="output_data_path"))

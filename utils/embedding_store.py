@@ -45,11 +45,13 @@ class EmbeddingStore:
     """``n`` vectors of ``dim`` dimensions in ``folder / fingerprint``, used by rank 0 alone.
 
     ``open`` takes the store's lock, waiting for another run that fills the same store. Rows of another
-    ``dtype`` are kept just as well: mining keeps neighbours here.
+    ``dtype`` are kept just as well: mining keeps neighbours here. ``what`` they are is a word for messages.
     """
 
-    def __init__(self, folder: Path, key: str, n: int, dim: int, dtype: np.dtype = _DTYPE):
-        self.folder = folder / key[:32]
+    def __init__(
+        self, folder: Path, key: str, n: int, dim: int, dtype: np.dtype = _DTYPE, what: str = "embeddings"
+    ):  # fmt: skip
+        self.folder, self.what = folder / key[:32], what
         self.n, self.dim, self.dtype = n, dim, dtype
         self._lock: IO | None = None
         self._data: IO | None = None
@@ -82,7 +84,7 @@ class EmbeddingStore:
             self._journal = open(self.folder / "journal", "ab" if finished else "wb")  # noqa: SIM115
             return finished
         except OSError as error:
-            raise described(error, f"{self.folder}: cannot keep embeddings there") from None
+            raise described(error, f"{self.folder}: cannot keep {self.what} there") from None
 
     def write(self, batches: list[tuple[int, np.ndarray, np.ndarray]]) -> None:
         """Finished batches: (number, rows int64 [b], vectors float32 [b, dim]).
@@ -101,7 +103,7 @@ class EmbeddingStore:
             self._journal.write(b"".join(_JOURNAL_ENTRY.pack(number, ~number) for number, _, _ in batches))
             self._journal.flush()
         except OSError as error:
-            raise described(error, f"{self.folder}: cannot write embeddings") from None
+            raise described(error, f"{self.folder}: cannot write {self.what}") from None
 
     def finish(self) -> None:
         """All batches are written: make the store complete."""
@@ -113,7 +115,7 @@ class EmbeddingStore:
             os.replace(self.folder / "vectors.partial", self.folder / "vectors")
             (self.folder / "journal").unlink()
         except OSError as error:
-            raise described(error, f"{self.folder}: cannot write embeddings") from None
+            raise described(error, f"{self.folder}: cannot write {self.what}") from None
 
     def read(self) -> np.ndarray:
         """The vectors, [n, dim], memory-mapped and read-only; requires ``is_complete``."""
@@ -148,32 +150,39 @@ class EmbeddingStore:
         disk = os.statvfs(self.folder)
         free = disk.f_bavail * disk.f_frsize
         if free < size:
-            raise OSError(
-                f"{size / 2**20:,.0f} MiB needed for {self.n:,} vectors of {self.dim} dimensions, "
-                f"{free / 2**20:,.0f} MiB free"
-            )
+            raise OSError(f"{_amount(size)} needed for {self.n:,} rows of {self.dim} numbers, {_amount(free)} free")
 
 
-def read_user_vectors(path: str, n: int, normalize: bool) -> np.ndarray:
+def _amount(size: int) -> str:
+    """Bytes for people, in the largest unit of which there is at least one."""
+    power = next((power for power in (3, 2, 1) if size >= 1 << 10 * power), 0)
+    return f"{size / (1 << 10 * power):,.0f} {('bytes', 'KiB', 'MiB', 'GiB')[power]}"
+
+
+def read_user_vectors(path: str, n: int, of_each: str, normalize: bool) -> np.ndarray:
     """A user's ``.npy`` file: float [n, dim], memory-mapped; checked row by row in blocks.
+
+    Args:
+        of_each: what it holds a vector of, such as "row of input"; a word for messages.
 
     Raises:
         FileNotFoundError, ValueError: missing, not a plain float array, not ``n`` rows, or a row with
             NaN, infinity or (when they are to be normalised) length 0.
     """
+    expected = f"expected float32 [{n}, dim], a vector for each {of_each}"
     if not os.path.exists(path):
-        raise FileNotFoundError(f"{path}: no such file; expected a .npy file of {n} rows")
+        raise FileNotFoundError(f"{path}: no such file; {expected}")
     if not os.path.isfile(path):
-        raise ValueError(f"{path}: is no regular file; expected a .npy file of {n} rows")
+        raise ValueError(f"{path}: is no regular file; {expected}")
     try:
         vectors = np.load(path, mmap_mode="r", allow_pickle=False)
-    except Exception as error:  # noqa: BLE001 - a damaged header ends in whatever parsing it as Python ends in
-        raise ValueError(f"{path}: not a plain .npy array ({error}); expected float32 [{n}, dim]") from None
+    except Exception:  # noqa: BLE001 - a damaged header ends in whatever parsing it as Python ends in
+        raise ValueError(f"{path}: is no .npy file of numbers, or a damaged one; {expected}") from None
     if not isinstance(vectors, np.ndarray) or vectors.ndim != 2 or vectors.dtype.kind != "f":
         found = f"{vectors.dtype} {list(vectors.shape)}" if isinstance(vectors, np.ndarray) else "an archive"
-        raise ValueError(f"{path}: holds {found}; expected float32 [{n}, dim]")
+        raise ValueError(f"{path}: holds {found}; {expected}")
     if len(vectors) != n or vectors.shape[1] == 0:
-        raise ValueError(f"{path}: has shape {list(vectors.shape)}; expected [{n}, dim], a row for each row of input")
+        raise ValueError(f"{path}: has shape {list(vectors.shape)}; {expected}")
     for start in range(0, n, 1 << 14):
         norms = np.linalg.norm(np.asarray(vectors[start : start + (1 << 14)], np.float64), axis=1)
         if not normalize:

@@ -116,8 +116,15 @@ class _Inputs:
         if given.query_embeddings_path is None or given.passage_embeddings_path is None:
             return
         collection = self.collection
-        queries = read_user_vectors(given.query_embeddings_path, collection.n_query_rows, given.normalize)
-        passages = read_user_vectors(given.passage_embeddings_path, collection.n_passage_rows, given.normalize)
+        queries = read_user_vectors(
+            given.query_embeddings_path, collection.n_query_rows, "row of queries", given.normalize
+        )
+        passages = read_user_vectors(
+            given.passage_embeddings_path,
+            collection.n_passage_rows,
+            "passage in reading order, repeated ones too",
+            given.normalize,
+        )
         if queries.shape[1] != passages.shape[1]:
             raise ValueError(
                 f"{given.passage_embeddings_path}: vectors of {passages.shape[1]} dimensions; "

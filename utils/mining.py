@@ -207,7 +207,7 @@ def _neighbors(
         assert inputs is not None and vectors.queries is not None and vectors.passages is not None
         home = folder / f"neighbors-{_neighbors_key(given, vectors, inputs.n_candidates)}"
         depth = _kept_depth(home, _depth(given, inputs))
-        store = EmbeddingStore(home, f"{depth}", len(inputs.queries), 2 * depth, np.dtype("<f8"))
+        store = EmbeddingStore(home, f"{depth}", len(inputs.queries), 2 * depth, np.dtype("<f8"), "neighbours")
         finished = store.open()
         if store.is_complete:
             logger.info("search: all neighbours are in %s", store.folder)

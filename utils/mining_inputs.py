@@ -244,8 +244,11 @@ class Inputs:
         given = self.given
         if given.embeddings_path is None or given.passage_embeddings_path is None:
             return
-        by_row = read_user_vectors(given.embeddings_path, self.n_rows, given.normalize)
-        passages = read_user_vectors(given.passage_embeddings_path, len(self.passages), given.normalize)
+        by_row = read_user_vectors(given.embeddings_path, self.n_rows, "row of input", given.normalize)
+        passages = read_user_vectors(
+            given.passage_embeddings_path, len(self.passages), "different passage, in the order of write_corpus",
+            given.normalize,
+        )  # fmt: skip
         if by_row.shape[1] != passages.shape[1]:
             raise ValueError(
                 f"{given.passage_embeddings_path}: is {passages.shape[1]} wide; expected {by_row.shape[1]}, as wide as"
