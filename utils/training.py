@@ -268,7 +268,7 @@ class Job:
             logger.warning("warning: %s", message)
         facts = found.facts
         logger.info(
-            "%s rows, %s batches of %d queries an epoch; a query sees %.0f negatives, %.1f of them named in its row "
+            "%s rows, %s batches of %d queries an epoch; a query sees %g negatives, %.1f of them named in its row "
             "(%.1f pairs masked a batch)",
             f"{len(self.rows):,}", f"{len(self.plan):,}", self.plan.batch_size, facts["negatives_a_query_sees"],
             facts["own_negatives_a_query_sees"], facts["masked_pairs_a_batch"],
