@@ -147,14 +147,14 @@ def paddle_randn_like(tensor):
     return paddle.randn(tensor.shape)
 
 
-def dropped_by(shape, settled):
+def dropped_by(shape, dropping):
     """The mask of a kernel's dropout, as a tensor."""
     import paddle
 
     from utils import cpu_kernels
 
     mask = np.empty(shape, np.float32)
-    cpu_kernels.dropout(np.ones(shape, np.float32), 0, *settled, mask)
+    cpu_kernels.dropout(np.ones(shape, np.float32), 0, dropping, mask)
     return paddle.to_tensor(mask)
 
 
@@ -284,7 +284,8 @@ def test_no_key_moves_anothers_mask_along():
     whole, masks = np.ones((1, 20_000), np.float32), []
     for key in (5, (5 + 1000 * 0x9E3779B1) % 2**32):
         masks.append(np.empty_like(whole))
-        cpu_kernels.dropout(whole, 0, np.uint32(key), np.uint32(2**31), np.float32(2), masks[-1])
+        dropping = cpu_kernels.Dropping(np.uint32(key), np.uint32(2**31), np.float32(2))
+        cpu_kernels.dropout(whole, 0, dropping, masks[-1])
     for moved in (1000, -1000):
         assert abs(np.corrcoef(masks[0].ravel(), np.roll(masks[1], moved).ravel())[0, 1]) < 0.05
 

@@ -7,6 +7,8 @@ Dropout draws nothing: whether a value stays is a hash of its place and of a key
 pass, a replayed forward pass and a resumed training find the same decisions and nothing need be kept.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 
 from utils.compiled import MATHS, compiled, inlined
@@ -50,14 +52,26 @@ def coarse_exp2(x):
     return series * bits.view(np.float32)
 
 
+class Dropping(NamedTuple):
+    """Which values dropout keeps, and how.
+
+    key: uint32, what besides the place decides. threshold: uint32, 2**32 times the share that is dropped; 0 is none.
+    upscale: float32, by which the others are multiplied.
+    """
+
+    key: np.uint32
+    threshold: np.uint32
+    upscale: np.float32
+
+
 @_inlined
-def _kept(place, key, threshold):
-    """Whether dropout keeps the value at a place; a share of ``threshold`` / 2**32 is not (MurmurHash3's finaliser)."""
+def _dropped(value, place, dropping):
+    """The value at a place after dropout; whether it stays is a hash (MurmurHash3's finaliser)."""
     mixed = _U(_U(place) * _U(0x9E3779B1))
     # The key comes after a round of mixing: added to the place, it would only move along one and the same sequence.
-    mixed = _U(_U(_U(mixed ^ _U(mixed >> _U(16))) * _U(0x85EBCA6B)) ^ key)
+    mixed = _U(_U(_U(mixed ^ _U(mixed >> _U(16))) * _U(0x85EBCA6B)) ^ dropping.key)
     mixed = _U(_U(mixed ^ _U(mixed >> _U(13))) * _U(0xC2B2AE35))
-    return _U(mixed ^ _U(mixed >> _U(16))) >= threshold
+    return value * dropping.upscale if _U(mixed ^ _U(mixed >> _U(16))) >= dropping.threshold else _F(0.0)
 
 
 @_inlined
@@ -67,13 +81,12 @@ def _ordered(bits):
 
 
 @_compiled
-def dropout(x, first, key, threshold, upscale, result):
-    """Values of x [n, h] times ``upscale``, or 0; ``first`` is the number of its first row."""
+def dropout(x, first, dropping, result):
+    """x [n, h] after dropout; ``first`` is the number of its first row."""
     n, h = x.shape
     for i in range(n):
         for j in range(h):
-            place = (first + i) * h + j
-            result[i, j] = x[i, j] * upscale if _kept(place, key, threshold) else _F(0.0)
+            result[i, j] = _dropped(x[i, j], (first + i) * h + j, dropping)
 
 
 @_compiled
@@ -118,15 +131,15 @@ def add_columns(x, sums):
 
 
 @_compiled
-def add_norm(x, z, bias, gain, offset, epsilon, first, key, threshold, upscale, y, normalised, scales):
+def add_norm(x, z, bias, gain, offset, epsilon, first, dropping, y, normalised, scales):
     """y = layer norm of x + dropout(z + bias), all [n, h]; keeps the normed rows and what scaled them [n]."""
     n, h = x.shape
     for i in range(n):
         total = _F(0.0)
         for j in range(h):
             value = z[i, j] + bias[j]
-            if threshold > _U(0):
-                value = value * upscale if _kept((first + i) * h + j, key, threshold) else _F(0.0)
+            if dropping.threshold > _U(0):
+                value = _dropped(value, (first + i) * h + j, dropping)
             value += x[i, j]
             normalised[i, j] = value
             total += value
@@ -144,7 +157,7 @@ def add_norm(x, z, bias, gain, offset, epsilon, first, key, threshold, upscale, 
 
 
 @_compiled
-def add_norm_backward(gradient, normalised, scales, gain, first, key, threshold, upscale, d_x, d_z, sums):
+def add_norm_backward(gradient, normalised, scales, gain, first, dropping, d_x, d_z, sums):
     """The gradients of ``add_norm``: of x, of z, and added to ``sums`` [3, h] of gain, offset and bias."""
     n, h = gradient.shape
     for i in range(n):
@@ -160,8 +173,8 @@ def add_norm_backward(gradient, normalised, scales, gain, first, key, threshold,
             own = gradient[i, j]
             value = (own * gain[j] - total - normalised[i, j] * along) * scale
             d_x[i, j] = value
-            if threshold > _U(0):
-                value = value * upscale if _kept((first + i) * h + j, key, threshold) else _F(0.0)
+            if dropping.threshold > _U(0):
+                value = _dropped(value, (first + i) * h + j, dropping)
             d_z[i, j] = value
             sums[0, j] += own * normalised[i, j]
             sums[1, j] += own
@@ -169,7 +182,7 @@ def add_norm_backward(gradient, normalised, scales, gain, first, key, threshold,
 
 
 @_compiled
-def _softmax(scores, first, key, threshold, upscale, dropped):
+def _softmax(scores, first, dropping, dropped):
     """Rows of scores [n, t] become their softmax; ``dropped``, if dropout is on, the same after it."""
     n, t = scores.shape
     for i in range(n):
@@ -185,21 +198,21 @@ def _softmax(scores, first, key, threshold, upscale, dropped):
         total = _F(1.0) / total
         for j in range(t):
             scores[i, j] *= total
-        if threshold > _U(0):
+        if dropping.threshold > _U(0):
             for j in range(t):
-                dropped[i, j] = scores[i, j] * upscale if _kept((first + i) * t + j, key, threshold) else _F(0.0)
+                dropped[i, j] = _dropped(scores[i, j], (first + i) * t + j, dropping)
 
 
 @_compiled
-def _softmax_backward(weights, first, key, threshold, upscale, gradient):
+def _softmax_backward(weights, first, dropping, gradient):
     """``gradient`` [n, t] of the weights after dropout becomes that of the scores."""
     n, t = weights.shape
     for i in range(n):
         total = _F(0.0)
         for j in range(t):
             value = gradient[i, j]
-            if threshold > _U(0):
-                value = value * upscale if _kept((first + i) * t + j, key, threshold) else _F(0.0)
+            if dropping.threshold > _U(0):
+                value = _dropped(value, (first + i) * t + j, dropping)
                 gradient[i, j] = value
             total += value * weights[i, j]
         for j in range(t):
@@ -244,42 +257,42 @@ def _empty(t):
 
 
 @_compiled
-def attention(qkv, bias, width, heads, settled, result):
+def attention(qkv, bias, width, heads, dropping, result):
     """Attention within one text, for the heads from ``heads[0]`` to before ``heads[1]``.
 
     Args:
         qkv: [t, 3 * all heads * width], queries, keys and values beside each other.
         bias: [3 * all heads * width], added to every row.
         result: [t, all heads * width].
-        settled: key, threshold and upscale of the dropout of the weights.
+        dropping: of the weights.
     """
     t, n, first = len(qkv), heads[1] - heads[0], heads[0] * width
     parts, weights = np.empty((4, n, t, width), np.float32), _empty(t)
-    dropped = _empty(t) if settled[1] > _U(0) else weights
+    dropped = _empty(t) if dropping.threshold > _U(0) else weights
     _take_qkv(qkv, bias, _F(1.0) / np.sqrt(_F(width)), first, parts)
     for i in range(n):
         np.dot(parts[0, i], parts[1, i].T, weights)
-        _softmax(weights, (heads[0] + i) * t, settled[0], settled[1], settled[2], dropped)
+        _softmax(weights, (heads[0] + i) * t, dropping, dropped)
         np.dot(dropped, parts[2, i], parts[3, i])
     _put(parts[3], _F(1.0), first, result)
 
 
 @_compiled
-def attention_backward(qkv, bias, width, heads, settled, gradient, d_qkv):
+def attention_backward(qkv, bias, width, heads, dropping, gradient, d_qkv):
     """The gradient of ``attention``'s first argument, given that of its result."""
     (t, columns), n, first = gradient.shape, heads[1] - heads[0], heads[0] * width
     scale, one = _F(1.0) / np.sqrt(_F(width)), _F(1.0)
     parts, weights, d_weights = np.empty((7, n, t, width), np.float32), _empty(t), _empty(t)
-    dropped = _empty(t) if settled[1] > _U(0) else weights
+    dropped = _empty(t) if dropping.threshold > _U(0) else weights
     _take_qkv(qkv, bias, scale, first, parts)
     _take(gradient, np.zeros(columns, np.float32), one, first, parts[3])
     for i in range(n):
         query, key, value, d_result = parts[0, i], parts[1, i], parts[2, i], parts[3, i]
         np.dot(query, key.T, weights)
-        _softmax(weights, (heads[0] + i) * t, settled[0], settled[1], settled[2], dropped)
+        _softmax(weights, (heads[0] + i) * t, dropping, dropped)
         np.dot(d_result, value.T, d_weights)
         np.dot(dropped.T, d_result, parts[6, i])
-        _softmax_backward(weights, (heads[0] + i) * t, settled[0], settled[1], settled[2], d_weights)
+        _softmax_backward(weights, (heads[0] + i) * t, dropping, d_weights)
         np.dot(d_weights, key, parts[4, i])
         np.dot(d_weights.T, query, parts[5, i])
     _put(parts[4], scale, first, d_qkv)

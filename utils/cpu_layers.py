@@ -23,6 +23,8 @@ from utils.threads import in_threads
 if TYPE_CHECKING:
     from paddle import Tensor
 
+    from utils.cpu_kernels import Dropping
+
 # Rows that one thread works on at a time. Sums over rows are made block by block, so this is part of their last bits.
 _ROWS = 256
 # Rows that are multiplied in bfloat16 at a time; what the last ones are filled up to a multiple of, since preparing a
@@ -39,10 +41,13 @@ class Drop:
     share: float = 0.0
     seed: Sequence[int] = ()
 
-    def settled(self, *place: int) -> tuple[np.uint32, np.uint32, np.float32]:
-        """Key, threshold and upscale as ``cpu_kernels`` takes them; the key is of the seed and a place."""
+    def settled(self, *place: int) -> "Dropping":
+        """As ``cpu_kernels`` take it; the key is of the seed and a place."""
+        from utils.cpu_kernels import Dropping
+
         key = np.random.SeedSequence([*self.seed, *place]).generate_state(1)[0] if self.share else 0
-        return np.uint32(key), np.uint32(min(round(self.share * 2**32), 2**32 - 1)), np.float32(1 / (1 - self.share))
+        threshold = min(round(self.share * 2**32), 2**32 - 1)
+        return Dropping(np.uint32(key), np.uint32(threshold), np.float32(1 / (1 - self.share)))
 
 
 def linear(x: "Tensor", weight: "Tensor") -> "Tensor":
@@ -285,9 +290,9 @@ def _layers():
         return np.zeros(n_columns, np.float32) if tensor is None else _array(tensor)
 
     def dropped(x: "Tensor", drop: Drop) -> "Tensor":
-        own, settled = _array(x), drop.settled()
+        own, dropping = _array(x), drop.settled()
         result = np.empty_like(own)
-        _in_blocks(len(own), lambda rows: cpu_kernels.dropout(own[rows], rows.start, *settled, result[rows]))
+        _in_blocks(len(own), lambda rows: cpu_kernels.dropout(own[rows], rows.start, dropping, result[rows]))
         return _tensor(result)
 
     class Layers:
@@ -342,7 +347,7 @@ def _layers():
         class AddNorm(PyLayer):
             @staticmethod
             def forward(ctx, x, z, bias, gain, offset, epsilon, drop):
-                ctx.needed, ctx.settled = _needed(x, z, bias, gain, offset), drop.settled()
+                ctx.needed, ctx.dropping = _needed(x, z, bias, gain, offset), drop.settled()
                 left, right, added, ctx.gain, shift = (
                     _array(x),
                     _array(z),
@@ -354,7 +359,7 @@ def _layers():
 
                 def work(rows: slice) -> None:
                     cpu_kernels.add_norm(
-                        left[rows], right[rows], added, ctx.gain, shift, np.float32(epsilon), rows.start, *ctx.settled,
+                        left[rows], right[rows], added, ctx.gain, shift, np.float32(epsilon), rows.start, ctx.dropping,
                         result[rows], ctx.normalised[rows], ctx.scales[rows],
                     )  # fmt: skip
 
@@ -368,7 +373,7 @@ def _layers():
 
                 def work(rows: slice, sums: np.ndarray) -> None:
                     cpu_kernels.add_norm_backward(
-                        own[rows], ctx.normalised[rows], ctx.scales[rows], ctx.gain, rows.start, *ctx.settled,
+                        own[rows], ctx.normalised[rows], ctx.scales[rows], ctx.gain, rows.start, ctx.dropping,
                         d_x[rows], d_z[rows], sums,
                     )  # fmt: skip
 
