@@ -104,10 +104,15 @@ def remove_near_duplicates(
     Returns:
         The same result on every rank.
 
-    Each block's rows are dealt out to the ranks. Where pairs are screened and every rank can map the vectors, a rank
-    holds the sketches of all rows that stay (at most two thirds of their vectors; about a tenth in bfloat16), and
-    looks for those that its own rows are near to. Elsewhere it holds its own rows that stay, sketches and vectors,
-    and looks for those that any row is near to.
+    Each block's rows are dealt out to the ranks (``_Deal``):
+
+        vectors        pairs        of the rows that stay, a rank holds    and finds those that are near to
+        all map them   screened     sketches of all                        its own run of the block's rows
+        all map them   multiplied   vectors of its own turns               all rows of the block
+        rank 0 only    screened     sketches and vectors of its own turns  all rows of the block
+        rank 0 only    multiplied   vectors of its own turns               all rows of the block
+
+    Sketches take at most two thirds of what vectors do, in bfloat16 about a tenth.
     """
     everywhere = ranks.mapped(vectors)
     index = _index(everywhere, vectors, rows, dim, threshold, ranks, device)
