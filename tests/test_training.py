@@ -81,6 +81,8 @@ def test_training_learns_and_the_checkpoint_is_a_model(run, tmp_path):
     assert losses[-1] < losses[0]
     model = checkpoint.resolve(str(tmp_path / "out"))
     assert (model.pooling, model.query_template, model.passage_template) == ("mean", "how {text}", "the {text}")
+    described = json.loads((tmp_path / "out" / "huggingface" / "config_sentence_transformers.json").read_text())
+    assert described["prompts"] == {"query": "how ", "passage": "the ", "document": "the "}
     # The exported folder, a step's checkpoint and the final model give the same vectors.
     final = vectors(tmp_path / "out")
     np.testing.assert_allclose(vectors(tmp_path / "out" / "huggingface"), final, atol=1e-6)

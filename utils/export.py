@@ -47,6 +47,8 @@ def write_description(
             logger.warning("%s_template %r ends with text; prompts are prefixes, so give it again when encoding",
                            name, template)  # fmt: skip
         prompts[name] = prefix
+    # Where sentence-transformers' encode_document looks first: it would find an empty one of its own.
+    prompts["document"] = prompts["passage"]
     _write_json(
         folder / "config_sentence_transformers.json",
         {"prompts": prompts, "default_prompt_name": None, "similarity_fn_name": "cosine" if normalize else "dot"},
