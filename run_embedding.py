@@ -17,11 +17,16 @@ from utils import arguments, runtime
 # What a run without an argument file starts from: the settings that suit the bundled model, unless another is named.
 DEFAULT_CONFIG = str(Path(__file__).parent / "config" / "multilingual-e5-small" / "emb_argument.json")
 
+_DESCRIPTION = (
+    "Train an embedding model. Without a JSON file, and with the bundled model, what "
+    "config/multilingual-e5-small/emb_argument.json says comes before the defaults below."
+)
+
 
 def main() -> None:
     runtime.prepare(trains=True)
     given = arguments.parse(
-        arguments.training_arguments(), sys.argv[1:], "Train an embedding model.", DEFAULT_CONFIG, "model_name_or_path"
+        arguments.training_arguments(), sys.argv[1:], _DESCRIPTION, DEFAULT_CONFIG, "model_name_or_path"
     )
     from utils import report, training
 

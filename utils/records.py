@@ -148,7 +148,8 @@ def parse_record(raw: RawLine, path: str, require: tuple[str, ...]) -> Record:
     if "query" in row and not isinstance(query, str):
         raise bad(f'"query" is {_kind(query)}; expected a string')
     if "query" in require and not query.strip():
-        raise bad(f'"query" is {"empty" if "query" in row else "missing"}; expected a non-empty string')
+        hint = " (rows of anchor, positive and negative are for other tools)" if "anchor" in row else ""
+        raise bad(f'"query" is {"empty" if "query" in row else "missing"}; expected a non-empty string{hint}')
     passages = []
     for key in _ALIASES:
         name = passages_key(row, key)

@@ -80,7 +80,7 @@ class _Inputs:
         dev = None
         if given.evaluation_strategy != "no" and dev_path is not None:
             dev = DevSet.read(dev_path, given.dev_corpus_path, given.on_bad_row)
-            logger.info("dev: %s queries, %s passages", f"{len(dev.queries):,}", f"{len(dev.corpus):,}")
+            logger.info("dev: %s queries, %s passages of %s", f"{len(dev.queries):,}", f"{len(dev.corpus):,}", dev_path)
         if dev is None and (given.load_best_model_at_end or given.early_stopping_patience):
             raise ValueError("load_best_model_at_end and early_stopping_patience need dev rows; give dev_dataset_path")
         metric = trainer.metric(given)
