@@ -69,3 +69,10 @@ def test_another_formats_index_does_not_count(folder):
     index = {"weight_map": {"a": "pytorch_model-00001-of-00002.bin"}}
     (path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
     assert [file.name for file in checkpoint.resolve(str(path)).weight_files()] == ["model.safetensors"]
+
+
+def test_a_mistyped_folder_is_not_looked_for_on_a_hub(folder, monkeypatch):
+    path = folder()
+    monkeypatch.chdir(path.parent)
+    with pytest.raises(FileNotFoundError, match="no such model folder"):
+        checkpoint.resolve(f"{path.name}/modle")

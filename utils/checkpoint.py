@@ -223,7 +223,7 @@ def _folder(name: str) -> Path:
     if difflib.get_close_matches(name, [bundled_model.NAME], cutoff=0.9):
         raise FileNotFoundError(f"{name}: no such model; did you mean {bundled_model.NAME}?")
     looks_local = name.startswith((".", "/", "~")) or os.path.exists(name) or not _HUB_NAME.fullmatch(name)
-    if looks_local:
+    if looks_local or os.path.isdir(os.path.dirname(name)):  # such as output/modle
         raise FileNotFoundError(f"{name}: no such model folder; expected a folder, a hub name or {bundled_model.NAME}")
     return _download(name)
 
