@@ -237,7 +237,7 @@ def _download(name: str) -> Path:
         from paddlenlp.utils.env import MODEL_HOME
 
         folder = Path(MODEL_HOME) / name
-        if (folder / "config.json").is_file() and any(any(folder.glob(p)) for p in WEIGHT_PATTERNS):
+        if (folder / "config.json").is_file() and _weight_files(folder):
             return folder  # fetched by an earlier run
         with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
             transformers.AutoTokenizer.from_pretrained(name)

@@ -127,7 +127,7 @@ def make(job: "Job"):
             """A checkpoint's standing. A best step whose checkpoint is not in output_dir cannot be ended with."""
             self._standing = _Standing(**standing)
             best = self._standing.best_step
-            is_here = ranks.broadcast_object(best is None or _is_checkpoint(_checkpoint_folder(given, best)))
+            is_here = ranks.broadcast_object(best is None or is_checkpoint(_checkpoint_folder(given, best)))
             if given.load_best_model_at_end and not is_here:
                 logger.info("step %d was the best so far, but is not in %s: the best from here on counts",
                             best, given.output_dir)  # fmt: skip
@@ -391,14 +391,15 @@ def _checkpoint_folder(given: TrainArguments, step: int) -> Path:
     return Path(given.output_dir) / f"checkpoint-{step}"
 
 
-def _is_checkpoint(path: Path) -> bool:
+def is_checkpoint(path: Path) -> bool:
+    """True if a training can go on from this folder: a checkpoint appears whole."""
     return (path / "trainer_state.json").is_file()
 
 
 def checkpoints(output_dir: str) -> list[Path]:
     """The folders of the whole checkpoints there, oldest first."""
     found = {path: _CHECKPOINT.fullmatch(path.name) for path in Path(output_dir).iterdir()}
-    whole = {path: match for path, match in found.items() if match and _is_checkpoint(path)}
+    whole = {path: match for path, match in found.items() if match and is_checkpoint(path)}
     return [path for _, path in sorted((int(match[1]), path) for path, match in whole.items())]
 
 

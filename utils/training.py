@@ -203,7 +203,7 @@ def _not_leading_to(asked: str, found: list[Path]) -> list[Path]:
     Raises:
         ValueError: there is no checkpoint where one was asked for.
     """
-    if not (Path(asked) / "trainer_state.json").is_file():
+    if not trainer.is_checkpoint(Path(asked)):
         raise ValueError(f"{asked}: no checkpoint there; expected a folder such as output_dir/checkpoint-100")
     places = [i for i, path in enumerate(found) if os.path.samefile(path, asked)]
     return found[places[0] + 1 :] if places else found
@@ -338,7 +338,7 @@ class Job:
         with _put_into(folder, "the model") as work:
             self.write_model_files(work)
             # What is there was exported from the model that is replaced now.
-            shutil.rmtree(folder / "huggingface", ignore_errors=True)
+            remove(folder / "huggingface")
         if self.given.export_format == "huggingface":
             with _put_into(folder, "the export") as work:
                 self.write_export(work / "huggingface")
