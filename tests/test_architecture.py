@@ -74,6 +74,7 @@ FORBIDDEN = {
     "trainable": {"faiss", "records", "distributed", "search", "training"},
     "gradients": {"faiss", "records", "search", "training", "paddlenlp"},
     "dev_evaluation": {"paddle", "paddlenlp", "faiss", "trainable", "training"},
+    "training_folder": HEAVY | {"records", "arguments", "trainable", "trainer", "training"},
     "trainer": {"faiss", "dedup", "search", "records"},
     "training": {"faiss", "dedup", "search"},
     "report": {"paddle", "paddlenlp", "faiss", "dedup", "search"},

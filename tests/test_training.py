@@ -466,7 +466,7 @@ def test_a_journal_that_cannot_be_written_is_named(run, tmp_path, monkeypatch, w
     if when == "before":
         journal.mkdir(parents=True)
     else:
-        monkeypatch.setattr(trainer._Journal, "cut", lambda *args: journal.mkdir())
+        monkeypatch.setattr(trainer.Journal, "cut", lambda *args: journal.mkdir())
     with pytest.raises(IsADirectoryError, match=r"/out/training\.jsonl: cannot write: Is a directory"):
         run(max_steps=1)
     assert not list((tmp_path / "out").glob("*.part"))

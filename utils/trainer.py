@@ -8,9 +8,7 @@ import json
 import logging
 import math
 import os
-import re
 import shutil
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -27,13 +25,13 @@ from utils.paddlenlp_models import import_paddlenlp
 from utils.report import Progress
 from utils.trainable import TrainableEncoder, can_multiply_in_bfloat16
 from utils.training_data import Loader
+from utils.training_folder import Journal, checkpoint_of, is_checkpoint, remove_old
 
 if TYPE_CHECKING:
     from utils.training import Job
 
 logger = logging.getLogger(__name__)
 
-_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 # Passages this alike, for so many steps in a row after the warm-up, mean that the model tells nothing apart
 # any more. A model that was only pretrained may begin there and leave it; dropout keeps equal texts below 1.
 _COLLAPSED_COSINE, _COLLAPSED_STEPS = 0.98, 20
@@ -69,7 +67,7 @@ def make(job: "Job"):
             self._alike = self._skipped = 0
             self._evaluated_at = -1
             self._standing = _Standing()
-            self._journal = _Journal(Path(given.output_dir) / "training.jsonl") if ranks.is_first else None
+            self._journal = Journal(Path(given.output_dir) / "training.jsonl") if ranks.is_first else None
             self.step = GradientStep(
                 job.encoder,
                 losses.objective(
@@ -127,7 +125,7 @@ def make(job: "Job"):
             """A checkpoint's standing. A best step whose checkpoint is not in output_dir cannot be ended with."""
             self._standing = _Standing(**standing)
             best = self._standing.best_step
-            is_here = ranks.broadcast_object(best is None or is_checkpoint(_checkpoint_folder(given, best)))
+            is_here = ranks.broadcast_object(best is None or is_checkpoint(checkpoint_of(given.output_dir, best)))
             if given.load_best_model_at_end and not is_here:
                 logger.info("step %d was the best so far, but is not in %s: the best from here on counts",
                             best, given.output_dir)  # fmt: skip
@@ -198,7 +196,7 @@ def make(job: "Job"):
             """The best weights if they are asked for, and their metrics."""
             best = self._standing.best_step
             if given.load_best_model_at_end and best not in (None, self.state.global_step):
-                self._load_weights(str(_checkpoint_folder(given, best)))
+                self._load_weights(str(checkpoint_of(given.output_dir, best)))
                 self._agree(self.model)
                 logger.info("the best checkpoint is that of step %d", best)
                 self._evaluated_at = -1
@@ -243,7 +241,7 @@ def make(job: "Job"):
 
         def _write_checkpoint(self) -> None:
             """The whole state of the training, in a folder that appears by rename."""
-            final = _checkpoint_folder(given, self.state.global_step)
+            final = checkpoint_of(given.output_dir, self.state.global_step)
             work = final.with_name(final.name + ".work")
             try:
                 remove(work)
@@ -264,7 +262,7 @@ def make(job: "Job"):
             except OSError as error:
                 shutil.rmtree(work, ignore_errors=True)
                 raise described(error, f"{final}: cannot write the checkpoint") from None
-            _remove_old(given, self._standing.best_step)
+            remove_old(given.output_dir, given.save_total_limit, self._standing.best_step)
 
         def log(self, logs, **kwargs):
             super().log(logs, **kwargs)
@@ -350,62 +348,3 @@ def _renamed(state: dict, names: dict[str, str]) -> dict:
 def metric(given: TrainArguments) -> str:
     """The dev metric that decides which checkpoint is best."""
     return (given.metric_for_best_model or METRICS[0]).removeprefix("eval_")
-
-
-class _Journal:
-    """``training.jsonl``: a line for every log of the Trainer, and log lines for people."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def cut(self, step: int | None) -> None:
-        """Drop what an earlier run wrote after a step, which comes again now; all of it if None is gone on with."""
-        lines = self.path.read_bytes().splitlines(keepends=True) if self.path.is_file() else []
-        kept = [line for line in lines if step is not None and _step_of(line) <= step]
-        write_whole(self.path, b"".join(kept))
-
-    def add(self, step: int, logs: dict, shown: bool = True) -> None:
-        """One log entry, for people too if it is ``shown``."""
-        kept = {"step": step, "time": round(time.time(), 1)}
-        kept |= {name: value for name, value in logs.items() if isinstance(value, int | float)}
-        try:
-            with open(self.path, "a", encoding="utf-8") as stream:
-                stream.write(json.dumps(kept) + "\n")
-        except OSError as error:
-            raise described(error, f"{self.path}: cannot write") from None
-        worth = {name: kept[name] for name in ("loss", "learning_rate") if name in kept}
-        worth |= {name: value for name, value in kept.items() if name.startswith("eval_")}
-        if worth and shown:
-            logger.info("step %d: %s", step, ", ".join(f"{name} {value:.4g}" for name, value in worth.items()))
-
-
-def _step_of(line: bytes) -> float:
-    """Of a line of the journal; infinite if a kill has left only a part of it."""
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, TypeError, KeyError):
-        return math.inf
-
-
-def _checkpoint_folder(given: TrainArguments, step: int) -> Path:
-    return Path(given.output_dir) / f"checkpoint-{step}"
-
-
-def is_checkpoint(path: Path) -> bool:
-    """True if a training can go on from this folder: a checkpoint appears whole."""
-    return (path / "trainer_state.json").is_file()
-
-
-def checkpoints(output_dir: str) -> list[Path]:
-    """The folders of the whole checkpoints there, oldest first."""
-    found = {path: _CHECKPOINT.fullmatch(path.name) for path in Path(output_dir).iterdir()}
-    whole = {path: match for path, match in found.items() if match and is_checkpoint(path)}
-    return [path for _, path in sorted((int(match[1]), path) for path, match in whole.items())]
-
-
-def _remove_old(given: TrainArguments, best: int | None) -> None:
-    """Keep the newest ``save_total_limit`` checkpoints, and the best one."""
-    found = checkpoints(given.output_dir)
-    for path in found[: -given.save_total_limit] if given.save_total_limit else []:
-        if best is None or path != _checkpoint_folder(given, best):
-            remove(path)

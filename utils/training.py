@@ -3,9 +3,6 @@
 import json
 import logging
 import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -20,6 +17,7 @@ from utils.outputs import LOCK_PATIENCE_S, described, remove, take_lock, write_w
 from utils.paddlenlp_models import import_paddlenlp
 from utils.trainable import TrainableEncoder, TrainableEngine, can_multiply_in_bfloat16, merged_state
 from utils.training_data import Collator, Preflight
+from utils.training_folder import checkpoints, not_leading_to, put_into
 from utils.training_rows import TrainingRows
 
 logger = logging.getLogger(__name__)
@@ -168,24 +166,6 @@ def _prepare_output(given: TrainArguments):
     return lock
 
 
-@contextmanager
-def _put_into(folder: Path, what: str) -> Iterator[Path]:
-    """A work folder; what is in it in the end appears in ``folder``, each file whole, the weights last."""
-    work = folder / "model.work"
-    try:
-        remove(work)
-        work.mkdir(parents=True)
-        yield work
-        for path in sorted(work.iterdir(), key=lambda p: p.suffix == ".pdparams"):
-            if path.is_dir():
-                remove(folder / path.name)
-            os.replace(path, folder / path.name)
-        work.rmdir()
-    except OSError as error:
-        shutil.rmtree(work, ignore_errors=True)
-        raise described(error, f"{folder}: cannot write {what}") from None
-
-
 def _differences(own: dict, record: Path, asked: bool) -> list[str]:
     """In which arguments the run that a folder's record tells of is another one.
 
@@ -195,18 +175,6 @@ def _differences(own: dict, record: Path, asked: bool) -> list[str]:
     before = _read_object(record) if record.is_file() else {}
     names = {*own, *before} - (set() if asked else {_RESUMED})
     return sorted(name for name in names if own.get(name) != before.get(name))
-
-
-def _not_leading_to(asked: str, found: list[Path]) -> list[Path]:
-    """Of a folder's checkpoints, oldest first, those that a run from the one asked for would take for its own.
-
-    Raises:
-        ValueError: there is no checkpoint where one was asked for.
-    """
-    if not trainer.is_checkpoint(Path(asked)):
-        raise ValueError(f"{asked}: no checkpoint there; expected a folder such as output_dir/checkpoint-100")
-    places = [i for i, path in enumerate(found) if os.path.samefile(path, asked)]
-    return found[places[0] + 1 :] if places else found
 
 
 def _read_object(path: Path) -> dict:
@@ -303,7 +271,7 @@ class Job:
         folder = Path(self.given.output_dir)
         for stale in folder.glob("checkpoint-*.work"):
             remove(stale)
-        found = trainer.checkpoints(self.given.output_dir)
+        found = checkpoints(self.given.output_dir)
         asked = getattr(self.given, "resume_from_checkpoint", None)
         own = json.loads(json.dumps(self.fingerprint())) | {_RESUMED: asked and os.path.realpath(asked)}
         record = folder / "run.json"
@@ -314,7 +282,7 @@ class Job:
             return str(found[-1])
         what = f"checkpoints of a run with other {', '.join(other[:4])}"
         if asked is not None:
-            found = _not_leading_to(asked, found)
+            found = not_leading_to(asked, found)
             what = f"{', '.join(path.name for path in found)}, not on the way to {asked}"
         if found and not self.given.overwrite_output_dir:
             raise ValueError(f"{folder}: holds {what}; give another output_dir, or --overwrite_output_dir true")
@@ -335,12 +303,12 @@ class Job:
 
     def write_model(self, folder: Path) -> None:
         """The model's files; then its export, if one is asked for, so that its failure costs no model."""
-        with _put_into(folder, "the model") as work:
+        with put_into(folder, "the model") as work:
             self.write_model_files(work)
             # What is there was exported from the model that is replaced now.
             remove(folder / "huggingface")
         if self.given.export_format == "huggingface":
-            with _put_into(folder, "the export") as work:
+            with put_into(folder, "the export") as work:
                 self.write_export(work / "huggingface")
 
     def write_model_files(self, folder: Path) -> None:

@@ -1,0 +1,108 @@
+"""What a training leaves in its folder: checkpoints that appear whole, the journal, and the model."""
+
+import json
+import logging
+import math
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from utils.outputs import described, remove, write_whole
+
+logger = logging.getLogger(__name__)
+
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+
+
+def checkpoint_of(output_dir: str, step: int) -> Path:
+    """The folder of a step's checkpoint."""
+    return Path(output_dir) / f"checkpoint-{step}"
+
+
+def is_checkpoint(path: Path) -> bool:
+    """True if a training can go on from this folder: a checkpoint appears whole."""
+    return (path / "trainer_state.json").is_file()
+
+
+def checkpoints(output_dir: str) -> list[Path]:
+    """The folders of the whole checkpoints there, oldest first."""
+    found = {path: _CHECKPOINT.fullmatch(path.name) for path in Path(output_dir).iterdir()}
+    whole = {path: match for path, match in found.items() if match and is_checkpoint(path)}
+    return [path for _, path in sorted((int(match[1]), path) for path, match in whole.items())]
+
+
+def remove_old(output_dir: str, limit: int | None, best: int | None) -> None:
+    """Keep the newest ``limit`` checkpoints (None: all), and the one of the best step."""
+    found = checkpoints(output_dir)
+    for path in found[:-limit] if limit else []:
+        if best is None or path != checkpoint_of(output_dir, best):
+            remove(path)
+
+
+def not_leading_to(asked: str, found: list[Path]) -> list[Path]:
+    """Of a folder's checkpoints, oldest first, those that a run from the one asked for would take for its own.
+
+    Raises:
+        ValueError: there is no checkpoint where one was asked for.
+    """
+    if not is_checkpoint(Path(asked)):
+        raise ValueError(f"{asked}: no checkpoint there; expected a folder such as output_dir/checkpoint-100")
+    places = [i for i, path in enumerate(found) if os.path.samefile(path, asked)]
+    return found[places[0] + 1 :] if places else found
+
+
+@contextmanager
+def put_into(folder: Path, what: str) -> Iterator[Path]:
+    """A work folder; what is in it in the end appears in ``folder``, each file whole, the weights last."""
+    work = folder / "model.work"
+    try:
+        remove(work)
+        work.mkdir(parents=True)
+        yield work
+        for path in sorted(work.iterdir(), key=lambda p: p.suffix == ".pdparams"):
+            if path.is_dir():
+                remove(folder / path.name)
+            os.replace(path, folder / path.name)
+        work.rmdir()
+    except OSError as error:
+        shutil.rmtree(work, ignore_errors=True)
+        raise described(error, f"{folder}: cannot write {what}") from None
+
+
+class Journal:
+    """``training.jsonl``: a line for every log of the Trainer, and log lines for people."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def cut(self, step: int | None) -> None:
+        """Drop what an earlier run wrote after a step, which comes again now; all of it if None is gone on with."""
+        lines = self.path.read_bytes().splitlines(keepends=True) if self.path.is_file() else []
+        kept = [line for line in lines if step is not None and _step_of(line) <= step]
+        write_whole(self.path, b"".join(kept))
+
+    def add(self, step: int, logs: dict, shown: bool = True) -> None:
+        """One log entry, for people too if it is ``shown``."""
+        kept = {"step": step, "time": round(time.time(), 1)}
+        kept |= {name: value for name, value in logs.items() if isinstance(value, int | float)}
+        try:
+            with open(self.path, "a", encoding="utf-8") as stream:
+                stream.write(json.dumps(kept) + "\n")
+        except OSError as error:
+            raise described(error, f"{self.path}: cannot write") from None
+        worth = {name: kept[name] for name in ("loss", "learning_rate") if name in kept}
+        worth |= {name: value for name, value in kept.items() if name.startswith("eval_")}
+        if worth and shown:
+            logger.info("step %d: %s", step, ", ".join(f"{name} {value:.4g}" for name, value in worth.items()))
+
+
+def _step_of(line: bytes) -> float:
+    """Of a line of the journal; infinite if a kill has left only a part of it."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, TypeError, KeyError):
+        return math.inf
