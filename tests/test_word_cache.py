@@ -86,7 +86,7 @@ def test_the_same_ids_as_without(tmp_path, kind):
         assert isinstance(tokenizer._encode, word_cache.WordCache)
         assert tokenizer._encode._joined("lost cards, lost\u3000card") is not None
         for texts in (_texts(count, seed=max_length), _texts(count, seed=1)):
-            for text, ids, expected in zip(texts, tokenizer(texts), tokenizer._whole(texts), strict=True):
+            for text, ids, expected in zip(texts, tokenizer(texts), tokenizer.uncached(texts), strict=True):
                 assert list(ids) == list(expected), text
 
 
@@ -121,7 +121,7 @@ def test_kinds_that_are_not_known_stay_whole(tmp_path):
         assert not cached(tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")))
     (tmp_path / "tokenizer.json").unlink()
     paddlenlp = tokenizing.load(_paddlenlp(tmp_path, "bert", do_basic_tokenize=False), 8)
-    assert paddlenlp._encode == paddlenlp._whole
+    assert paddlenlp._encode == paddlenlp.uncached
 
 
 def test_given_up_where_words_do_not_come_again():

@@ -40,12 +40,12 @@ class _RustTokenizer:
         self._tokenizer.enable_truncation(max_length)
         self._max_characters = max_length * _CHARACTERS_PER_TOKEN
         self.pad_id = _pad_id(self._tokenizer, folder)
-        self._encode = word_cache.of_rust(self._tokenizer, self._whole, max_length) or self._whole
+        self._encode = word_cache.of_rust(self._tokenizer, self.uncached, max_length) or self.uncached
 
     def __call__(self, texts: Sequence[str]) -> list[Sequence[int]]:
         return self._encode([text[: self._max_characters] for text in texts])
 
-    def _whole(self, texts: Sequence[str]) -> list[Sequence[int]]:
+    def uncached(self, texts: Sequence[str]) -> list[Sequence[int]]:
         return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts)]
 
 
@@ -76,11 +76,11 @@ class _PaddleTokenizer:
         self._tokenizer = load_tokenizer(folder)
         self._max_length = max_length
         self.pad_id = self._tokenizer.pad_token_id or 0
-        self._encode = word_cache.of_paddlenlp(self._tokenizer, self._whole, max_length) or self._whole
+        self._encode = word_cache.of_paddlenlp(self._tokenizer, self.uncached, max_length) or self.uncached
 
     def __call__(self, texts: Sequence[str]) -> list[Sequence[int]]:
         limit = self._max_length * _CHARACTERS_PER_TOKEN
         return self._encode([text[:limit] for text in texts])
 
-    def _whole(self, texts: Sequence[str]) -> list[Sequence[int]]:
+    def uncached(self, texts: Sequence[str]) -> list[Sequence[int]]:
         return [self._tokenizer(text, max_length=self._max_length, truncation=True)["input_ids"] for text in texts]
