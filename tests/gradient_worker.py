@@ -48,7 +48,7 @@ def gradients(model_folder: str, rows_path: str, case: Case, ranks: Ranks, drop_
 
     base = checkpoint.resolve(model_folder)
     rows = training_rows.read([rows_path], None, "error", False)
-    tokenizer = tokenizing.load(base.tokenizer_folder, 32)
+    tokenizer = tokenizing.load(base.tokenizer_folder, 32, base.is_torch)
     plan = Plan(rows, BATCH, GROUP, seed=3)
     templates = ("{text}", "{text}")
     collate = training_data.Collator(

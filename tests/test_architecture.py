@@ -19,6 +19,7 @@ FORBIDDEN = {
     "encoder": {"faiss", "records", "distributed", "search"},
     "engines": {"faiss", "records", "distributed", "search"},
     "tokenizing": {"faiss", "records", "distributed", "encoder"},
+    "wordpiece": HEAVY - {"tokenizers"} | {"records", "distributed", "encoder", "checkpoint"},
     "word_cache": HEAVY | {"records", "distributed", "encoder", "tokenizing"},
     "onednn": {"faiss", "records", "distributed", "search", "encoder"},
     "weight_files": {"paddle", "paddlenlp", "faiss", "records", "distributed", "encoder", "engines"},

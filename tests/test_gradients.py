@@ -96,7 +96,7 @@ def with_one_graph(model: str, rows_path: str, chunk: int):
 
     base = checkpoint.resolve(model)
     rows = training_rows.read([rows_path], None, "error", False)
-    tokenizer = tokenizing.load(base.tokenizer_folder, 32)
+    tokenizer = tokenizing.load(base.tokenizer_folder, 32, base.is_torch)
     collate = training_data.Collator(rows, GROUP, (tokenizer, tokenizer), ("{text}", "{text}"))
     batch = collate(Plan(rows, BATCH, GROUP, seed=3).epoch(0)[0], 0)
     encoder = TrainableEncoder(base, "mean")

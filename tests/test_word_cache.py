@@ -17,7 +17,7 @@ PIECES = ["[SEP]", "<mask>", "</s>", "[MASK]", "  ", "\u3000", "\n", "\x06", "\u
 PIECES += ["\u0600", "\uff9e", "ΑΣ", "Σ'", "İ", "ﷺ", "龥", "\u9fef", "\ufaf5", "信用卡丢了怎么挂失", "lost cards"]
 
 
-def _texts(count: int, seed: int) -> list[str]:
+def nasty_texts(count: int, seed: int) -> list[str]:
     rng = random.Random(seed)
 
     def piece() -> str:
@@ -30,21 +30,21 @@ def _texts(count: int, seed: int) -> list[str]:
     return [rng.choice(["", " "]).join(piece() for _ in range(rng.randrange(16))) for _ in range(count)]
 
 
-def _vocabulary() -> list[str]:
+def vocabulary() -> list[str]:
     letters = "abcdefghijklmnopqrstuvwxyz0123456789"
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "lost", "card", *letters, *"信用卡丢了怎么挂失龥'.,?[]"]
     return words + ["##" + letter for letter in letters]
 
 
 def _bert(folder, **normalizer):
-    vocabulary = {word: number for number, word in enumerate(_vocabulary())}
-    tokenizer = tokenizers.Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    numbers = {word: number for number, word in enumerate(vocabulary())}
+    tokenizer = tokenizers.Tokenizer(models.WordPiece(numbers, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(**normalizer)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
-    tokenizer.add_special_tokens(_vocabulary()[:5])
+    tokenizer.add_special_tokens(vocabulary()[:5])
     tokenizer.save(str(folder / "tokenizer.json"))
     return folder
 
@@ -57,9 +57,10 @@ def _xlm_roberta(folder, pre_tokenizer=None):
     return folder
 
 
-def _paddlenlp(folder, kind, **settings):
-    (folder / "vocab.txt").write_text("\n".join(_vocabulary()) + "\n", encoding="utf-8")
-    (folder / "config.json").write_text(json.dumps({"model_type": kind, "vocab_size": len(_vocabulary())}))
+def bare_vocabulary(folder, kind, **settings):
+    """A folder that holds a vocabulary and no tokenizer.json."""
+    (folder / "vocab.txt").write_text("\n".join(vocabulary()) + "\n", encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps({"model_type": kind, "vocab_size": len(vocabulary())}))
     (folder / "tokenizer_config.json").write_text(
         json.dumps({"tokenizer_class": f"{kind.title()}Tokenizer", "do_lower_case": True} | settings)
     )
@@ -72,8 +73,8 @@ KINDS = {
     "bert, accents kept": lambda folder: _bert(folder, strip_accents=False, clean_text=False),
     "xlm-roberta": _xlm_roberta,
     "xlm-roberta, spaces kept": lambda folder: _xlm_roberta(folder, pre_tokenizers.Metaspace(prepend_scheme="always")),
-    "paddlenlp bert": lambda folder: _paddlenlp(folder, "bert"),
-    "paddlenlp ernie": lambda folder: _paddlenlp(folder, "ernie", do_lower_case=False),
+    "paddlenlp bert": lambda folder: bare_vocabulary(folder, "bert"),
+    "paddlenlp ernie": lambda folder: bare_vocabulary(folder, "ernie", do_lower_case=False),
 }
 
 
@@ -82,10 +83,10 @@ def test_the_same_ids_as_without(tmp_path, kind):
     folder = KINDS[kind](tmp_path)
     count = 200 if "paddlenlp" in kind else 1500
     for max_length in (3, 4, 9, 512):
-        tokenizer = tokenizing.load(folder, max_length)
+        tokenizer = tokenizing.load(folder, max_length, for_torch=False)
         assert isinstance(tokenizer._encode, word_cache.WordCache)
         assert tokenizer._encode._joined("lost cards, lost\u3000card") is not None
-        for texts in (_texts(count, seed=max_length), _texts(count, seed=1)):
+        for texts in (nasty_texts(count, seed=max_length), nasty_texts(count, seed=1)):
             for text, ids, expected in zip(texts, tokenizer(texts), tokenizer.uncached(texts), strict=True):
                 assert list(ids) == list(expected), text
 
@@ -120,7 +121,7 @@ def test_kinds_that_are_not_known_stay_whole(tmp_path):
         folder = _xlm_roberta(tmp_path, pre_tokenizer)
         assert not cached(tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")))
     (tmp_path / "tokenizer.json").unlink()
-    paddlenlp = tokenizing.load(_paddlenlp(tmp_path, "bert", do_basic_tokenize=False), 8)
+    paddlenlp = tokenizing.load(bare_vocabulary(tmp_path, "bert", do_basic_tokenize=False), 8, for_torch=True)
     assert paddlenlp._encode == paddlenlp.uncached
 
 

@@ -25,8 +25,8 @@ DEFAULT_LENGTH = 512
 # Rows of a batch at most, whatever their length.
 _MAX_BATCH_ROWS = 1024
 # Part of every fingerprint: raise it when ``plan`` changes, or stores would hold batches of another plan; and when
-# an engine rounds differently, or they would hold vectors of both kinds.
-_PLAN = 4
+# an engine rounds or a tokenizer cuts differently, or they would hold vectors of both kinds.
+_PLAN = 5
 # Tokens that are kept from counting them to encoding them: 16 MiB.
 _REMEMBERED_TOKENS = 4 << 20
 # Texts tokenised at a time when they are counted, so that memory stays bounded.
@@ -91,7 +91,7 @@ class Encoder:
 
     @cached_property
     def _tokenizer(self) -> tokenizing.Tokenizer:
-        return tokenizing.load(self.model.tokenizer_folder, self.max_length)
+        return tokenizing.load(self.model.tokenizer_folder, self.max_length, self.model.is_torch)
 
     def description(self) -> dict:
         """Everything that a vector depends on, apart from the text, as JSON values."""

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from utils import weights
+from utils import weights, wordpiece
 from utils.checkpoint import TOKENIZER_FILES, Checkpoint
 from utils.weight_files import write_weights
 
@@ -55,11 +55,22 @@ def write_description(
     )
 
 
-def copy_tokenizer(checkpoint: Checkpoint, folder: Path) -> None:
-    """The base model's tokenizer files, byte for byte."""
+def write_tokenizer(checkpoint: Checkpoint, folder: Path, for_torch: bool) -> None:
+    """The base model's tokenizer files, byte for byte.
+
+    A bare BERT vocabulary says less: transformers would read one that was Paddle's in its own way, and PaddleNLP one
+    that was PyTorch's. How it was read so far is then written into a ``tokenizer.json``.
+
+    Args:
+        for_torch: whether transformers is to read it, or this toolkit and PaddleNLP.
+    """
     for name in TOKENIZER_FILES:
         if (checkpoint.tokenizer_folder / name).is_file():
             shutil.copyfile(checkpoint.tokenizer_folder / name, folder / name)
+    if for_torch != checkpoint.is_torch and not (folder / "tokenizer.json").is_file():
+        built = wordpiece.build(checkpoint.tokenizer_folder, symbols_apart=not checkpoint.is_torch)
+        if built is not None:
+            built.save(str(folder / "tokenizer.json"))
 
 
 def write_config(checkpoint: Checkpoint, folder: Path) -> None:

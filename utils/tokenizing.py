@@ -1,11 +1,11 @@
-"""Texts to token ids: the Rust tokenizer where the checkpoint has one, else PaddleNLP's."""
+"""Texts to token ids: the Rust tokenizer where the checkpoint has one or is BERT's, else PaddleNLP's."""
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from utils import word_cache
+from utils import word_cache, wordpiece
 
 # A text can be cut to this many characters a wanted token before tokenising: no vocabulary has many
 # longer pieces, and a text of megabytes would otherwise be tokenised whole to keep its first 512 tokens.
@@ -21,21 +21,34 @@ class Tokenizer(Protocol):
         """Token ids of each text, special tokens included, cut to the length limit."""
 
 
-def load(folder: Path, max_length: int) -> Tokenizer:
-    """The tokenizer in a checkpoint's folder, cutting texts to ``max_length`` tokens."""
-    if (folder / "tokenizer.json").is_file():
-        return _RustTokenizer(folder, max_length)
-    return _PaddleTokenizer(folder, max_length)
+def load(folder: Path, max_length: int, for_torch: bool) -> Tokenizer:
+    """The tokenizer in a checkpoint's folder, cutting texts to ``max_length`` tokens.
+
+    Args:
+        for_torch: whether a vocabulary without ``tokenizer.json`` is read as transformers does, not PaddleNLP.
+
+    Raises:
+        ValueError: its files cannot be read.
+    """
+    built = read(folder) if (folder / "tokenizer.json").is_file() else None
+    if built is None and for_torch:
+        built = wordpiece.build(folder, symbols_apart=False)
+    return _PaddleTokenizer(folder, max_length) if built is None else _RustTokenizer(built, folder, max_length)
+
+
+def read(folder: Path):
+    """The ``tokenizers.Tokenizer`` that a folder's ``tokenizer.json`` describes."""
+    import tokenizers
+
+    try:
+        return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except Exception as error:  # noqa: BLE001 - the library raises bare Exception
+        raise ValueError(f"{folder / 'tokenizer.json'}: cannot be read ({error})") from None
 
 
 class _RustTokenizer:
-    def __init__(self, folder: Path, max_length: int):
-        import tokenizers
-
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-        except Exception as error:  # noqa: BLE001 - the library raises bare Exception
-            raise ValueError(f"{folder / 'tokenizer.json'}: cannot be read ({error})") from None
+    def __init__(self, tokenizer, folder: Path, max_length: int):
+        self._tokenizer = tokenizer
         self._tokenizer.no_padding()
         self._tokenizer.enable_truncation(max_length)
         self._max_characters = max_length * _CHARACTERS_PER_TOKEN

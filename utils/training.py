@@ -206,7 +206,7 @@ class Job:
         )
         longest = self.base.max_length or _UNCUT
         self.limits = (min(given.max_query_len, longest), min(given.max_passage_len, longest))
-        self.tokenizers = tuple(tokenizing.load(self.base.tokenizer_folder, limit) for limit in self.limits)
+        self.tokenizers = tuple(self._tokenizer(limit) for limit in self.limits)
         self.plan = Plan(
             rows=self.rows,
             batch_size=given.per_device_train_batch_size * ranks.size,
@@ -224,9 +224,12 @@ class Job:
         )  # fmt: skip
         self.encoder: TrainableEncoder | None = None
 
+    def _tokenizer(self, limit: int) -> tokenizing.Tokenizer:
+        return tokenizing.load(self.base.tokenizer_folder, limit, self.base.is_torch)
+
     def preflight(self) -> Preflight:
         """Measure the data, and say what may be wrong with it."""
-        uncut = tokenizing.load(self.base.tokenizer_folder, _UNCUT)
+        uncut = self._tokenizer(_UNCUT)
         shared = self.given.embedding_negatives_cross_device
         found = training_data.preflight(
             self.plan, (uncut, uncut), self.templates, self.limits, not self.loss.needs_group,
@@ -317,18 +320,18 @@ class Job:
 
         assert self.encoder is not None
         paddle.save(merged_state(self.encoder.model), str(folder / "model_state.pdparams"))
-        self._write_description(folder)
+        self._write_description(folder, for_torch=False)
 
     def write_export(self, folder: Path) -> None:
         """The folder that sentence-transformers loads."""
         assert self.encoder is not None
         folder.mkdir()
         export.write_torch_weights(self.encoder.model, merged_state(self.encoder.model), folder)
-        self._write_description(folder)
+        self._write_description(folder, for_torch=True)
 
-    def _write_description(self, folder: Path) -> None:
+    def _write_description(self, folder: Path, for_torch: bool) -> None:
         export.write_config(self.base, folder)
-        export.copy_tokenizer(self.base, folder)
+        export.write_tokenizer(self.base, folder, for_torch)
         # Not the length trained with: every script here encodes up to 512 tokens unless told otherwise.
         longest = min(self.base.max_length or _UNCUT, max(512, *self.limits))
         export.write_description(folder, self.base, self.pooling, self.given.normalize, self.templates, longest)

@@ -1,0 +1,81 @@
+"""A vocabulary without tokenizer.json is read as the library does that its weights belong to."""
+
+import json
+import shutil
+import unicodedata
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from test_word_cache import bare_vocabulary, nasty_texts, vocabulary
+
+from utils import export, tokenizing, wordpiece
+
+
+def _tokens(tokenizer, text: str) -> list[str]:
+    return [vocabulary()[number] for number in tokenizer([text])[0]]
+
+
+def test_symbols_stay_in_words_for_torch_and_not_for_paddle(tmp_path):
+    folder = bare_vocabulary(tmp_path, "bert")
+    for text in ("1℃", "Lost→card"):
+        assert _tokens(tokenizing.load(folder, 9, for_torch=True), text)[1] == "[UNK]"
+        assert _tokens(tokenizing.load(folder, 9, for_torch=False), text)[1] != "[UNK]"
+    assert _tokens(tokenizing.load(folder, 9, for_torch=True), "Löst[MASK],用") == [
+        "[CLS]", "lost", "[MASK]", ",", "用", "[SEP]"
+    ]  # fmt: skip
+    cased = bare_vocabulary(tmp_path, "bert", do_lower_case=False, unk_token={"content": "[MASK]"})
+    assert _tokens(tokenizing.load(cased, 9, for_torch=True), "Lost") == ["[CLS]", "[MASK]", "[SEP]"]
+
+
+@pytest.mark.parametrize("kind", ["bert", "ernie"])
+@pytest.mark.parametrize("lower", [True, False])
+def test_an_export_reads_texts_as_paddlenlp_does(tmp_path, kind, lower):
+    folder = bare_vocabulary(tmp_path, kind, do_lower_case=lower)
+    written = tmp_path / "export"
+    written.mkdir()
+    export.write_tokenizer(SimpleNamespace(tokenizer_folder=folder, is_torch=False), written, for_torch=True)
+    ours, exported = (tokenizing.load(f, 64, for_torch=f is written) for f in (folder, written))
+    assert type(ours) is not type(exported)
+    # Characters that both libraries' tables know.
+    known = unicodedata.ucd_3_2_0.category
+    texts = ["".join(c for c in text if known(c) != "Cn") for text in nasty_texts(400, seed=3)]
+    for text, a, b in zip(texts, ours(texts), exported(texts), strict=True):
+        assert list(a) == list(b), text
+
+
+def test_a_trained_folder_reads_texts_as_its_base_did(tmp_path):
+    folder = bare_vocabulary(tmp_path, "bert")
+    for base_is_torch in (True, False):
+        for for_torch in (True, False):
+            written = tmp_path / "written"
+            written.mkdir()
+            base = SimpleNamespace(tokenizer_folder=folder, is_torch=base_is_torch)
+            export.write_tokenizer(base, written, for_torch)
+            assert (written / "tokenizer.json").is_file() == (base_is_torch != for_torch)
+            before, after = (
+                tokenizing.load(f, 9, torch) for f, torch in ((folder, base_is_torch), (written, for_torch))
+            )
+            assert _tokens(before, "1℃ card") == _tokens(after, "1℃ card")
+            shutil.rmtree(written)
+
+
+def test_what_is_not_plain_is_left_to_paddlenlp(tmp_path):
+    assert wordpiece.build(bare_vocabulary(tmp_path, "bert"), symbols_apart=False) is not None
+    assert wordpiece.build(bare_vocabulary(tmp_path, "ernie"), symbols_apart=False) is None
+    assert wordpiece.build(bare_vocabulary(tmp_path, "bert", do_basic_tokenize=False), symbols_apart=False) is None
+    assert wordpiece.build(bare_vocabulary(tmp_path, "bert", sep_token="</s>"), symbols_apart=False) is None
+    folder = bare_vocabulary(tmp_path, "bert")
+    (folder / "added_tokens.json").write_text(json.dumps({"<q>": 90}))
+    assert wordpiece.build(folder, symbols_apart=False) is None
+    assert wordpiece.build(Path(tmp_path / "nowhere"), symbols_apart=False) is None
+
+
+def test_damaged_files_are_named(tmp_path):
+    folder = bare_vocabulary(tmp_path, "bert")
+    (folder / "vocab.txt").write_bytes(b"[PAD]\n\xff\n")
+    with pytest.raises(ValueError, match=r"vocab\.txt: is no UTF-8 text"):
+        tokenizing.load(folder, 9, for_torch=True)
+    (folder / "tokenizer_config.json").write_text("[1")
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json: cannot be read"):
+        tokenizing.load(folder, 9, for_torch=True)
