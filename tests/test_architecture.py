@@ -19,6 +19,8 @@ FORBIDDEN = {
     "encoder": {"faiss", "records", "distributed", "search"},
     "engines": {"faiss", "records", "distributed", "search"},
     "tokenizing": {"faiss", "records", "distributed", "encoder"},
+    "pdparams": HEAVY - {"numpy"} | {"records", "distributed", "encoder", "checkpoint"},
+    "bert_names": HEAVY | {"records", "distributed", "encoder", "checkpoint", "weights"},
     "wordpiece": HEAVY - {"tokenizers"} | {"records", "distributed", "encoder", "checkpoint"},
     "word_cache": HEAVY | {"records", "distributed", "encoder", "tokenizing"},
     "onednn": {"faiss", "records", "distributed", "search", "encoder"},

@@ -12,9 +12,20 @@ import pytest
 from conftest import ROOT, make_rows, read_jsonl, run_script, write_jsonl
 from thread_ranks import on_ranks
 
-from utils import arguments, checkpoint, matmul, paddlenlp_models, trainer, training
+from utils import (
+    arguments,
+    bert_names,
+    checkpoint,
+    matmul,
+    onednn,
+    paddlenlp_models,
+    trainer,
+    training,
+    weight_files,
+)  # fmt: skip
 from utils.arguments import ArgumentError, ModelArguments, build, parse
 from utils.embedding import build_encoders
+from utils.encoder import pooling_weights
 from utils.gradients import GradientStep
 from utils.trainable import TrainableEncoder
 
@@ -113,23 +124,58 @@ def test_xlm_roberta_too(run, tiny_model, tmp_path):
 
 @pytest.fixture
 def ernie(tiny_model, tmp_path) -> str:
-    """A model in PaddleNLP's layout for which it has no Hugging Face names."""
+    """ERNIE 3 in PaddleNLP's layout, for which PaddleNLP has no Hugging Face names."""
     import paddle
 
     folder = tmp_path / "ernie"
     shutil.copytree(tiny_model, folder, ignore=shutil.ignore_patterns("*.safetensors"))
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"model_type": "ernie", "architectures": ["ErnieModel"]}))
+    config = json.loads((folder / "config.json").read_text()) | {"model_type": "ernie", "architectures": ["ErnieModel"]}
+    config |= {"use_task_id": True, "task_type_vocab_size": 3, "layer_norm_eps": 1e-5}
+    (folder / "config.json").write_text(json.dumps(config))
     (folder / "model_state.pdparams").write_bytes(b"")
     model = paddlenlp_models.new_model(checkpoint.resolve(str(folder)), "float32")
+    paddle.seed(5)
+    for parameter in model.parameters():
+        parameter.set_value(parameter + paddle.randn(parameter.shape) * 0.2)
     paddle.save(model.state_dict(), str(folder / "model_state.pdparams"))
     return str(folder)
 
 
+def test_ernie_too(run, ernie, tmp_path):
+    """Its export has transformers' names, and every way of computing it gives PaddleNLP's vectors."""
+    import paddle
+
+    run(model_name_or_path=ernie, export_format="huggingface", save_strategy="no", max_steps=3)
+    final = vectors(tmp_path / "out")
+    np.testing.assert_allclose(vectors(tmp_path / "out" / "huggingface"), final, atol=1e-6)
+    assert not np.allclose(vectors(ernie), final, atol=1e-3)
+    names = set(weight_files.read_weights(checkpoint.resolve(str(tmp_path / "out" / "huggingface"))))
+    assert {"embeddings.task_type_embeddings.weight", "embeddings.LayerNorm.bias", "pooler.dense.weight"} < names
+    assert "encoder.layer.1.attention.self.query.weight" in names
+    ids, lengths = np.random.default_rng(0).integers(4, 40, (3, 9)), np.array([9, 2, 5])
+    ids[np.arange(9) >= lengths[:, None]] = 0
+    encoder = TrainableEncoder(checkpoint.resolve(ernie), "cls")
+    encoder.model.eval()
+    expected = encoder.model(
+        paddle.to_tensor(ids), attention_mask=paddle.to_tensor((np.arange(9) < lengths[:, None]).astype(np.int64))
+    )[0][:, 0].numpy()
+    np.testing.assert_allclose(encoder.embed(ids, lengths).numpy(), expected, atol=1e-5)
+    shares = pooling_weights(lengths, 9, "cls")
+    engine = onednn.OneDNNEngine(checkpoint.resolve(ernie), "float32").forward(ids, lengths, shares)
+    np.testing.assert_allclose(engine, expected, atol=1e-5)
+
+
 def test_an_export_that_cannot_be_is_refused_before_training(run, ernie, tmp_path, monkeypatch):
     calls = die_at(1, monkeypatch)
-    message = "export_format is 'huggingface', but PaddleNLP has no Hugging Face names for ErnieModel; leave it out"
-    with pytest.raises(ValueError, match=f"^{message}$"):
+    config = json.loads((Path(ernie) / "config.json").read_text())
+    (Path(ernie) / "config.json").write_text(json.dumps(config | {"task_id": 2}))
+    message = "config.json wants task_id 2, and transformers knows only task 0"
+    with pytest.raises(ValueError, match=f"^export_format is 'huggingface', but {message}; leave it out$"):
+        run(model_name_or_path=ernie, export_format="huggingface")
+    monkeypatch.setattr(bert_names, "to_torch", lambda name: None)
+    message = "PaddleNLP has no Hugging Face names for ErnieModel"
+    (Path(ernie) / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=f"^export_format is 'huggingface', but {message}; leave it out$"):
         run(model_name_or_path=ernie, export_format="huggingface")
     assert not calls
     monkeypatch.undo()

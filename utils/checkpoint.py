@@ -71,6 +71,11 @@ class Checkpoint:
         """How many position embeddings come before the first token's."""
         return _position_offset(self.config, self.model_type)
 
+    @property
+    def task(self) -> int | None:
+        """ERNIE 3's task, of which every token gets the embedding; None for other models."""
+        return int(self.config.get("task_id", 0)) if self.config.get("use_task_id") else None
+
     def weight_files(self) -> list[Path]:
         """The files that hold the weights, of the first kind that is there."""
         return _weight_files(self.folder)

@@ -78,12 +78,15 @@ def write_config(checkpoint: Checkpoint, folder: Path) -> None:
     _write_json(folder / "config.json", checkpoint.config)
 
 
-def check_torch_weights(model: "nn.Layer") -> None:
+def check_torch_weights(model: "nn.Layer", checkpoint: Checkpoint) -> None:
     """Tell before a training what ``write_torch_weights`` could not do after it.
 
     Raises:
-        ValueError: PaddleNLP does not say how its names of this model map to Hugging Face's.
+        ValueError: PaddleNLP does not say how its names of this model map to Hugging Face's, or transformers' model
+            would give other vectors.
     """
+    if checkpoint.task:
+        raise ValueError(f"config.json wants task_id {checkpoint.task}, and transformers knows only task 0")
     names = weights.torch_names(model)
     for name in model.state_dict():
         if name not in names and ".lora_" not in name:  # adapters are merged into what has a name

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from utils import matmul, runtime, weight_files
+from utils.bert_names import LAYER_PARTS, LINEAR
 from utils.checkpoint import Checkpoint
 from utils.weight_files import Parameters
 
@@ -29,19 +30,6 @@ _TOKENS, _SCORE_BYTES = 2048, 4 << 20
 # product takes longer than running it, so there should be few sizes.
 _ROWS, _FEWEST_ROWS = 768, 64
 
-# Our short names to Hugging Face's and to PaddleNLP's. Hugging Face stores linear weights [out, in].
-_LAYER_PARTS = {
-    "q": ("attention.self.query", "self_attn.q_proj"),
-    "k": ("attention.self.key", "self_attn.k_proj"),
-    "v": ("attention.self.value", "self_attn.v_proj"),
-    "o": ("attention.output.dense", "self_attn.out_proj"),
-    "norm1": ("attention.output.LayerNorm", "norm1"),
-    "up": ("intermediate.dense", "linear1"),
-    "down": ("output.dense", "linear2"),
-    "norm2": ("output.LayerNorm", "norm2"),
-}
-_LINEAR = ("q", "k", "v", "o", "up", "down")
-
 
 def supports(model: Checkpoint) -> bool:
     """True for the encoders that this engine can run, where ``matmul.is_usable()``."""
@@ -50,7 +38,6 @@ def supports(model: Checkpoint) -> bool:
         model.model_type in MODEL_TYPES
         and config.get("hidden_act", "gelu") in matmul.ACTIVATIONS
         and config.get("position_embedding_type", "absolute") == "absolute"
-        and not config.get("use_task_id", False)
     )
 
 
@@ -122,14 +109,18 @@ class OneDNNEngine:
         parameters, torch_layout = weight_files.read_weights(model), model.is_torch
         try:
             embeddings, layers = _sorted_out(parameters, torch_layout, config.get("num_hidden_layers"))
+            if model.task is not None and model.task >= len(embeddings.get("tasks", ())):
+                raise ValueError(f"config.json wants the embedding of task {model.task}, which the checkpoint lacks")
             _check_shapes(model, embeddings, layers)
         except ValueError as error:
             raise ValueError(f"{model.folder}: {error}") from None
         self._words = embeddings["words"]
-        # All texts are of token type 0, so its embedding can be added to the positions' once and for all.
+        # All texts are of one token type and task, whose embeddings can be added to the positions' once and for all.
         self._positions = np.array(embeddings["positions"][model.position_offset :])
         if "types" in embeddings:
             self._positions += embeddings["types"][0]
+        if model.task is not None:
+            self._positions += embeddings["tasks"][model.task]
         self._norm = _plain(embeddings["gain"]), _plain(embeddings["bias"])
         self._layers = [self._prepared(parts) for parts in layers]
 
@@ -250,14 +241,14 @@ def _sorted_out(
         return weights[name]
 
     def part(number: int, name: str) -> Parameters:
-        full = f"{root}{number}.{_LAYER_PARTS[name][0 if torch_names else 1]}"
+        full = f"{root}{number}.{LAYER_PARTS[name][0 if torch_names else 1]}"
         weight = take(f"{full}.weight")
-        transposed = torch_layout and name in _LINEAR
+        transposed = torch_layout and name in LINEAR
         return {"weight": weight.T if transposed else weight, "bias": take(f"{full}.bias")}
 
     if n_layers is None:
         n_layers = len({name[len(root) :].split(".")[0] for name in weights if name.startswith(root)})
-    layers = [{name: part(number, name) for name in _LAYER_PARTS} for number in range(n_layers)]
+    layers = [{name: part(number, name) for name in LAYER_PARTS} for number in range(n_layers)]
     norm = "LayerNorm" if "embeddings.LayerNorm.weight" in weights else "layer_norm"
     embeddings = {
         "words": take("embeddings.word_embeddings.weight"),
@@ -265,8 +256,9 @@ def _sorted_out(
         "gain": take(f"embeddings.{norm}.weight"),
         "bias": take(f"embeddings.{norm}.bias"),
     }
-    if "embeddings.token_type_embeddings.weight" in weights:
-        embeddings["types"] = weights["embeddings.token_type_embeddings.weight"]
+    for short, name in (("types", "token_type_embeddings"), ("tasks", "task_type_embeddings")):
+        if f"embeddings.{name}.weight" in weights:
+            embeddings[short] = weights[f"embeddings.{name}.weight"]
     return embeddings, layers
 
 
@@ -283,10 +275,10 @@ def _check_shapes(model: Checkpoint, embeddings: Parameters, layers: list[dict[s
         table = embeddings[name]
         if table.ndim != 2 or len(table) < rows or table.shape[1] != width:
             raise ValueError(f"the embeddings of {name} are {list(table.shape)}; config.json says [{rows}, {width}]")
-    expected = dict.fromkeys(_LAYER_PARTS, (width, width)) | {"up": (width, inner), "down": (inner, width)}
+    expected = dict.fromkeys(LAYER_PARTS, (width, width)) | {"up": (width, inner), "down": (inner, width)}
     for number, parts in enumerate(layers):
         for name, values in parts.items():
-            shape = expected[name] if name in _LINEAR else (width,)
+            shape = expected[name] if name in LINEAR else (width,)
             if values["weight"].shape != shape or values["bias"].shape != shape[-1:]:
                 raise ValueError(
                     f"layer {number}, {name}: the weight is {list(values['weight'].shape)} and the bias "

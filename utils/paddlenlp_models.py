@@ -12,24 +12,15 @@ from utils import runtime
 from utils.checkpoint import Checkpoint
 
 
-def load_model(model: Checkpoint, dtype: str, **config):
-    """A checkpoint with its weights in Paddle's own format, as PaddleNLP's AutoModel reads them.
+def new_model(model: Checkpoint, dtype: str, **config):
+    """A model of the checkpoint's configuration, with fresh weights.
 
     Args:
         config: values that override the checkpoint's configuration.
 
     Raises:
-        ValueError: PaddleNLP does not know the model, or its weights do not fit.
+        ValueError: PaddleNLP does not know the model.
     """
-    transformers = import_paddlenlp()
-    with one_line(f"{model.folder}: PaddleNLP cannot load this {model.model_type} model"):
-        return transformers.AutoModel.from_pretrained(
-            str(model.folder), convert_from_torch=False, dtype=dtype, **_rotations(model), **config
-        )
-
-
-def new_model(model: Checkpoint, dtype: str, **config):
-    """A model of the checkpoint's configuration, with fresh weights. Raises as ``load_model`` does."""
     transformers = import_paddlenlp()
     with one_line(f"{model.folder}: PaddleNLP cannot make this {model.model_type} model"):
         return transformers.AutoModel.from_config(

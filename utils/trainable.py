@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from utils import cpu_layers, engines, matmul, onednn, runtime, weights
+from utils.bert_names import LAYER_PARTS
 from utils.checkpoint import Checkpoint
 from utils.cpu_layers import Drop
 from utils.encoder import pooling_weights
@@ -26,18 +27,6 @@ logger = logging.getLogger(__name__)
 
 # Added to attention scores at padding.
 _MASKED = -1e4
-# PaddleNLP's two families of names for the parts of a layer.
-_PARTS = {
-    "self_attn.q_proj": (
-        "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "norm1", "linear1",
-        "linear2", "norm2",
-    ),
-    "attention.self.query": (
-        "attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense",
-        "attention.output.LayerNorm", "intermediate.dense", "output.dense", "output.LayerNorm",
-    ),
-}  # fmt: skip
-
 # What configurations call the shares of dropout in an encoder and in a decoder.
 _DROPOUT = ("hidden_dropout_prob", "attention_probs_dropout_prob"), ("attention_dropout",)
 
@@ -335,12 +324,13 @@ class _LeanForward:
     def __init__(self, model: "nn.Layer", checkpoint: Checkpoint):
         config = checkpoint.config
         self.model, self.heads = model, config["num_attention_heads"]
-        self.offset = checkpoint.position_offset
+        self.offset, self.task = checkpoint.position_offset, checkpoint.task
         self.activation = config.get("hidden_act", "gelu")
         self.hidden_dropout = config.get("hidden_dropout_prob", 0.1)
         self.attention_dropout = config.get("attention_probs_dropout_prob", 0.1)
         layers = getattr(model.encoder, "layers", None) or model.encoder.layer
-        family = next(names for first, names in _PARTS.items() if _sublayer(layers[0], first) is not None)
+        families = zip(*LAYER_PARTS.values(), strict=True)
+        family = next(names for names in families if _sublayer(layers[0], names[0]) is not None)
         self.layers = [[_sublayer(layer, name) for name in family] for layer in layers]
         self.norm = getattr(model.embeddings, "layer_norm", None) or model.embeddings.LayerNorm
         # With a place in the model, settles what dropout draws there (packed batches).
@@ -368,8 +358,13 @@ class _LeanForward:
 
         embeddings = self.model.embeddings
         positions = paddle.to_tensor(batch.positions + self.offset)
+        # The same for all tokens.
         types = getattr(embeddings, "token_type_embeddings", None)
-        added = embeddings.position_embeddings(positions), None if types is None else types.weight[0]
+        shared = None if types is None else types.weight[0]
+        if self.task is not None:
+            task = embeddings.task_type_embeddings.weight[self.task]
+            shared = task if shared is None else shared + task
+        added = embeddings.position_embeddings(positions), shared
         x = batch.add_norm(self.norm, embeddings.word_embeddings(paddle.to_tensor(batch.ids)), added, Drop())
         return batch.dropout(x, self._drop(self.hidden_dropout, len(self.layers), 0))
 

@@ -300,7 +300,7 @@ class Job:
         assert self.encoder is not None
         if self.given.export_format == "huggingface":
             try:
-                export.check_torch_weights(self.encoder.model)
+                export.check_torch_weights(self.encoder.model, self.base)
             except ValueError as error:
                 raise ValueError(f"export_format is 'huggingface', but {error}; leave it out") from None
 

@@ -1,4 +1,4 @@
-"""A checkpoint's weights as NumPy arrays, by name: PyTorch's in both of its formats, else as PaddleNLP reads them."""
+"""A checkpoint's weights as NumPy arrays, by name, whatever the format of their files."""
 
 import json
 import math
@@ -28,10 +28,8 @@ def read_weights(model: "Checkpoint") -> Parameters:
     """
     files = model.weight_files()
     if files[0].suffix == ".pdparams":
-        from utils.paddlenlp_models import load_model
-
-        return {name: value.numpy() for name, value in load_model(model, "float32").state_dict().items()}
-    if files[0].suffix == ".safetensors":
+        from utils.pdparams import read
+    elif files[0].suffix == ".safetensors":
         read = _mapped
     else:
         from utils.paddlenlp_models import read_torch_file as read

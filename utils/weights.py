@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from utils import paddlenlp_models
+from utils import bert_names, paddlenlp_models
 from utils.checkpoint import Checkpoint
 from utils.weight_files import read_weights
 
@@ -33,23 +33,24 @@ def load_model(checkpoint: Checkpoint, dtype: str = "float32", **config) -> "nn.
     Raises:
         ValueError: weights that the model needs are not in the checkpoint.
     """
-    if checkpoint.weight_files()[0].suffix == ".pdparams":
-        return paddlenlp_models.load_model(checkpoint, dtype, **config)
     import paddle
 
     model = paddlenlp_models.new_model(checkpoint, dtype, **config)
+    if "layer_norm_eps" in checkpoint.config:  # PaddleNLP's ERNIE has one of its own
+        for layer in model.sublayers():
+            if isinstance(layer, paddle.nn.LayerNorm):
+                layer._epsilon = checkpoint.config["layer_norm_eps"]
     weights, torch_layout = read_weights(checkpoint), checkpoint.is_torch
-    names = torch_names(model)
+    names = torch_names(model) if torch_layout else {}
     own = model.state_dict()
     state, missing = {}, []
     for name, parameter in own.items():
         torch_name, transposed = names.get(name, (name, False))
-        wanted = torch_name if torch_layout else name
-        found = wanted if wanted in weights else _with_prefix(wanted, weights)
+        found = torch_name if torch_name in weights else _with_prefix(torch_name, weights)
         if found is None:
-            missing.append(wanted)
+            missing.append(torch_name)
             continue
-        values = weights[found].T if transposed and torch_layout else weights[found]
+        values = weights[found].T if transposed else weights[found]
         if list(values.shape) != parameter.shape:
             raise ValueError(f"{checkpoint.folder}: {found} has shape {list(values.shape)}; expected {parameter.shape}")
         state[name] = paddle.to_tensor(np.ascontiguousarray(values), dtype=parameter.dtype)
@@ -66,10 +67,13 @@ def torch_names(model: "nn.Layer") -> dict[str, tuple[str, bool]]:
     """Hugging Face's name of each of the model's weights, and whether it is stored transposed there.
 
     Raises:
-        ValueError: PaddleNLP does not know.
+        ValueError: PaddleNLP does not know, and it is no BERT-like encoder such as ERNIE.
     """
     if "_get_name_mappings" not in {name for cls in type(model).__mro__[:2] for name in vars(cls)}:
-        raise ValueError(f"PaddleNLP has no Hugging Face names for {type(model).__name__}")
+        names = {name: bert_names.to_torch(name) for name in model.state_dict() if ".lora_" not in name}
+        if None in names.values():
+            raise ValueError(f"PaddleNLP has no Hugging Face names for {type(model).__name__}")
+        return names
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
     return {

@@ -1,0 +1,73 @@
+"""Weights in Paddle's own format, read without importing Paddle (seconds) and without running what a pickle says."""
+
+import pickle
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+
+# Of a large array, kept in parts so that old pickles could hold it: where it says so.
+_IN_PARTS = "UnpackBigParamInfor@@"
+
+
+def read(path: Path) -> dict[str, np.ndarray]:
+    """The floating-point weights of a file of ``paddle.save``, as float32.
+
+    Raises:
+        ValueError: no such file, or a damaged one.
+    """
+    try:
+        with open(path, "rb") as stream:
+            state = _Reader(stream, encoding="latin1").load()
+        for name, parts in state.pop(_IN_PARTS, {}).items():
+            state[name] = np.concatenate([state.pop(part) for part in parts["slices"]]).reshape(parts["OriginShape"])
+    except OSError:
+        raise
+    except Exception as error:  # noqa: BLE001 - a damaged pickle ends in whatever its bytes happen to ask for
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path}: no weights of Paddle's, or a damaged file ({reason})") from None
+    # Paddle 2.1 and later keep a tensor as (its variable's name, its values).
+    arrays = {name: kept[1] if isinstance(kept, tuple) and len(kept) == 2 else kept for name, kept in state.items()}
+    weights = {name: values for name, values in arrays.items() if isinstance(values, np.ndarray)}
+    for name, values in weights.items():
+        if values.dtype == np.uint16:  # how Paddle keeps bfloat16 in NumPy
+            weights[name] = (values.astype(np.uint32) << 16).view(np.float32)
+    return {name: values.astype(np.float32, copy=False) for name, values in weights.items() if values.dtype.kind == "f"}
+
+
+class _Reader(pickle.Unpickler):
+    """Arrays in dictionaries and tuples, and nothing else."""
+
+    def find_class(self, module: str, name: str):
+        if (module, name) in _HARMLESS:
+            return _HARMLESS[module, name]
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+
+def _value(name: str, values: dict):
+    """What Paddle writes as ``eval("data", {"data": values})``."""
+    return values[name]
+
+
+def _bytes(text: str, encoding: str) -> bytes:
+    """How Python 2's protocol keeps bytes."""
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"bytes in {encoding}")
+    return text.encode("latin1")
+
+
+_RECONSTRUCT = np.zeros(0).__reduce__()[0]
+_HARMLESS = {
+    ("numpy", "ndarray"): np.ndarray,
+    ("numpy", "dtype"): np.dtype,
+    ("numpy.core.multiarray", "_reconstruct"): _RECONSTRUCT,
+    ("numpy._core.multiarray", "_reconstruct"): _RECONSTRUCT,
+    ("collections", "OrderedDict"): OrderedDict,
+    ("builtins", "tuple"): tuple,
+    ("__builtin__", "tuple"): tuple,
+    ("builtins", "bytes"): bytes,
+    ("__builtin__", "bytes"): bytes,
+    ("builtins", "eval"): _value,
+    ("__builtin__", "eval"): _value,
+    ("_codecs", "encode"): _bytes,
+}
