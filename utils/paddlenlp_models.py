@@ -22,10 +22,26 @@ def new_model(model: Checkpoint, dtype: str, **config):
         ValueError: PaddleNLP does not know the model.
     """
     transformers = import_paddlenlp()
+    if model.model_type == "qwen3":
+        return _new_qwen3(model, dtype, **config)
     with one_line(f"{model.folder}: PaddleNLP cannot make this {model.model_type} model"):
         return transformers.AutoModel.from_config(
             transformers.AutoConfig.from_pretrained(str(model.folder), **_rotations(model), **config), dtype=dtype
         )
+
+
+def _new_qwen3(model: Checkpoint, dtype: str, **config):
+    import paddle
+
+    from utils.qwen3 import Qwen3Model
+
+    before = paddle.get_default_dtype()
+    paddle.set_default_dtype(dtype)
+    try:
+        with one_line(f"{model.folder}: this qwen3 model cannot be made"):
+            return Qwen3Model(import_paddlenlp().PretrainedConfig.from_dict(model.config, **config))
+    finally:
+        paddle.set_default_dtype(before)
 
 
 def _rotations(model: Checkpoint) -> dict:

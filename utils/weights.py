@@ -69,6 +69,8 @@ def torch_names(model: "nn.Layer") -> dict[str, tuple[str, bool]]:
     Raises:
         ValueError: PaddleNLP does not know, and it is no BERT-like encoder such as ERNIE.
     """
+    if hasattr(model, "torch_names"):  # not PaddleNLP's
+        return model.torch_names()
     if "_get_name_mappings" not in {name for cls in type(model).__mro__[:2] for name in vars(cls)}:
         names = {name: bert_names.to_torch(name) for name in model.state_dict() if ".lora_" not in name}
         if None in names.values():
