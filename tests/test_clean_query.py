@@ -53,6 +53,18 @@ def test_without_a_threshold_it_lies_above_what_unrelated_queries_score(tmp_path
         assert not [removed for removed in result.removed if removed.reason == "similar"]
 
 
+def test_few_queries_that_are_all_alike_are_not_taken_for_unrelated_ones(tmp_path, caplog):
+    source = write_jsonl(tmp_path / "in.json", [{"query": f"the same in {n} words"} for n in range(4)])
+    vectors = np.ones((4, 64)) + np.random.default_rng(0).standard_normal((4, 64)) * 0.05
+    np.save(tmp_path / "v.npy", vectors.astype(np.float32))
+    with caplog.at_level("INFO", "utils"):
+        result = Clean_Query(
+            input_data_path=source, output_data_path=str(tmp_path / "o.json"), embeddings_path=str(tmp_path / "v.npy")
+        ).clean()
+    assert result.threshold == 0.97 and len(result.kept_rows) == 1
+    assert "4 queries are few to measure it by" in caplog.text
+
+
 def test_the_closest_removals_are_shown(job):
     result = job()
     similar = sorted(removed.score for removed in result.removed if removed.reason == "similar")
@@ -130,7 +142,7 @@ def test_merge_positives(job, rows):
 
 
 def test_a_teachers_scores_stay_with_their_passages_when_positives_are_merged(tiny_model, tmp_path):
-    def merged(**of_the_removed):
+    def merged(*others, **of_the_removed):
         rows = [
             {
                 "query": "a card",
@@ -139,6 +151,7 @@ def test_a_teachers_scores_stay_with_their_passages_when_positives_are_merged(ti
                 "neg_passage": ["n", "q"],
                 "neg_scores": [1, 2],
             },
+            *({"query": "a card", "pos_passage": other} for other in others),
             {"query": "a card", "pos_passage": ["p", "q"], **of_the_removed},
         ]
         source, output = write_jsonl(tmp_path / "in.json", rows), str(tmp_path / "out.json")
@@ -148,6 +161,8 @@ def test_a_teachers_scores_stay_with_their_passages_when_positives_are_merged(ti
     united = {"query": "a card", "pos_passage": ["p", "q"], "neg_passage": ["n"], "neg_scores": [1]}
     assert merged(pos_scores=[0.5, 0.7]) == united | {"pos_scores": [0.9, 0.7]}
     assert merged() == merged(pos_scores=[0.5]) == united
+    # A score counts whichever of the rows with that passage has it.
+    assert merged(["q"], pos_scores=[0.5, 0.7]) == united | {"pos_scores": [0.9, 0.7]}
 
 
 def test_leaks_are_removed_whatever_else_they_are(job, rows, tmp_path, tiny_model):

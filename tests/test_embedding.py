@@ -11,7 +11,7 @@ import pytest
 from utils import embedding
 from utils.distributed import Ranks
 from utils.embedding import embed
-from utils.embedding_store import EmbeddingStore, fingerprint, read_user_vectors
+from utils.embedding_store import EmbeddingStore, derive, fingerprint, read_user_vectors
 
 
 class CountingEncoder:
@@ -151,3 +151,11 @@ def test_text_as_user_vectors(tmp_path):
         ValueError, match=r"v\.npy: is no \.npy file of numbers, or a damaged one; expected float32 \[5, dim\]"
     ):
         read_user_vectors(str(tmp_path / "v.npy"), 5, "row of input", normalize=True)
+
+
+def test_a_row_without_direction_is_named_by_its_place_in_the_file(tmp_path):
+    vectors = np.ones((5, 4), np.float32)
+    vectors[3, :2] = 0
+    for rows in (None, np.array([1, 3])):
+        with pytest.raises(ValueError, match="vector 4 is all zeros in its first 2 dimensions"):
+            derive(vectors, tmp_path / "derived", rows, dim=2)

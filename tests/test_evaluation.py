@@ -197,7 +197,7 @@ def test_a_corpus_file_says_what_is_in_the_corpus(tiny_model, tmp_path, caplog):
     texts = sentences(30, seed=4)
     rows = [{"query": texts[i], "pos_passage": [texts[i], texts[i + 10]]} for i in range(10)]
     corpus = [
-        {"neg_passage": texts[:5]},
+        {"neg_passage": texts[:5], "title": "of a row that holds several"},
         *(dict(zip(("title", "text"), t.split(" ", 1), strict=True)) for t in texts[5:15]),
     ]
     options = {
@@ -217,6 +217,9 @@ def test_a_corpus_file_says_what_is_in_the_corpus(tiny_model, tmp_path, caplog):
     ignoring = evaluation(tiny_model, tmp_path, ignore_identical=True, **options).evaluate()
     line = read_jsonl(tmp_path / "out" / "eval.jsonl")[0]
     assert rows[0]["query"] not in [p["text"] for p in line["passages"]] and line["relevant"] == 1
+    shallow = {"k_values": [1], "top_passages": 7}
+    assert evaluation(tiny_model, tmp_path, **options | shallow).evaluate()["hit_rate@1"] == result["hit_rate@1"]
+    assert {len(line["passages"]) for line in read_jsonl(tmp_path / "out" / "eval.jsonl")} == {7}
     assert ignoring.report["counts"]["passages_ignored"] == 10
 
 

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from utils.records import RawLine, RecordError, parse_object, read_lines
+from utils.records import RawLine, Record, RecordError, parse_object, passages_key, read_lines
 
 
 class Judgment(NamedTuple):
@@ -85,6 +85,23 @@ def qrels_path(folder: str, split: str) -> str:
         found = f"the splits there are {', '.join(splits)}" if splits else "expected a BEIR folder with qrels/*.tsv"
         raise FileNotFoundError(f"{path}: no such file; {found}")
     return path
+
+
+def corpus_passages(record: Record, path: str) -> tuple[str, ...]:
+    """The passages of a corpus's row: its ``neg_passage``, or else ``text`` with perhaps a ``title``.
+
+    Raises:
+        RecordError: there is neither.
+    """
+    row = record.row
+    if record.neg_passage:
+        return record.neg_passage
+    if "text" in row or "title" in row:
+        return (passage_text(row, path, record.line),)
+    name = passages_key(row, "neg_passage")
+    if name in row:
+        raise RecordError(path, record.line, f'"{name}" is an empty list; expected a list of at least one string')
+    raise RecordError(path, record.line, 'neither "neg_passage" nor "text" is there; expected a row of a corpus')
 
 
 def passage_text(row: dict, path: str, line: int) -> str:

@@ -59,8 +59,9 @@ class CleaningResult:
 
 _REASONS = ("exact", "similar", "leakage")
 _SUFFIXES = (".removed.jsonl", ".rejected.jsonl", ".report.json")
-# Fewer queries than this say little of what unrelated ones score.
-_ENOUGH_QUERIES = 50
+# Fewer queries than this say little of what unrelated ones score: they may all be alike. The threshold measured on
+# them goes no higher than what hardly any model gives unrelated queries.
+_ENOUGH_QUERIES, _HIGHEST_MEASURED = 50, 0.97
 # The threshold where none is given; and, for models that unrelated queries get as much from, how much of the way from
 # those up to 1.
 _THRESHOLD, _ABOVE_UNRELATED = 0.75, 0.85
@@ -224,6 +225,11 @@ def _threshold(given: CleanArguments, vectors: np.ndarray, run: report.RunReport
         return None
     if threshold is None and high < _THRESHOLD:
         return _THRESHOLD
+    if threshold is None and len(vectors) < _ENOUGH_QUERIES:
+        above = min(above, _HIGHEST_MEASURED)
+        logger.info("threshold: %g; %d queries are few to measure it by, so look at what is removed, or give one",
+                    above, len(vectors))  # fmt: skip
+        return above
     if threshold is None:
         logger.info("threshold: %g, because unrelated queries score %.2f on average with this model", above, mean)
         return above
@@ -377,7 +383,8 @@ def _positives_to_merge(queries: _Queries, removed: dict[int, Removed]) -> dict[
             scores = _scores(record, "pos_scores", len(passages)) or [None] * len(passages)
             own = gained.setdefault(reason.kept_row, {})
             for passage, score in zip(passages, scores, strict=True):
-                own.setdefault(passage, score)
+                if own.get(passage) is None:
+                    own[passage] = score
     return gained
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from utils import beir
 from utils.arguments import EvaluateArguments
-from utils.records import RecordError, Source, parse_object, parse_record, read_lines
+from utils.records import RecordError, Source, parse_record, read_lines
 
 logger = logging.getLogger(__name__)
 
@@ -201,19 +201,12 @@ def _read_rows(given: EvaluateArguments) -> Collection:
 def read_corpus_file(
     path: str, rejected: list[RecordError] | None, saw: Callable[[bytes], None] = lambda chunk: None
 ) -> Iterator[str]:
-    """Passages of rows with ``neg_passage``, or with ``text`` and perhaps ``title``; ``saw`` gets every byte."""
+    """The passages of a corpus's rows; ``saw`` gets every byte."""
     n_rows = n_good = 0
     for raw in read_lines(path, saw):
         n_rows += 1
         try:
-            row = parse_object(raw, path)
-            if "text" in row or "title" in row:
-                texts: tuple[str, ...] = (beir.passage_text(row, path, raw.number),)
-            elif "neg_passage" in row or "neg" in row:
-                texts = parse_record(raw, path, ("neg_passage",)).neg_passage
-            else:
-                reason = 'neither "neg_passage" nor "text" is there; expected a row of a corpus'
-                raise RecordError(path, raw.number, reason)
+            texts = beir.corpus_passages(parse_record(raw, path, ()), path)
         except RecordError as error:
             if rejected is None:
                 raise

@@ -235,7 +235,8 @@ def derive(
                 if normalize:
                     norms = np.linalg.norm(block, axis=1, keepdims=True)
                     if not norms.all():
-                        row = start + int(np.flatnonzero(norms == 0)[0]) + 1
+                        place = start + int(np.flatnonzero(norms == 0)[0])
+                        row = (place if rows is None else int(rows[place])) + 1
                         raise ValueError(
                             f"vector {row} is all zeros in its first {dim} dimensions; it has no direction"
                         )

@@ -242,7 +242,7 @@ def _measure(
 ) -> np.ndarray | None:
     """Search and judge, block by block: float64 [queries, metrics] on rank 0, None elsewhere."""
     collection = inputs.collection if inputs is not None else None
-    deepest = max(k for _, k in map(metrics.split_name, names))
+    deepest = max(given.top_passages, *(k for _, k in map(metrics.split_name, names)))
     sizes = None
     if collection is not None:
         most_ignored = max(map(len, collection.ignored.values()), default=0)

@@ -195,8 +195,7 @@ class Inputs:
         before = len(self.passages)
         for record in pool:
             try:
-                passages = list(record.neg_passage) or [beir.passage_text(record.row, pool.path, record.line)]
-                numbers = [self._number(passage) for passage in passages]
+                numbers = [self._number(passage) for passage in beir.corpus_passages(record, pool.path)]
                 own_id = _own_id(record.row, _PASSAGE_IDS)
                 if own_id is not None and len(numbers) == 1:
                     earlier = self.passage_ids.setdefault(own_id, numbers[0])
