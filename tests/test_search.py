@@ -194,14 +194,26 @@ def test_sharded_index_with_one_rank_is_the_plain_search():
     np.testing.assert_array_equal(found.rows, brute_force(queries, corpus, 5).rows)
 
 
-def test_a_gpu_is_used_only_where_faiss_has_one(caplog):
-    from utils import search
+def test_a_gpu_is_used_only_where_faiss_has_one(caplog, monkeypatch):
+    import faiss
 
+    corpus = unit(np.random.default_rng(4), 50, 8)
+    monkeypatch.setenv("FLAGS_selected_gpus", "3")  # as the launcher does
+    for n_gpus in (0, 4):
+        monkeypatch.setattr(faiss, "StandardGpuResources", lambda: "resources", raising=False)
+        monkeypatch.setattr(faiss, "get_num_gpus", lambda n=n_gpus: n, raising=False)
+        search.gpu_is_usable.cache_clear()
+        caplog.clear()
+        index = ExactIndex(8, vectors=corpus, device="gpu")
+        assert ("faiss has no GPU support here" in caplog.text) == (n_gpus == 0)
+        if n_gpus:
+            assert (index._gpu.resources, index._gpu.device) == ("resources", 3)
+        else:
+            assert index._gpu is None
+            found = index.search(corpus[:5], 3)
+            np.testing.assert_array_equal(found.rows, brute_force(corpus[:5], corpus, 3).rows)
+        assert ExactIndex(8, vectors=corpus)._gpu is None
     search.gpu_is_usable.cache_clear()
-    rng = np.random.default_rng(4)
-    corpus = unit(rng, 50, 8)
-    found = ExactIndex(8, vectors=corpus, device="gpu").search(corpus[:5], 3)
-    np.testing.assert_array_equal(found.rows, brute_force(corpus[:5], corpus, 3).rows)
 
 
 @pytest.mark.parametrize("floor", [-np.inf, 0.2])
@@ -218,9 +230,9 @@ def test_what_a_gpu_finds_is_settled_like_the_rest(floor):
     queries = corpus[:30]
     index = ExactIndex(16, vectors=corpus)
     index._gpu = object.__new__(_Gpu)
-    index._gpu.resources = None
+    index._gpu.resources, index._gpu.device = None, 0
     index._gpu.faiss = type("faiss", (), {
-        "knn_gpu": staticmethod(lambda resources, q, c, k, metric: faiss.knn(q, c, k, metric=metric)),
+        "knn_gpu": staticmethod(lambda resources, q, c, k, metric, **where: faiss.knn(q, c, k, metric=metric)),
         "METRIC_INNER_PRODUCT": faiss.METRIC_INNER_PRODUCT,
     })  # fmt: skip
     for k in (1, 7, 500):

@@ -154,20 +154,22 @@ def _vectors(
     """Vectors of the unique queries, and of the reference file's, on rank 0."""
     run.counts["encoded"] = 0
     if given.embeddings_path:
-        if inputs is None:
-            return None, None
-        assert inputs.vectors is not None
-        rows = inputs.queries.file_rows()[inputs.queries.unique]
-        return derive(inputs.vectors, work / "vectors", rows, given.dimension), None
+
+        def chosen() -> np.ndarray:
+            assert inputs is not None and inputs.vectors is not None
+            rows = inputs.queries.file_rows()[inputs.queries.unique]
+            return derive(inputs.vectors, work / "vectors", rows, given.dimension)
+
+        return ranks.on_first(chosen), None
     encoder, _ = ranks.all_agree(lambda: build_encoders(given))
     folder = Path(given.embedding_cache) if given.embedding_cache else work
 
     def encode(queries: _Queries | None, what: str) -> np.ndarray | None:
         vectors, encoded = embed(encoder, queries.unique_texts() if queries else None, ranks, folder, what)
         run.counts["encoded"] += encoded
-        if vectors is not None and not given.normalize:
-            return derive(vectors, work / f"{what}.unit")  # the rule compares cosines in any case
-        return vectors
+        if given.normalize:
+            return vectors
+        return ranks.on_first(lambda: derive(vectors, work / f"{what}.unit"))  # the rule compares cosines in any case
 
     with run.stage("encode"):
         vectors = encode(inputs.queries if inputs else None, "queries")

@@ -234,7 +234,7 @@ def _index(
 ) -> "ScreenedIndex | _FullIndex":
     """This rank's part of the rows kept so far, still empty: screened where that is worth its set-up."""
     capacity = math.ceil(len(rows) / ranks.size)
-    if len(rows) >= _SCREENED_ROWS and device != "gpu":
+    if len(rows) >= _SCREENED_ROWS:  # on a GPU as well: most pairs are not compared at all
         sketcher = None
         if ranks.is_first:
             drawn = np.sort(np.random.default_rng(0).choice(rows, min(len(rows), SAMPLE_ROWS), replace=False))

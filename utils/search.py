@@ -7,6 +7,7 @@ result is therefore the same for any block size, arithmetic, thread count, devic
 """
 
 import logging
+import os
 from collections.abc import Sequence
 from functools import cache
 
@@ -26,8 +27,10 @@ logger = logging.getLogger(__name__)
 _QUERY_BLOCK, _NEIGHBORS = 8192, 1 << 20
 # Queries that rank 0 sends round at a time, fewer if they want many neighbours each.
 _EXCHANGE_QUERIES, _EXCHANGE_NEIGHBORS = 8192, 1 << 20
-# Rows that faiss is asked for on a GPU beyond k.
+# Rows that faiss is asked for on a GPU beyond k; and how much of the corpus and of the queries it holds there at once,
+# in bytes, so that a corpus may be larger than the GPU's memory.
 _EXTRA = 32
+_GPU_CORPUS, _GPU_QUERIES = 4 << 30, 1 << 30
 
 
 class ExactIndex:
@@ -81,7 +84,8 @@ class ExactIndex:
         if self._n == 0 or len(queries) == 0:
             return result
         if self._gpu is not None:
-            slack = rounding_bound(self.dim, largest_norm(self.vectors) * largest_norm(queries))
+            longest = float(np.linalg.norm(self._shape.centre)) + self._shape.norm
+            slack = rounding_bound(self.dim, longest * largest_norm(queries))
             left = self._gpu.search(queries, self.vectors, k, floor, slack, result)
             if len(left):
                 redone = self._search_on_cpu(queries[left], k, floor)
@@ -258,6 +262,8 @@ class _Gpu:
 
         self.faiss = faiss
         self.resources = faiss.StandardGpuResources()
+        # The launcher gives every rank a GPU under this name, which Paddle goes by, too.
+        self.device = int(os.environ.get("FLAGS_selected_gpus", "0").split(",")[0] or 0)  # noqa: SIM112
 
     def search(
         self, queries: np.ndarray, corpus: np.ndarray, k: int, floor: float, slack: float, result: Neighbors
@@ -265,8 +271,9 @@ class _Gpu:
         """Fill ``result`` and return the queries whose near-ties reach past what was fetched."""
         width = min(k + _EXTRA, len(corpus), 2048)
         screened, rows = self.faiss.knn_gpu(
-            self.resources, queries, corpus, width, metric=self.faiss.METRIC_INNER_PRODUCT
-        )
+            self.resources, queries, corpus, width, metric=self.faiss.METRIC_INNER_PRODUCT, device=self.device,
+            vectorsMemoryLimit=_GPU_CORPUS, queriesMemoryLimit=_GPU_QUERIES,
+        )  # fmt: skip
         last = screened[:, min(k, width) - 1]
         cut = np.maximum(last, floor + slack) - 2 * slack
         unsettled = (screened[:, -1] >= cut) & (width < len(corpus))
