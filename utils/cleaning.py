@@ -21,7 +21,7 @@ from utils.search import Neighbors, ShardedIndex
 logger = logging.getLogger(__name__)
 
 
-@dataclass
+@dataclass(slots=True)
 class Removed:
     """A removed row: ``row`` and ``kept_row`` count from 0 among the good rows of their files."""
 
@@ -330,16 +330,11 @@ def _closest(inputs: _Inputs, removed: list[Removed]) -> list[dict]:
     return [
         {
             "cosine": r.score,
-            "query": _shown(inputs.queries.texts[r.row]),
-            "kept_query": _shown(inputs.queries.texts[r.kept_row]),
+            "query": report.shortened(inputs.queries.texts[r.row], _SHOWN_WIDTH),
+            "kept_query": report.shortened(inputs.queries.texts[r.kept_row], _SHOWN_WIDTH),
         }
         for r in similar
     ]
-
-
-def _shown(text: str) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= _SHOWN_WIDTH else text[: _SHOWN_WIDTH - 1] + "…"
 
 
 def _write_rows(given: CleanArguments, outputs: Outputs, inputs: _Inputs, removed: dict[int, Removed]) -> None:

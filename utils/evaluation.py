@@ -5,7 +5,6 @@ import sys
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 
@@ -17,10 +16,12 @@ from utils.comparison import Comparison
 from utils.distributed import Ranks
 from utils.embedding import build_encoders, embed
 from utils.embedding_store import derive, read_user_vectors
+from utils.evaluation_outputs import SUFFIXES, QueryWriter
+from utils.evaluation_tables import tables
 from utils.metrics import Relevance
 from utils.outputs import Outputs, write_rejected
-from utils.records import to_line
-from utils.search import Neighbors, ShardedIndex
+from utils.scores import Neighbors
+from utils.search import ShardedIndex
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +29,6 @@ logger = logging.getLogger(__name__)
 _QUERY_BLOCK, _BLOCK_NEIGHBORS = 16384, 1 << 22
 # What a text costs beside itself: its places in lists and tables, its id and its judgments.
 _OVERHEAD = 300
-_SUFFIXES = (".run.trec", ".qrels.trec", ".rejected.jsonl", ".report.json")
 
 
 class EvaluationResult(dict[str, float]):
@@ -40,7 +40,7 @@ class EvaluationResult(dict[str, float]):
 
     def summary(self) -> str:
         """Tables for a person: values with intervals, the comparison, and the curve over dimensions."""
-        return "\n\n".join([_main_table(self.report), *_comparison_tables(self.report), *_curve_table(self.report)])
+        return tables(self.report)
 
 
 def evaluate(given: EvaluateArguments) -> EvaluationResult:
@@ -50,7 +50,7 @@ def evaluate(given: EvaluateArguments) -> EvaluationResult:
     """
     ranks = Ranks()
     run = report.RunReport("embedding_evaluate", asdict(given))
-    outputs = Outputs(given.output_data_path, _SUFFIXES)
+    outputs = Outputs(given.output_data_path, SUFFIXES)
     try:
         with run.stage("read"):
             inputs = ranks.start(lambda: _Inputs.read(given, outputs))
@@ -172,7 +172,7 @@ def _evaluate_model(
         with run.stage("search"), ExitStack() as stack:
             writer = None
             if inputs is not None and dim == dimensions[0] and not is_other:
-                writer = _Writer(given, inputs.collection, outputs, stack)
+                writer = QueryWriter(given, inputs.collection, outputs, stack)
             cut = ranks.on_first(lambda dim=dim: _cut(given, queries, passages, dim, outputs.work))
             values[dim] = _measure(given, names, ranks, inputs, *(cut or (None, None)), dim, writer)
     return values
@@ -238,7 +238,7 @@ def _measure(
     queries: np.ndarray | None,
     passages: np.ndarray | None,
     dim: int,
-    writer: "_Writer | None",
+    writer: QueryWriter | None,
 ) -> np.ndarray | None:
     """Search and judge, block by block: float64 [queries, metrics] on rank 0, None elsewhere."""
     collection = inputs.collection if inputs is not None else None
@@ -311,54 +311,6 @@ def _relevance(collection: Collection, start: int, rows: np.ndarray, deepest: in
     return Relevance(grades.astype(np.float64), collection.judgments.ideal(start, len(rows), deepest), n_relevant)
 
 
-class _Writer:
-    """The per-query file, and the TREC files if asked for, written as the blocks come."""
-
-    def __init__(self, given: EvaluateArguments, collection: Collection, outputs: Outputs, stack: ExitStack):
-        self.given, self.collection = given, collection
-        self.digest = collection.digest()
-        self.per_query = stack.enter_context(outputs.stage())
-        self.run: IO[bytes] | None = None
-        if given.write_trec:
-            self.run = stack.enter_context(outputs.stage(".run.trec"))
-            qrels = stack.enter_context(outputs.stage(".qrels.trec"))
-            qrels.writelines(line.encode() for line in trec.qrels_lines(collection))
-
-    def write(self, start: int, found: Neighbors, relevance: Relevance, values: np.ndarray, names: list[str]) -> None:
-        """A block of queries, the first of them number ``start``."""
-        collection = self.collection
-        for place, (scores, rows) in enumerate(zip(*found, strict=True)):
-            query = start + place
-            n_found = int((rows >= 0).sum())
-            query_id = collection.query_ids[query]
-            if self.run is not None:
-                ids = [collection.passage_id(row) for row in rows[:n_found].tolist()]
-                self.run.write(trec.run_lines(query_id, ids, scores[:n_found]).encode())
-            shown = min(self.given.top_passages, n_found)
-            top = zip(scores[:shown].tolist(), rows[:shown].tolist(), relevance.grades[place], strict=False)
-            judged = dict(collection.judgments.of_query(query))
-            seen = set(rows.tolist())
-            missed = [row for row, grade in judged.items() if grade >= 1 and row not in seen]
-            entry = {
-                "id": query_id,
-                "query": collection.queries[query],
-                "relevant": int(relevance.n_relevant[place]),
-                **dict(zip(names, values[place].tolist(), strict=True)),
-                "passages": [self._passage(row, rank, score, grade) for rank, (score, row, grade) in enumerate(top, 1)],
-                "not_found": [
-                    {"id": collection.passage_id(row), "grade": judged[row], "text": collection.passages[row]}
-                    for row in missed
-                ],
-                "collection": self.digest,
-            }
-            self.per_query.write(to_line(entry))
-
-    def _passage(self, row: int, rank: int, score: float, grade: float) -> dict:
-        collection = self.collection
-        name, text = collection.passage_id(row), collection.passages[row]
-        return {"rank": rank, "id": name, "score": score, "grade": int(grade), "text": text}
-
-
 def _finish(
     given: EvaluateArguments,
     outputs: Outputs,
@@ -429,64 +381,3 @@ def _compare(given: EvaluateArguments, inputs: _Inputs, compared: Comparison, na
         "won_most": [entry(row) for row in won.tolist()],
         "lost_most": [entry(row) for row in lost.tolist()],
     }
-
-
-def _main_table(done: dict) -> str:
-    given, counts = done["arguments"], done["counts"]
-    percent = f"{100 * given['confidence']:g}% interval"
-    rows = [["", "value", percent]]
-    rows += [[name, f"{m['value']:.4f}", f"{m['low']:.4f} to {m['high']:.4f}"] for name, m in done["metrics"].items()]
-    title = f"{given['dev_path']}: {counts['queries']:,} queries, {counts['passages']:,} passages"
-    return f"{title} -> {given['output_data_path']}\n{_columns(rows)}"
-
-
-def _comparison_tables(done: dict) -> list[str]:
-    if "comparison" not in done:
-        return []
-    compared = done["comparison"]
-    percent = f"{100 * done['arguments']['confidence']:g}% interval"
-    rows = [["", "this", "other", "difference", percent, "p-value"]]
-    for name, test in compared["metrics"].items():
-        own = done["metrics"][name]["value"]
-        interval = f"{test['low']:+.4f} to {test['high']:+.4f}"
-        rows.append(
-            [
-                name,
-                f"{own:.4f}",
-                f"{test['other']:.4f}",
-                f"{test['difference']:+.4f}",
-                interval,
-                f"{test['p_value']:.4f}",
-            ]
-        )
-    counts = f"{compared['n_won']} queries won, {compared['n_lost']} lost, {compared['n_equal']} equal"
-    lines = [f"compared with {compared['with']}; by {compared['changes_by']}, {counts}\n{_columns(rows)}"]
-    for title in ("won_most", "lost_most"):
-        changes = [f"  {c['other']:.3f} -> {c['this']:.3f}  {_shortened(c['query'])}" for c in compared[title]]
-        if changes:
-            lines.append("\n".join([title.replace("_", " "), *changes]))
-    return lines
-
-
-def _curve_table(done: dict) -> list[str]:
-    if "dimensions" not in done:
-        return []
-    curves = done["dimensions"]
-    rows = [["dimension", *curves]]
-    rows += [[name, *(f"{curve[name]['value']:.4f}" for curve in curves.values())] for name in done["metrics"]]
-    return [_columns(rows)]
-
-
-def _columns(rows: list[list[str]]) -> str:
-    """A table for a terminal: the first column to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for first, *rest in rows:
-        cells = [f"{first:<{widths[0]}}", *(f"{cell:>{width}}" for cell, width in zip(rest, widths[1:], strict=True))]
-        lines.append("  " + "  ".join(cells))
-    return "\n".join(lines)
-
-
-def _shortened(text: str) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= 60 else text[:59] + "…"

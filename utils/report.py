@@ -6,7 +6,7 @@ import logging
 import platform
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from utils import runtime
@@ -117,11 +117,18 @@ def versions() -> dict[str, str]:
     return found
 
 
-def table(rows: Iterable[tuple[str, str]], title: str = "") -> str:
-    """Two columns for a terminal: names to the left, values to the right."""
+def table(rows: Iterable[Sequence[str]], title: str = "") -> str:
+    """Columns for a terminal: the first, names, to the left, the others to the right."""
     rows = list(rows)
-    left = max(len(name) for name, _ in rows)
-    right = max(len(value) for _, value in rows)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [title] if title else []
-    lines += [f"  {name:<{left}}  {value:>{right}}" for name, value in rows]
+    for name, *values in rows:
+        cells = [f"{value:>{width}}" for value, width in zip(values, widths[1:], strict=True)]
+        lines.append("  ".join(["", f"{name:<{widths[0]}}", *cells]))
     return "\n".join(lines)
+
+
+def shortened(text: str, width: int) -> str:
+    """A text on one line, of at most ``width`` characters."""
+    text = " ".join(text.split())
+    return text if len(text) <= width else text[: width - 1] + "…"
