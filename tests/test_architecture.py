@@ -76,6 +76,8 @@ FORBIDDEN = {
     "amx_attention": HEAVY - {"numpy"} | {"records", "distributed", "trainable", "training", "onednn"},
     "cpu_kernels": HEAVY - {"numpy"} | {"records", "distributed", "trainable", "training"},
     "cpu_layers": {"faiss", "paddlenlp", "records", "distributed", "trainable", "training"},
+    "cpu_attention": {"paddle", "paddlenlp", "faiss", "records", "distributed", "trainable", "training", "cpu_layers"},
+    "cpu_blocks": {"paddle", "paddlenlp", "faiss", "records", "distributed", "trainable", "training", "cpu_layers"},
     "trainable": {"faiss", "records", "distributed", "search", "training"},
     "gradients": {"faiss", "records", "search", "training", "paddlenlp"},
     "dev_evaluation": {"paddle", "paddlenlp", "faiss", "trainable", "training"},

@@ -163,9 +163,9 @@ def test_the_cpu_layers_are_paddles(share, monkeypatch):
     import paddle
     from paddle.nn import functional
 
-    from utils import cpu_layers
+    from utils import cpu_blocks, cpu_layers
 
-    monkeypatch.setattr(cpu_layers, "_ROWS", 3)
+    monkeypatch.setattr(cpu_blocks, "_ROWS", 3)
     paddle.seed(0)
     x, z, bias, gain, offset = (paddle.randn(shape) * 2 for shape in ([20, 7], [20, 7], [7], [7], [7]))
     drop = cpu_layers.Drop(share, [3])
@@ -187,9 +187,9 @@ def test_the_cpu_attention_is_the_textbooks(share, size, monkeypatch):
     import paddle
     from paddle.nn import functional
 
-    from utils import cpu_layers
+    from utils import cpu_attention, cpu_layers
 
-    monkeypatch.setattr(cpu_layers, "_SCORES", 200)  # so that some texts are cut by heads and some are not
+    monkeypatch.setattr(cpu_attention, "_SCORES", 200)  # so that some texts are cut by heads and some are not
     lengths, heads, width = [7, 1, 13, 4], 4, 6
     paddle.seed(1)
     inputs = [paddle.randn([sum(lengths), 3 * heads * width]) * size, paddle.randn([3 * heads * width])]
@@ -211,9 +211,9 @@ def test_the_cpu_attention_is_the_textbooks(share, size, monkeypatch):
 def test_the_rounded_attention_is_nearly_the_other():
     import paddle
 
-    from utils import cpu_layers
+    from utils import cpu_attention, cpu_layers
 
-    if not cpu_layers._can_round(32, cpu_layers.Drop()):
+    if not cpu_attention.can_round(32, cpu_layers.Drop()):
         pytest.skip("this processor has no AMX")
     paddle.seed(2)
     lengths, heads = [7, 40, 1, 70], 3

@@ -7,7 +7,7 @@ import numpy as np
 from utils import cpu_layers
 from utils.bert_names import LAYER_PARTS
 from utils.checkpoint import Checkpoint
-from utils.cpu_layers import Drop
+from utils.cpu_blocks import Drop
 
 if TYPE_CHECKING:
     from paddle import Tensor, nn
