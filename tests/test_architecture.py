@@ -74,6 +74,8 @@ FORBIDDEN = {
     "amx_matmul": HEAVY - {"numpy"} | {"records", "distributed", "trainable", "training", "onednn"},
     "amx_attention_gradients": HEAVY - {"numpy"} | {"records", "distributed", "trainable", "training", "onednn"},
     "amx_attention": HEAVY - {"numpy"} | {"records", "distributed", "trainable", "training", "onednn"},
+    "kernel_maths": HEAVY - {"numpy"} | {"records", "distributed", "cpu_kernels", "encoder_kernels"},
+    "encoder_kernels": HEAVY - {"numpy"} | {"records", "distributed", "onednn", "cpu_kernels"},
     "cpu_kernels": HEAVY - {"numpy"} | {"records", "distributed", "trainable", "training"},
     "cpu_layers": {"faiss", "paddlenlp", "records", "distributed", "trainable", "training"},
     "cpu_attention": {"paddle", "paddlenlp", "faiss", "records", "distributed", "trainable", "training", "cpu_layers"},
@@ -98,7 +100,8 @@ FORBIDDEN = {
 # These cost seconds, so no module may import them before it needs them.
 LAZY = {
     "paddle", "paddlenlp", "faiss", "tqdm", "safetensors", "tokenizers", "sentencepiece", "bm25s", "jieba",
-    "amx", "avx512", "amx_matmul", "amx_attention", "amx_attention_gradients", "cpu_kernels",  # for numba
+    "amx", "avx512", "amx_matmul", "amx_attention", "amx_attention_gradients", "cpu_kernels",
+    "encoder_kernels", "kernel_maths",  # for numba
     "qwen3",  # for paddle
 }  # fmt: skip
 COMPILED = {
@@ -108,6 +111,8 @@ COMPILED = {
     "amx_attention",
     "amx_attention_gradients",
     "cpu_kernels",
+    "encoder_kernels",
+    "kernel_maths",
 }  # and so these may import each other
 LAYERS = {"qwen3"}  # these define Paddle's layers
 

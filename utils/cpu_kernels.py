@@ -1,4 +1,4 @@
-"""Compiled loops of a transformer on a CPU, trained or run: what NumPy and Paddle do in many passes, in one.
+"""Compiled loops of a transformer that is trained on a CPU: what NumPy and Paddle do in many passes, in one.
 
 Each works on the rows that it is given, on one core and without Python's lock, so that blocks of rows run
 in threads beside each other. All arrays are float32 and C-contiguous unless said otherwise.
@@ -12,44 +12,11 @@ from typing import NamedTuple
 import numpy as np
 
 from utils.compiled import MATHS, compiled, inlined
+from utils.kernel_maths import exp, ordered
 
 _F, _U = np.float32, np.uint32
 _inlined = inlined(MATHS)
 _compiled = compiled(MATHS)
-
-
-@_inlined
-def _exp(x):
-    """exp(x) to 1e-7 of its value, never below exp(-87): a power of two times a polynomial (Cephes, Moshier)."""
-    x = _F(-87.0) if x < _F(-87.0) else x
-    power = np.floor(x * _F(1.44269504) + _F(0.5))
-    rest = (x - power * _F(0.693359375)) + power * _F(2.12194440e-4)
-    series = _F(1.9875691500e-4)
-    series = series * rest + _F(1.3981999507e-3)
-    series = series * rest + _F(8.3334519073e-3)
-    series = series * rest + _F(4.1665795894e-2)
-    series = series * rest + _F(1.6666665459e-1)
-    series = series * rest + _F(5.0000001201e-1)
-    series = series * rest * rest + rest + _F(1.0)
-    # A float32 whose exponent is the power.
-    bits = np.int32((np.int32(power) + np.int32(127)) << np.int32(23))
-    return series * bits.view(np.float32)
-
-
-@_inlined
-def coarse_exp2(x):
-    """2**x to 8e-5 of its value, never below 2**-100, for what is rounded to bfloat16.
-
-    The cubic is the one whose largest relative error over half a normalised to either side of 0 is the least.
-    """
-    x = _F(-100.0) if x < _F(-100.0) else x
-    power = np.floor(x + _F(0.5))
-    rest = x - power
-    series = _F(0.05517167) * rest + _F(0.24261112)
-    series = series * rest + _F(0.69326099)
-    series = series * rest + _F(0.99992807)
-    bits = np.int32((np.int32(power) + np.int32(127)) << np.int32(23))
-    return series * bits.view(np.float32)
 
 
 class Dropping(NamedTuple):
@@ -74,12 +41,6 @@ def _dropped(value, place, dropping):
     return value * dropping.upscale if _U(mixed ^ _U(mixed >> _U(16))) >= dropping.threshold else _F(0.0)
 
 
-@_inlined
-def _ordered(bits):
-    """The bits of a float32 as an integer that compares as it does, and back; compilers vectorise only its maximum."""
-    return np.int32(bits ^ (np.int32(bits >> np.int32(31)) & np.int32(0x7FFFFFFF)))
-
-
 @_compiled
 def dropout(x, first, dropping, result):
     """x [n, h] after dropout; ``first`` is the number of its first row."""
@@ -99,7 +60,7 @@ def gelu(x, bias, result, slope):
     for i in range(n):
         for j in range(h):
             value = x[i, j] + bias[j]
-            bell = _exp(value * value * _F(-0.5))
+            bell = exp(value * value * _F(-0.5))
             t = _F(1.0) / (_F(1.0) + _F(0.23164189) * abs(value))
             tail = _F(1.061405429) * t - _F(1.453152027)
             tail = tail * t + _F(1.421413741)
@@ -188,11 +149,11 @@ def _softmax(scores, first, dropping, dropped):
     for i in range(n):
         highest = np.int32(-(2**31))
         for j in range(t):
-            highest = max(highest, _ordered(_F(scores[i, j]).view(np.int32)))
-        largest = np.int32(_ordered(highest)).view(np.float32)
+            highest = max(highest, ordered(_F(scores[i, j]).view(np.int32)))
+        largest = np.int32(ordered(highest)).view(np.float32)
         total = _F(0.0)
         for j in range(t):
-            value = _exp(scores[i, j] - largest)
+            value = exp(scores[i, j] - largest)
             scores[i, j] = value
             total += value
         total = _F(1.0) / total
@@ -298,106 +259,3 @@ def attention_backward(qkv, bias, width, heads, dropping, gradient, d_qkv):
     _put(parts[4], scale, first, d_qkv)
     _put(parts[5], one, columns + first, d_qkv)
     _put(parts[6], one, 2 * columns + first, d_qkv)
-
-
-@_inlined
-def highest(row, length):
-    """The largest of the first ``length`` values."""
-    highest = np.int32(-(2**31))
-    for j in range(length):
-        highest = max(highest, _ordered(_F(row[j]).view(np.int32)))
-    return np.int32(_ordered(highest)).view(np.float32)
-
-
-@_compiled
-def split_heads(qkv, parts):
-    """Queries, keys and values of texts, [b, t, 3 * width], to [3, b * heads, t, head width]; of any one type."""
-    b, t, _ = qkv.shape
-    _, batch, _, width = parts.shape
-    heads = batch // b
-    for which in range(3):
-        for text in range(b):
-            for head in range(heads):
-                column = (which * heads + head) * width
-                for i in range(t):
-                    for j in range(width):
-                        parts[which, text * heads + head, i, j] = qkv[text, i, column + j]
-
-
-@_compiled
-def join_heads(parts, rows):
-    """The reverse for one of them: [b * heads, t, head width] to [b, t, width]."""
-    b, t, _ = rows.shape
-    batch, _, width = parts.shape
-    heads = batch // b
-    for text in range(b):
-        for head in range(heads):
-            for i in range(t):
-                for j in range(width):
-                    rows[text, i, head * width + j] = parts[text * heads + head, i, j]
-
-
-@_compiled
-def masked_softmax(scores, lengths):
-    """Scores of attention [b, rows, t] become weights, with none past each one's length, int64 [b]."""
-    b, n, t = scores.shape
-    for number in range(b):
-        length = lengths[number]
-        for i in range(n):
-            row = scores[number, i]
-            largest, total = highest(row, length), _F(0.0)
-            for j in range(length):
-                row[j] = _exp(row[j] - largest)
-                total += row[j]
-            total = _F(1.0) / total
-            for j in range(length):
-                row[j] *= total
-            for j in range(length, t):
-                row[j] = _F(0.0)
-
-
-@_compiled
-def masked_softmax_to_bfloat16(scores, lengths, weights):
-    """The same of scores in units of log 2, and to bfloat16 ``weights`` (uint16 [at least b, rows, t])."""
-    b, n, t = scores.shape
-    own = np.empty(t, np.float32)
-    bits = own.view(np.uint32)
-    for number in range(b):
-        length = lengths[number]
-        for i in range(n):
-            row, rounded = scores[number, i], weights[number, i]
-            largest, total = highest(row, length), _F(0.0)
-            for j in range(length):
-                value = coarse_exp2(row[j] - largest)
-                own[j] = value
-                total += value
-            total = _F(1.0) / total
-            for j in range(length):
-                own[j] *= total
-            for j in range(length):
-                rounded[j] = np.uint16(_U(bits[j] + _U(0x8000)) >> _U(16))
-            for j in range(length, t):
-                rounded[j] = np.uint16(0)
-
-
-@_compiled
-def add_and_norm(x, z, gain, offset, epsilon, rounded):
-    """x [n, h] becomes the layer norm of x + z; and, if ``rounded`` (uint16 [n, h]) is not empty, so does that."""
-    n, h = x.shape
-    for i in range(n):
-        total = _F(0.0)
-        for j in range(h):
-            x[i, j] += z[i, j]
-            total += x[i, j]
-        mean = total / _F(h)
-        total = _F(0.0)
-        for j in range(h):
-            value = x[i, j] - mean
-            total += value * value
-        scale = _F(1.0) / np.sqrt(total / _F(h) + epsilon)
-        for j in range(h):
-            x[i, j] = (x[i, j] - mean) * scale * gain[j] + offset[j]
-        if len(rounded):
-            bits = x[i].view(np.uint32)
-            for j in range(h):
-                rounded[i, j] = np.uint16(_U(bits[j] + _U(0x7FFF) + (_U(bits[j] >> _U(16)) & _U(1))) >> _U(16))

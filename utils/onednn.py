@@ -179,9 +179,9 @@ class OneDNNEngine:
         return np.matmul(weights[:, None, :], x[:n].reshape(b, t, width))[:, 0]
 
     def _add_and_norm(self, x: np.ndarray, z: np.ndarray, norm: tuple[np.ndarray, np.ndarray], low: np.ndarray) -> None:
-        from utils import cpu_kernels
+        from utils import encoder_kernels
 
-        cpu_kernels.add_and_norm(x, z, *norm, self._epsilon, low)
+        encoder_kernels.add_and_norm(x, z, *norm, self._epsilon, low)
 
     def _attend(self, qkv: np.ndarray, lengths: np.ndarray, context: np.ndarray) -> None:
         """Attention of texts, [b, t, 3 * width], into ``context`` [b, t, width]."""
@@ -195,13 +195,13 @@ class OneDNNEngine:
 
     def _attend_by_onednn(self, qkv: np.ndarray, lengths: np.ndarray, context: np.ndarray) -> None:
         """The same, of many heads at a time and in three passes over their scores."""
-        from utils import cpu_kernels
+        from utils import encoder_kernels
 
         b, t, width = context.shape
         batch, head_width = b * self._heads, width // self._heads
         query, key, value = parts = matmul.empty((3, batch, t, head_width), self._type)
         result = matmul.empty((batch, t, head_width), self._type)
-        cpu_kernels.split_heads(qkv, parts)
+        encoder_kernels.split_heads(qkv, parts)
         at_once = min(batch, max(1, _SCORE_BYTES // (4 * t * t)))
         scores = matmul.empty((at_once, t, t), np.float32)
         rounded = matmul.empty(scores.shape if self._type is np.uint16 else (0, t, t), np.uint16)
@@ -211,12 +211,12 @@ class OneDNNEngine:
             weights = scores[: len(own)]
             matmul.matmul(query[some], key[some].swapaxes(1, 2), weights)
             if len(rounded):
-                cpu_kernels.masked_softmax_to_bfloat16(weights, own, rounded)
+                encoder_kernels.masked_softmax_to_bfloat16(weights, own, rounded)
                 weights = rounded[: len(own)]
             else:
-                cpu_kernels.masked_softmax(weights, own)
+                encoder_kernels.masked_softmax(weights, own)
             matmul.matmul(weights, value[some], result[some])
-        cpu_kernels.join_heads(result, context)
+        encoder_kernels.join_heads(result, context)
 
 
 def _plain(values: np.ndarray) -> np.ndarray:
