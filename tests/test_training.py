@@ -4,7 +4,7 @@ import json
 import os
 import resource
 import shutil
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ from utils import (
     paddlenlp_models,
     trainer,
     training,
+    training_folder,
     weight_files,
 )  # fmt: skip
 from utils.arguments import ArgumentError, ModelArguments, build, parse
@@ -201,6 +202,76 @@ def test_a_failed_export_costs_no_model(run, tmp_path, monkeypatch):
     assert not (tmp_path / "out" / "huggingface").exists() and not list((tmp_path / "out").glob("*.work"))
 
 
+def test_nothing_of_an_earlier_model_is_left(run, tiny_model, tmp_path):
+    """A tokenizer.json would be preferred to the vocabulary that the new model has."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model, base, ignore=shutil.ignore_patterns("tokenizer.json"))
+    config = json.loads((base / "config.json").read_text()) | {"vocab_size": 500}
+    (base / "config.json").write_text(json.dumps(config))
+    words = (base / "vocab.txt").read_text().split()
+    state = weight_files.read_weights(checkpoint.resolve(tiny_model))
+    state["embeddings.word_embeddings.weight"] = np.resize(state["embeddings.word_embeddings.weight"], (500, 32))
+    weight_files.write_weights(state, base / "model.safetensors")
+    (base / "vocab.txt").write_text("\n".join([*words, *(f"more{i}" for i in range(500 - len(words)))]) + "\n")
+    run(max_steps=1, export_format="huggingface")
+    (tmp_path / "out" / "added_tokens.json").write_text('{"loan": 7}')
+    options = {"model_name_or_path": str(base), "normalize": False, "max_steps": 1}
+    run(**options, overwrite_output_dir=True)
+    run("fresh", **options)
+    names = [{path.name for path in (tmp_path / folder).iterdir()} for folder in ("out", "fresh")]
+    assert names[0] == names[1] and "2_Normalize" not in names[0]
+    assert_same_weights(tmp_path / "out", tmp_path / "fresh")
+    np.testing.assert_array_equal(vectors(tmp_path / "out"), vectors(tmp_path / "fresh"))
+
+
+def test_a_kill_never_leaves_one_models_weights_with_anothers_description(tmp_path, monkeypatch):
+    """Killed after each of its steps in turn, and then finished by the next run."""
+    models = {"old": {"tokenizer.json", "config.json", "2_Normalize"}, "new": {"vocab.txt", "config.json", "1_Pooling"}}
+
+    def write(folder: Path, model: str) -> None:
+        for name in models[model]:
+            (folder / name).mkdir() if name[0].isdigit() else (folder / name).write_text(model)
+        (folder / training._WEIGHTS).write_text(model)
+
+    def put(folder: Path) -> None:
+        earlier = ("huggingface", training._WEIGHTS, *checkpoint.DESCRIPTION)
+        with training_folder.put_into(folder, "the model", earlier) as work:
+            write(work, "new")
+
+    def found(folder: Path) -> str | None:
+        if not (folder / training._WEIGHTS).exists():
+            return None
+        model = (folder / training._WEIGHTS).read_text()
+        assert {path.name for path in folder.iterdir()} - {"model.work"} == models[model] | {training._WEIGHTS}
+        assert (folder / "config.json").read_text() == model
+        return model
+
+    left, steps = [], 0
+    while "new" not in left:
+        folder, steps, done = tmp_path / f"{steps}", steps + 1, []
+        folder.mkdir()
+        write(folder, "old")
+
+        def counted(step, done=done, most=steps):
+            def step_or_kill(*args):
+                if len(done) == most:
+                    raise Killed
+                done.append(1)
+                step(*args)
+
+            return step_or_kill
+
+        with monkeypatch.context() as patched:
+            patched.setattr(training_folder, "remove", counted(training_folder.remove))
+            patched.setattr(training_folder.os, "replace", counted(os.replace))
+            with suppress(Killed):
+                put(folder)
+        left.append(found(folder))
+        put(folder)
+        assert found(folder) == "new" and not (folder / "model.work").exists()
+    assert left[0] == "old" and None in left
+
+
 @pytest.mark.parametrize("has_it", [True, False])
 def test_bf16_on_a_cpu_multiplies_in_it_where_that_is_fast(run, tmp_path, monkeypatch, caplog, has_it):
     if has_it and not matmul.bfloat16_is_fast():
@@ -363,6 +434,14 @@ def test_a_damaged_checkpoint_is_named_or_passed_over(run, tmp_path, monkeypatch
         assert run().steps == 16 and len(calls) == 8 + 16 - 3  # from the one before
         return
     with pytest.raises(ValueError, match=f"{newest.name}: cannot be read"):
+        run()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model_state-00001-of-00002.pdparams"])
+def test_weights_that_would_be_loaded_too_are_refused(run, tmp_path, name):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text("")
+    with pytest.raises(ValueError, match=f"holds {name}, which would be loaded in place of what is trained or with it"):
         run()
 
 

@@ -25,6 +25,11 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt",
     "vocab.json", "merges.txt", "sentencepiece.bpe.model", "tokenizer.model", "spiece.model",
 )  # fmt: skip
+# All that is read of a folder beside its weights.
+DESCRIPTION = (
+    "config.json", *TOKENIZER_FILES, "modules.json", "1_Pooling", "2_Normalize", "sentence_bert_config.json",
+    "config_sentence_transformers.json",
+)  # fmt: skip
 
 # Model types whose attention looks only backwards; their sentence is summed up in its last token.
 DECODERS = ("qwen2", "qwen3", "llama", "mistral", "gemma", "gpt")

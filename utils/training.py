@@ -30,6 +30,7 @@ _FREE_TO_CHANGE = {
 # The key under which a run's record says which checkpoint it was asked to go on from.
 _RESUMED = "resume_from_checkpoint"
 _UNCUT = 1 << 20
+_WEIGHTS = "model_state.pdparams"
 
 
 @dataclass
@@ -151,11 +152,11 @@ def _prepare_output(given: TrainArguments):
     if folder.is_dir():
         if os.path.isdir(given.model_name_or_path) and os.path.samefile(folder, given.model_name_or_path):
             raise ValueError(f"{folder}: is the base model's folder; give another output_dir")
-        others = [path.name for kind in WEIGHT_PATTERNS if kind != "*.pdparams" for path in folder.glob(kind)]
+        others = {path.name for kind in WEIGHT_PATTERNS for path in folder.glob(kind)} - {_WEIGHTS}
         if others:
             raise ValueError(
-                f"{folder}: holds {min(others)}, which would be loaded in place of what is trained; give another"
-                " output_dir"
+                f"{folder}: holds {min(others)}, which would be loaded in place of what is trained or with it; give"
+                " another output_dir"
             )
     try:
         lock = take_lock(folder, LOCK_PATIENCE_S)
@@ -306,10 +307,9 @@ class Job:
 
     def write_model(self, folder: Path) -> None:
         """The model's files; then its export, if one is asked for, so that its failure costs no model."""
-        with put_into(folder, "the model") as work:
+        # An earlier model may have left its export, and files that this one has not, such as a tokenizer.json.
+        with put_into(folder, "the model", ("huggingface", _WEIGHTS, *checkpoint.DESCRIPTION)) as work:
             self.write_model_files(work)
-            # What is there was exported from the model that is replaced now.
-            remove(folder / "huggingface")
         if self.given.export_format == "huggingface":
             with put_into(folder, "the export") as work:
                 self.write_export(work / "huggingface")
@@ -319,7 +319,7 @@ class Job:
         import paddle
 
         assert self.encoder is not None
-        paddle.save(merged_state(self.encoder.model), str(folder / "model_state.pdparams"))
+        paddle.save(merged_state(self.encoder.model), str(folder / _WEIGHTS))
         self._write_description(folder, for_torch=False)
 
     def write_export(self, folder: Path) -> None:

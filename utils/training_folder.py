@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -56,21 +56,33 @@ def not_leading_to(asked: str, found: list[Path]) -> list[Path]:
 
 
 @contextmanager
-def put_into(folder: Path, what: str) -> Iterator[Path]:
-    """A work folder; what is in it in the end appears in ``folder``, each file whole, the weights last."""
+def put_into(folder: Path, what: str, earlier: Sequence[str] = ()) -> Iterator[Path]:
+    """A work folder; what is in it in the end appears in ``folder``, each file whole, the weights last.
+
+    If it cannot be put there, the work folder stays: it holds the only copy.
+
+    Args:
+        earlier: names that go before anything is put there, in this order. With the weights before what describes
+            them, a kill leaves the weights of either model with all of its own description, or no weights.
+    """
     work = folder / "model.work"
     try:
         remove(work)
         work.mkdir(parents=True)
         yield work
+    except OSError as error:
+        shutil.rmtree(work, ignore_errors=True)
+        raise described(error, f"{folder}: cannot write {what}") from None
+    try:
+        for name in earlier:
+            remove(folder / name)
         for path in sorted(work.iterdir(), key=lambda p: p.suffix == ".pdparams"):
             if path.is_dir():
                 remove(folder / path.name)
             os.replace(path, folder / path.name)
         work.rmdir()
     except OSError as error:
-        shutil.rmtree(work, ignore_errors=True)
-        raise described(error, f"{folder}: cannot write {what}") from None
+        raise described(error, f"{folder}: cannot put {what} there from {work.name}") from None
 
 
 class Journal:
