@@ -32,9 +32,9 @@ def test_the_interface_is_the_one_that_the_launcher_knows(monkeypatch):
 
 
 def test_what_gloo_says_becomes_one_line():
-    with pytest.raises(ConnectionError, match="has ended"), distributed._through_gloo():
+    with pytest.raises(ConnectionError, match="has ended"), distributed.through_gloo():
         raise RuntimeError("[/paddle/third_party/gloo/gloo/transport/tcp/pair.cc:584] TIMEOUT self_rank = 0")
-    with pytest.raises(RuntimeError, match="no memory"), distributed._through_gloo():
+    with pytest.raises(RuntimeError, match="no memory"), distributed.through_gloo():
         raise RuntimeError("no memory")
 
 

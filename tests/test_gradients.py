@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 from conftest import make_rows, run_script, write_jsonl
 from gradient_worker import BATCH, CASES, GROUP, Case, gradients
+from thread_ranks import on_ranks
 
 from utils import checkpoint, losses, matmul, tokenizing, training_data, training_rows
 from utils.batch_plan import Plan
 from utils.distributed import Ranks
+from utils.gradients import Outcome
 
 TOLERANCE = 1e-5
 
@@ -70,6 +72,14 @@ def mean_over_parts(model: str, rows_path: str, n_parts: int, short: int) -> dic
         for name, gradient in gradients(model, rows_path, CASES["alone"], Part(rank), short)[0].items():
             total[name] = total.get(name, 0) + gradient  # already weighted by the step
     return total
+
+
+def test_a_loss_that_is_no_number_on_one_rank_is_none_on_all():
+    def found(loss: float):
+        return on_ranks(2, lambda ranks: Outcome(loss if ranks.rank else 2.0, 0.5 * ranks.rank).over(ranks))
+
+    assert found(4.0) == [Outcome(3.0, 0.25)] * 2
+    assert all(np.isnan(outcome.loss) for outcome in found(np.nan))
 
 
 def test_the_cache_changes_nothing(tiny_model, rows_path):

@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import shutil
+import textwrap
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -651,6 +652,66 @@ def test_two_ranks_train_as_one(run, tiny_model, data, tmp_path):
     report = json.loads((tmp_path / "two" / "report.json").read_text())
     assert report["world_size"] == 2
     assert report["metrics"]["ndcg@10"] == pytest.approx(alone.metrics["ndcg@10"], abs=0.02)
+
+
+FAILS_ON_ONE_RANK = """
+    import json
+    import os
+    import sys
+    from utils import arguments, gradients, runtime, trainer, training
+
+    def main():
+        rank, what, calls = runtime.rank(), sys.argv[2], []
+        os.dup2(os.open(f"{sys.argv[3]}.{rank}", os.O_CREAT | os.O_WRONLY), 2)
+        step, reduce, add = gradients.GradientStep.__call__, gradients.reduce, trainer.Journal.add
+
+        def stepped(self, batch):
+            calls.append(1)
+            outcome = step(self, batch)
+            return gradients.Outcome(float("nan"), 0.0) if len(calls) == 3 and what == "loss" and rank == 1 else outcome
+
+        def reduced(parameters):
+            if len(calls) == 3 and what == "reduce" and rank == 1:
+                raise ValueError("rank 1 cannot go on")
+            reduce(parameters)
+
+        def added(self, number, *args, **kwargs):
+            if number >= 3 and what == "journal":
+                raise OSError(28, "No space left on device")
+            return add(self, number, *args, **kwargs)
+
+        gradients.GradientStep.__call__, trainer.reduce, trainer.Journal.add = stepped, reduced, added
+        training.train(arguments.parse(arguments.training_arguments(), [sys.argv[1]], ""))
+
+    runtime.prepare()
+    runtime.run(main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("what", "expected"),
+    [
+        ("reduce", ["another process of this run has ended", "rank 1 cannot go on"]),
+        ("loss", ["the loss is nan at step 3", ""]),
+        ("journal", ["No space left on device", ""]),
+    ],
+)
+def test_what_goes_wrong_on_one_rank_is_told_in_one_line(tiny_model, data, tmp_path, what, expected):
+    script = tmp_path / "fails.py"
+    script.write_text(textwrap.dedent(FAILS_ON_ONE_RANK))
+    given = {
+        "model_name_or_path": tiny_model, "dataset_name_or_path": data, "output_dir": str(tmp_path / "out"),
+        "per_device_train_batch_size": 4, "embedding_negatives_cross_device": False, "evaluation_strategy": "no",
+        "save_strategy": "no", "report_to": "none", "logging_steps": 1,
+    }  # fmt: skip
+    (tmp_path / "given.json").write_text(json.dumps(given))
+    done = run_script(script, tmp_path / "given.json", what, tmp_path / "stderr", nproc=2)
+    assert done.returncode != 0
+    for rank, message in enumerate(expected):
+        lines = (tmp_path / f"stderr.{rank}").read_text()
+        assert "Traceback" not in lines, lines
+        told = [line for line in lines.splitlines() if "error:" in line]
+        assert len(told) == (message != "") and message in "".join(told), lines
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "config").glob("*/emb_argument.json")), ids=lambda p: p.parent.name)

@@ -98,7 +98,7 @@ class Ranks:
             paddle = runtime.import_paddle()
             if runtime.local_world_size() < self.size:
                 _name_the_network_interface()
-            with _quiet_output(), _through_gloo():
+            with _quiet_output(), through_gloo():
                 paddle.distributed.init_parallel_env()
             self._joined = True
             self._settle_processor_features()
@@ -140,7 +140,7 @@ class Ranks:
         import paddle.distributed as dist
 
         box = [value]
-        with _through_gloo():
+        with through_gloo():
             dist.broadcast_object_list(box, src=0)
         return box[0]
 
@@ -153,7 +153,7 @@ class Ranks:
         import paddle.distributed as dist
 
         box: list = []
-        with _through_gloo():
+        with through_gloo():
             dist.all_gather_object(box, value)
         return box
 
@@ -181,7 +181,7 @@ class Ranks:
             self._shared.broadcast(array)
             return array
         tensor = paddle.to_tensor(np.ascontiguousarray(array))
-        with _through_gloo():
+        with through_gloo():
             dist.broadcast(tensor, src=0)
         return array if self.is_first else tensor.numpy()
 
@@ -232,13 +232,13 @@ class Ranks:
         import paddle.distributed as dist
 
         parts: list = []
-        with _through_gloo():
+        with through_gloo():
             dist.all_gather(parts, paddle.to_tensor(array))
         return [part.numpy() for part in parts]
 
 
 @contextlib.contextmanager
-def _through_gloo() -> Iterator[None]:
+def through_gloo() -> Iterator[None]:
     """Say in one line what gloo says with its source file when another process has ended."""
     try:
         yield

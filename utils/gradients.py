@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from utils.distributed import Ranks, through_gloo
 from utils.losses import LossFunction, Targets
 from utils.trainable import TrainableEncoder, padded
 from utils.training_data import TrainingBatch
@@ -38,10 +39,18 @@ class _Chunk:
 
 @dataclass
 class Outcome:
-    """What a step found out: the batch's loss, and the mean cosine of its passages with each other."""
+    """What a step found out: the batch's loss, and the mean cosine of its passages with each other.
+
+    Where negatives are not shared, a rank knows of its own part only; the batch's are the means ``over`` the ranks.
+    """
 
     loss: float
     mean_cosine: float
+
+    def over(self, ranks: Ranks) -> "Outcome":
+        """The mean of what all ranks found, on every rank: NaN if one of them found no number."""
+        found = ranks.gather_object((self.loss, self.mean_cosine))
+        return Outcome(*(sum(values) / ranks.size for values in zip(*found, strict=True)))
 
 
 class GradientStep:
@@ -153,12 +162,13 @@ def reduce(parameters: Sequence["Tensor"]) -> None:
         return
     parameters = [p for p in parameters if not p.stop_gradient]
     missing = paddle.to_tensor([p.grad is not None for p in parameters], "int32")
-    dist.all_reduce(missing)
-    for parameter, n_ranks in zip(parameters, missing.tolist(), strict=True):
-        if n_ranks:
-            if parameter.grad is None:
-                parameter.grad = paddle.zeros_like(parameter)
-            dist.all_reduce(parameter.grad)
+    with through_gloo():
+        dist.all_reduce(missing)
+        for parameter, n_ranks in zip(parameters, missing.tolist(), strict=True):
+            if n_ranks:
+                if parameter.grad is None:
+                    parameter.grad = paddle.zeros_like(parameter)
+                dist.all_reduce(parameter.grad)
 
 
 def _gathered(own: "Tensor", counts: list[int]) -> "Tensor":
@@ -172,7 +182,8 @@ def _gathered(own: "Tensor", counts: list[int]) -> "Tensor":
     if len(own) < most:
         own = paddle.concat([own, paddle.zeros([most - len(own), own.shape[1]], own.dtype)])
     parts: list = []
-    dist.all_gather(parts, own)
+    with through_gloo():
+        dist.all_gather(parts, own)
     return paddle.concat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
 

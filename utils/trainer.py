@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from utils import engines, losses, runtime
 from utils.arguments import TrainArguments
 from utils.dev_evaluation import METRICS
+from utils.distributed import through_gloo
 from utils.gradients import GradientStep, reduce
 from utils.losses import Targets
 from utils.outputs import described, remove, write_whole
@@ -67,7 +68,7 @@ def make(job: "Job"):
             self._alike = self._skipped = 0
             self._evaluated_at = -1
             self._standing = _Standing()
-            self._journal = Journal(Path(given.output_dir) / "training.jsonl") if ranks.is_first else None
+            self._journal = Journal(Path(given.output_dir) / "training.jsonl")
             self.step = GradientStep(
                 job.encoder,
                 losses.objective(
@@ -94,7 +95,8 @@ def make(job: "Job"):
             if not ended:
                 if job.dev is not None and resume is None:
                     self._note_where_it_began()
-                self.train(resume_from_checkpoint=resume)
+                with through_gloo():  # the Trainer has collectives of its own
+                    self.train(resume_from_checkpoint=resume)
                 return
             logger.info("%s: the training had ended there", resume)
             self._load_from_checkpoint(resume)
@@ -106,8 +108,8 @@ def make(job: "Job"):
             """The dev metrics of the base model: what training is to better."""
             found = job.evaluate()
             logger.info("before training: %s %.4f", metric(given), found[metric(given)])
-            if self._journal is not None:
-                self._journal.add(0, {f"eval_{name}": value for name, value in found.items()}, shown=False)
+            logs = {f"eval_{name}": value for name, value in found.items()}
+            ranks.on_first(lambda: self._journal.add(0, logs, shown=False))
 
         def _begin(self, resume: str | None) -> tuple[int, dict, bool]:
             """Cut the journal. Of what is gone on from: step, standing, and whether the training had ended there."""
@@ -146,18 +148,20 @@ def make(job: "Job"):
         def _agree(self, model) -> None:
             """Rank 0's weights on every rank."""
             if ranks.size > 1:
-                for tensor in model.state_dict().values():
-                    paddle.distributed.broadcast(tensor, src=0)
+                with through_gloo():
+                    for tensor in model.state_dict().values():
+                        paddle.distributed.broadcast(tensor, src=0)
 
         def training_step(self, model, inputs, step_control=0):
             model.train()
-            outcome = self.step(inputs)
-            self._guard(outcome)
+            outcome = self.step(inputs).over(ranks)
+            ranks.on_first(lambda: self._guard(outcome))
             if math.isfinite(outcome.loss):
                 self._standing.loss_sum += outcome.loss / self.args.gradient_accumulation_steps
             return paddle.to_tensor(outcome.loss / self.args.gradient_accumulation_steps, "float32")
 
         def _guard(self, outcome) -> None:
+            """End a training that has gone wrong; on rank 0, for all."""
             step = self.state.global_step + 1
             if not math.isfinite(outcome.loss):
                 self._skipped += 1
@@ -266,8 +270,7 @@ def make(job: "Job"):
 
         def log(self, logs, **kwargs):
             super().log(logs, **kwargs)
-            if self._journal is not None:
-                self._journal.add(self.state.global_step, logs)
+            ranks.on_first(lambda: self._journal.add(self.state.global_step, logs))
 
     class _Watch(TrainerCallback):
         """What must happen at certain points of the Trainer's loop."""
