@@ -30,6 +30,7 @@ from utils.embedding import build_encoders
 from utils.encoder import pooling_weights
 from utils.gradients import GradientStep
 from utils.trainable import TrainableEncoder
+from utils.training_data import Collator
 
 TEXTS = ["my old card is lost", "how do i open the list", "train"]
 
@@ -325,11 +326,16 @@ def test_a_killed_run_ends_with_the_same_weights(run, tmp_path, monkeypatch, opt
     with pytest.raises(Killed):
         run("broken", **options)
     assert not (tmp_path / "broken" / "model_state.pdparams").exists()
+    tokenised, collate = [], Collator.__call__
+    monkeypatch.setattr(
+        Collator, "__call__", lambda self, examples, number: tokenised.append(number) or collate(self, examples, number)
+    )
     (tmp_path / "broken" / "checkpoint-99.work").mkdir()  # a kill while a checkpoint was being written
     for name in ("checkpoint-12.work", "model.work"):  # whatever else
         (tmp_path / "broken" / name).write_text("")
     run("broken", **options)
     assert len(calls) < 11 + 16  # it did not begin again
+    assert len(tokenised) == len(calls) - 11 and tokenised[-1] == 15  # nor tokenise what it passed over
     assert_same_weights(tmp_path / "whole", tmp_path / "broken")
     assert not list((tmp_path / "broken").glob("*.work"))
 

@@ -340,3 +340,10 @@ def test_the_loader_numbers_batches_over_epochs(rows):
     assert [batch.number for batch in loader] == [0, 1, 2, 3, 4]
     loader.set_epoch(2)
     assert [batch.number for batch in loader] == [10, 11, 12, 13, 14]
+    loader.set_epoch(1, 3)
+    passed_over, rest = [], []
+    for batch in loader:
+        (passed_over if batch is None else rest).append(batch)
+    assert len(passed_over) == 3 and [batch.number for batch in rest] == [8, 9]
+    loader.set_epoch(2)
+    assert None not in loader

@@ -277,7 +277,8 @@ def make(job: "Job"):
 
         def on_epoch_begin(self, args, state, control, **kwargs):
             loader = kwargs["train_dataloader"]
-            loader.set_epoch(state.global_step * args.gradient_accumulation_steps // max(1, len(loader)))
+            epoch, begun = divmod(state.global_step * args.gradient_accumulation_steps, len(loader))
+            loader.set_epoch(epoch, begun)
 
         def on_optimizer_begin(self, args, state, control, **kwargs):
             reduce(kwargs["model"].parameters())

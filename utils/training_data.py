@@ -212,19 +212,23 @@ class Loader:
     """The batches of an epoch, for the Trainer's loop; ``set_epoch`` says of which."""
 
     def __init__(self, plan: Plan, collate: Collator):
-        self.plan, self.collate, self.number = plan, collate, 0
+        self.plan, self.collate, self.number, self.n_passed_over = plan, collate, 0, 0
         self.dataset = plan.rows
 
-    def set_epoch(self, number: int) -> None:
-        """The epoch that the next iteration goes through."""
-        self.number = number
+    def set_epoch(self, number: int, n_passed_over: int = 0) -> None:
+        """The epoch that the next iteration goes through.
+
+        Args:
+            n_passed_over: its first batches, which a resumed training passes over; they come as None, untokenised.
+        """
+        self.number, self.n_passed_over = number, n_passed_over
 
     def __len__(self) -> int:
         return len(self.plan)
 
-    def __iter__(self) -> Iterator[TrainingBatch]:
+    def __iter__(self) -> Iterator[TrainingBatch | None]:
         for i, examples in enumerate(self.plan.epoch(self.number)):
-            yield self.collate(examples, self.number * len(self.plan) + i)
+            yield None if i < self.n_passed_over else self.collate(examples, self.number * len(self.plan) + i)
 
 
 def _lengths(tokenizer: Tokenizer, template: str, texts: list[str]) -> np.ndarray:
