@@ -359,6 +359,23 @@ def test_another_runs_checkpoints_are_not_taken_over(run):
     run(learning_rate=5e-4, overwrite_output_dir=True)
 
 
+def test_other_dev_rows_make_another_run(run, data, tmp_path, monkeypatch, caplog):
+    judge_by_step({2: 0.1, 6: 0.9, 10: 0.4, 14: 0.3}, monkeypatch)
+    dev = tmp_path / "dev.json"
+    shutil.copyfile(Path(data) / "dev.json", dev)
+    options = BEST_BETWEEN | {"dev_dataset_path": str(dev), "save_total_limit": 9}
+    with killed_at(9, monkeypatch):
+        run(**options)
+    write_jsonl(dev, make_rows(9, seed=1))
+    with pytest.raises(ValueError, match="holds checkpoints of a run with other dev_data; give another output_dir"):
+        run(**options)
+    # A checkpoint that is asked for is gone on with, but its best is none of the new rows.
+    with caplog.at_level("INFO"):
+        run(**options, resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-6"))
+    assert "the best so far was found on other dev rows, or by another metric" in caplog.text
+    assert_same_weights(tmp_path / "out", tmp_path / "out" / "checkpoint-10")
+
+
 def kept(folder: Path) -> list[int]:
     return sorted(int(path.name.partition("-")[2]) for path in folder.glob("checkpoint-*"))
 

@@ -67,7 +67,7 @@ def make(job: "Job"):
             self.final_metrics: dict[str, float] = {}
             self._alike = self._skipped = 0
             self._evaluated_at = -1
-            self._standing = _Standing()
+            self._standing = _Standing(job.judged_by())
             self._journal = Journal(Path(given.output_dir) / "training.jsonl")
             self.step = GradientStep(
                 job.encoder,
@@ -118,14 +118,17 @@ def make(job: "Job"):
                 with _whole(resume):
                     step = json.loads((Path(resume) / "trainer_state.json").read_text())["global_step"]
                     standing = json.loads((Path(resume) / "standing.json").read_text())
-                    ended = _Standing(**standing).ends(given.early_stopping_patience) or 0 < self.args.max_steps <= step
+                    before = _Standing.of(standing, job.judged_by())
+                    ended = before.ends(given.early_stopping_patience) or 0 < self.args.max_steps <= step
             goes_on_here = resume is not None and os.path.samefile(Path(resume).parent, given.output_dir)
             self._journal.cut(step if goes_on_here else None)
             return step, standing, ended
 
         def _take_over(self, standing: dict) -> None:
             """A checkpoint's standing. A best step whose checkpoint is not in output_dir cannot be ended with."""
-            self._standing = _Standing(**standing)
+            self._standing = _Standing.of(standing, job.judged_by())
+            if standing["best_step"] is not None and self._standing.best_step is None:
+                logger.info("the best so far was found on other dev rows, or by another metric: it does not count")
             best = self._standing.best_step
             is_here = ranks.broadcast_object(best is None or is_checkpoint(checkpoint_of(given.output_dir, best)))
             if given.load_best_model_at_end and not is_here:
@@ -316,13 +319,20 @@ def _whole(folder: str | Path) -> Iterator[None]:
 @dataclass
 class _Standing:
     """What a training knows about its past: the best dev metric so far, at which step, and how many evaluations have
-    not bettered it since; the sum of all steps' losses.
+    not bettered it since; the sum of all steps' losses. ``judged_by`` names that metric, and the dev rows' digests.
     """
 
+    judged_by: list[str]
     best: float | None = None
     best_step: int | None = None
     without_gain: int = 0
     loss_sum: float = 0.0
+
+    @classmethod
+    def of(cls, values: dict, judged_by: list[str]) -> "_Standing":
+        """A checkpoint's; what another metric or other dev rows said cannot be compared, and is left out."""
+        found = cls(**values)
+        return found if found.judged_by == judged_by else cls(judged_by, loss_sum=found.loss_sum)
 
     def note(self, value: float, step: int) -> None:
         """An evaluation's metric; higher is better."""

@@ -264,7 +264,14 @@ class Job:
     def fingerprint(self) -> dict:
         """What makes two runs the same run."""
         kept = {name: value for name, value in asdict(self.given).items() if name not in _FREE_TO_CHANGE}
-        return kept | {"data": self.rows.digests, "model": self.base.digest, "ranks": self.ranks.size}
+        dev = list(self.dev.digests.values()) if self.dev else None
+        return kept | {
+            "data": self.rows.digests, "dev_data": dev, "model": self.base.digest, "ranks": self.ranks.size
+        }  # fmt: skip
+
+    def judged_by(self) -> list[str]:
+        """What the best checkpoint is the best by: the metric, and the digests of the dev rows; empty without any."""
+        return [trainer.metric(self.given), *self.dev.digests.values()] if self.dev else []
 
     def resumed(self) -> str | None:
         """The checkpoint to go on from, on rank 0: this run's last one, or what ``resume_from_checkpoint`` says.
