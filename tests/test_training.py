@@ -549,6 +549,56 @@ def test_nan_ends_the_run(run, tiny_model, tmp_path):
         run("nan", model_name_or_path=str(broken))
 
 
+class Scaler:
+    """A loss scale of 1 that passes over an update after a batch without a loss, as a GPU's does in fp16."""
+
+    def __init__(self):
+        import paddle
+
+        self._scale, self._cache_founf_inf = paddle.ones([1]), False
+
+    def scale(self, loss):
+        return loss
+
+    def step(self, optimizer):
+        if not self._cache_founf_inf:
+            optimizer.step()
+
+    def update(self):
+        self._cache_founf_inf = False
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_an_fp16_step_without_a_loss_is_passed_over(run, tmp_path, monkeypatch, accumulated):
+    make, step, scaler, found = trainer.make, GradientStep.__call__, Scaler(), []
+
+    def scaled(job):
+        loop = make(job)
+        loop.args.fp16 = loop.do_grad_scaling = True
+        loop.scaler = scaler
+        return loop
+
+    def overflows(self, batch):
+        outcome = step(self, batch)
+        if batch.number == 5:
+            scaler._cache_founf_inf, outcome.loss = True, np.nan
+        found.append(outcome.loss)
+        return outcome
+
+    monkeypatch.setattr(trainer, "make", scaled)
+    monkeypatch.setattr(GradientStep, "__call__", overflows)
+    result = run(
+        num_train_epochs=1, save_strategy="no", logging_steps=8 // accumulated, gradient_accumulation_steps=accumulated
+    )  # fmt: skip
+    assert len(found) == 8 and result.steps == 8 // accumulated
+    assert result.loss == pytest.approx(np.nanmean(found))
+    log = [entry for entry in read_jsonl(tmp_path / "out" / "training.jsonl") if entry["step"] == result.steps]
+    first = [entry for entry in read_jsonl(tmp_path / "out" / "training.jsonl") if entry["step"] == 1]
+    logged = [entry["loss"] for entry in first + log if "loss" in entry]
+    np.testing.assert_allclose(logged, [np.mean(found[:accumulated]), np.nanmean(found[accumulated:])], rtol=1e-5)
+    assert [entry["train_loss"] for entry in log if "train_loss" in entry] == pytest.approx([np.nanmean(found)])
+
+
 def test_collapsed_embeddings_end_the_run(run, tiny_model, tmp_path):
     still = tmp_path / "still"
     shutil.copytree(tiny_model, still)

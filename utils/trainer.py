@@ -137,8 +137,8 @@ def make(job: "Job"):
                 self._standing.best = self._standing.best_step = None
 
         def mean_loss(self) -> float:
-            """Over all steps, of a resumed training too."""
-            return self._standing.loss_sum / max(1, self.state.global_step)
+            """Over all batches whose loss was a number, of a resumed training too."""
+            return self._standing.loss_sum / max(1, self._standing.n_losses)
 
         def get_train_dataloader(self) -> Loader:
             return Loader(job.plan, job.collate)
@@ -159,16 +159,22 @@ def make(job: "Job"):
             model.train()
             outcome = self.step(inputs).over(ranks)
             ranks.on_first(lambda: self._guard(outcome))
-            if math.isfinite(outcome.loss):
-                self._standing.loss_sum += outcome.loss / self.args.gradient_accumulation_steps
-            return paddle.to_tensor(outcome.loss / self.args.gradient_accumulation_steps, "float32")
+            share = 1 / self.args.gradient_accumulation_steps
+            if not math.isfinite(outcome.loss):
+                # The Trainer adds up losses, and what is added to NaN stays NaN. It divides by the steps less these.
+                self._skip_steps_since_last_logged += share
+                self._skip_global_steps += share
+                return paddle.zeros([])
+            self._standing.loss_sum += outcome.loss
+            self._standing.n_losses += 1
+            return paddle.to_tensor(outcome.loss * share, "float32")
 
         def _guard(self, outcome) -> None:
             """End a training that has gone wrong; on rank 0, for all."""
-            step = self.state.global_step + 1
+            step, batches_a_step = self.state.global_step + 1, self.args.gradient_accumulation_steps
             if not math.isfinite(outcome.loss):
                 self._skipped += 1
-                if not self.do_grad_scaling or self._skipped > _SKIPPED_STEPS:
+                if not self.do_grad_scaling or self._skipped > _SKIPPED_STEPS * batches_a_step:
                     raise ValueError(
                         f"the loss is {outcome.loss} at step {step}; lower learning_rate, or train in float32 or bf16"
                     )
@@ -177,7 +183,7 @@ def make(job: "Job"):
             warming_up = step <= self.args.get_warmup_steps(self.state.max_steps)
             collapsed = outcome.mean_cosine > _COLLAPSED_COSINE and not warming_up
             self._alike = self._alike + 1 if collapsed else 0
-            if self._alike >= _COLLAPSED_STEPS:
+            if self._alike >= _COLLAPSED_STEPS * batches_a_step:
                 raise ValueError(
                     f"the embeddings have collapsed: at step {step} a batch's passages have a mean cosine of "
                     f"{outcome.mean_cosine:.4f} with each other; lower learning_rate or raise embedding_temperature"
@@ -319,7 +325,8 @@ def _whole(folder: str | Path) -> Iterator[None]:
 @dataclass
 class _Standing:
     """What a training knows about its past: the best dev metric so far, at which step, and how many evaluations have
-    not bettered it since; the sum of all steps' losses. ``judged_by`` names that metric, and the dev rows' digests.
+    not bettered it since; the sum of all batches' losses, and of how many. ``judged_by`` names that metric and the
+    dev rows' digests.
     """
 
     judged_by: list[str]
@@ -327,12 +334,15 @@ class _Standing:
     best_step: int | None = None
     without_gain: int = 0
     loss_sum: float = 0.0
+    n_losses: int = 0
 
     @classmethod
     def of(cls, values: dict, judged_by: list[str]) -> "_Standing":
         """A checkpoint's; what another metric or other dev rows said cannot be compared, and is left out."""
         found = cls(**values)
-        return found if found.judged_by == judged_by else cls(judged_by, loss_sum=found.loss_sum)
+        if found.judged_by == judged_by:
+            return found
+        return cls(judged_by, loss_sum=found.loss_sum, n_losses=found.n_losses)
 
     def note(self, value: float, step: int) -> None:
         """An evaluation's metric; higher is better."""
