@@ -436,6 +436,32 @@ def test_own_vectors(mine, tmp_path, tiny_model):
         mine(embeddings_path=own["embeddings_path"])
 
 
+@pytest.fixture
+def own(tmp_path) -> dict:
+    """Options that give the rows of mining_rows vectors of their own, 21 wide."""
+    rng = np.random.default_rng(3)
+    rows = mining_rows()
+    for name, n in (("q", len(rows)), ("p", len({text for row in rows for text in row["pos_passage"]}))):
+        np.save(tmp_path / f"{name}.npy", rng.standard_normal((n, 21)).astype(np.float32))
+    return {"embeddings_path": str(tmp_path / "q.npy"), "passage_embeddings_path": str(tmp_path / "p.npy")}
+
+
+def test_own_vectors_are_searched_at_the_width_that_they_are_cut_to(mine, own, tmp_path):
+    options = own | {"index_factory": "IVF2,PQ2x4", "embedding_cache": None}
+    with pytest.raises(ValueError, match="index_factory is 'IVF2,PQ2x4'"):  # 21 is odd
+        mine(**options)
+    result, _ = mine(**options, dimension=20)
+    assert result.report["index"]["factory"] == "IVF2,PQ2x4"
+    with pytest.raises(ValueError, match=r"dimension is 22; the vectors in .*q\.npy have only 21"):
+        mine(**options, dimension=22)
+    vectors = np.load(own["embeddings_path"])
+    vectors[7, :20] = 0  # known only once the vectors are cut
+    np.save(own["embeddings_path"], vectors)
+    with pytest.raises(ValueError, match="all zeros in its first 20 dimensions"):
+        mine(**own, embedding_cache=None, dimension=20)
+    assert not (tmp_path / "out.json.work").exists()
+
+
 def test_an_approximate_index_reports_its_recall(mine):
     exact, _ = mine()
     found, _ = mine(index_factory="IVF4,Flat", index_parameters="nprobe=4")  # every list is searched

@@ -97,7 +97,10 @@ def _read(given: MiningArguments, outputs: Outputs) -> Inputs:
     inputs = Inputs.read(given)
     if given.reranker_path:
         Reranker(given.reranker_path, given.reranker_max_len)
-    dim = inputs.query_vectors.shape[1] if inputs.query_vectors is not None else build_encoders(given)[0].dim
+    if inputs.query_vectors is not None:
+        dim = given.dimension or inputs.query_vectors.shape[1]
+    else:
+        dim = build_encoders(given)[0].dim
     if given.index_factory:
         check_factory(dim, given.index_factory, given.index_parameters)
     outputs.open_work(text_values(given, but="output_data_path"))
@@ -121,7 +124,7 @@ def _encode(
 ) -> _Vectors:
     run.counts["encoded"] = 0
     if given.embeddings_path:
-        return _users_vectors(given, inputs, work)
+        return ranks.on_first(lambda: _users_vectors(given, inputs, work)) or _Vectors(None, None)
     query_encoder, passage_encoder = ranks.all_agree(lambda: build_encoders(given))
     with run.stage("encode"):
         queries, n_queries = embed(query_encoder, inputs.queries if inputs else None, ranks, folder, "queries")
@@ -139,11 +142,9 @@ def _encode(
 
 
 def _users_vectors(given: MiningArguments, inputs: Inputs | None, work: Path) -> _Vectors:
-    if inputs is None:
-        return _Vectors(None, None)
-    assert inputs.query_vectors is not None and inputs.passage_vectors is not None
+    assert inputs is not None and inputs.query_vectors is not None and inputs.passage_vectors is not None
     arrays = [
-        derive(vectors, work / f"{name}.vectors", dim=given.dimension, normalize=given.normalize)
+        derive(vectors, work / f"output.{name}", dim=given.dimension, normalize=given.normalize)
         for name, vectors in (("queries", inputs.query_vectors), ("passages", inputs.passage_vectors))
     ]
     keys = [hashlib.sha256(np.ascontiguousarray(array).data).hexdigest() for array in arrays]

@@ -253,6 +253,10 @@ class Inputs:
                 f"{given.passage_embeddings_path}: is {passages.shape[1]} wide; expected {by_row.shape[1]}, as wide as"
                 f" {given.embeddings_path}"
             )
+        if given.dimension is not None and given.dimension > by_row.shape[1]:
+            raise ValueError(
+                f"dimension is {given.dimension}; the vectors in {given.embeddings_path} have only {by_row.shape[1]}"
+            )
         rows = np.arange(self.n_rows)
         if self._source is not None and self._source.rejected:
             bad = np.array(sorted(error.line for error in self._source.rejected))
