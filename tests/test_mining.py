@@ -10,6 +10,9 @@ from conftest import make_rows, make_tiny_bert, read_jsonl, run_script, write_js
 from mining_negative_samples import MiningNegativeSamples
 from utils import arguments, candidates, embedding, mining, reranker
 from utils.arguments import ArgumentError, MiningArguments
+from utils.mapped import is_mapped
+from utils.mining_inputs import Inputs
+from utils.mining_problem import Problem
 from utils.records import fold
 from utils.scores import pair_scores
 from utils.search import ExactIndex
@@ -444,6 +447,24 @@ def own(tmp_path) -> dict:
     for name, n in (("q", len(rows)), ("p", len({text for row in rows for text in row["pos_passage"]}))):
         np.save(tmp_path / f"{name}.npy", rng.standard_normal((n, 21)).astype(np.float32))
     return {"embeddings_path": str(tmp_path / "q.npy"), "passage_embeddings_path": str(tmp_path / "p.npy")}
+
+
+def test_own_vectors_stay_in_their_files(mine, own, tmp_path, monkeypatch):
+    """Those of different queries too, though they are some of the file's rows, and bad rows have vectors."""
+    source = write_jsonl(tmp_path / "in.json", [{"query": ""}, *mining_rows()])
+    vectors = np.load(own["embeddings_path"])
+    np.save(own["embeddings_path"], np.concatenate([np.ones((1, 21), np.float32), vectors]))
+    seen = []
+    monkeypatch.setattr(mining, "Problem", lambda *given: seen.append(given) or Problem(*given))
+    mine(**own, input_data_path=source, on_bad_row="skip", embedding_cache=None)
+    _, queries, passages, *_ = seen[0]
+    assert is_mapped(queries) and is_mapped(passages)
+    texts = [row["query"] for row in mining_rows()]
+    first = [texts.index(query) for query in dict.fromkeys(texts)]
+    expected = vectors[first] / np.linalg.norm(vectors[first], axis=1, keepdims=True)
+    np.testing.assert_allclose(queries, expected, rtol=1e-6)
+    inputs = Inputs.read(arguments.build(MiningArguments, **own, input_data_path=source, on_bad_row="skip"))
+    assert is_mapped(inputs.query_vectors)
 
 
 def test_own_vectors_are_searched_at_the_width_that_they_are_cut_to(mine, own, tmp_path):

@@ -144,9 +144,11 @@ def _encode(
 def _users_vectors(given: MiningArguments, inputs: Inputs | None, work: Path) -> _Vectors:
     assert inputs is not None and inputs.query_vectors is not None and inputs.passage_vectors is not None
     arrays = [
-        derive(vectors, work / f"output.{name}", dim=given.dimension, normalize=given.normalize)
-        for name, vectors in (("queries", inputs.query_vectors), ("passages", inputs.passage_vectors))
-    ]
+        derive(vectors, work / f"output.{name}", rows, given.dimension, given.normalize)
+        for name, vectors, rows in (
+            ("queries", inputs.query_vectors, inputs.query_rows), ("passages", inputs.passage_vectors, None)
+        )
+    ]  # fmt: skip
     keys = [hashlib.sha256(np.ascontiguousarray(array).data).hexdigest() for array in arrays]
     return _Vectors(arrays[0], arrays[1], (keys[0], keys[1]))
 

@@ -32,7 +32,8 @@ class Inputs:
         query_ids, passage_ids: what run files call them; numbers where the input has no ids of its own.
         rejected: bad rows of every file.
         run_lists: what run_path lists for each query, if given.
-        query_vectors, passage_vectors: the user's own, if given.
+        query_vectors, passage_vectors: the user's own, if given: one for each row of the input and for each passage.
+        query_rows: int64 [queries], the first row of the input that asks each query; those of ``query_vectors``.
     """
 
     given: MiningArguments
@@ -53,6 +54,7 @@ class Inputs:
     run_lists: list[list[int]] | None = None
     query_vectors: np.ndarray | None = None
     passage_vectors: np.ndarray | None = None
+    query_rows: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
 
     @classmethod
     def read(cls, given: MiningArguments) -> "Inputs":
@@ -263,7 +265,7 @@ class Inputs:
             good = np.array([raw.number for raw in self._source.raw_lines()])
             rows = np.flatnonzero(~np.isin(good, bad))
         _, first = np.unique(self.query_of_row, return_index=True)
-        self.query_vectors, self.passage_vectors = by_row[rows[first]], passages
+        self.query_vectors, self.passage_vectors, self.query_rows = by_row, passages, rows[first]
 
 
 def _free_id(ids: dict[str, int], number: int) -> str:
