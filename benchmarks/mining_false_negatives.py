@@ -36,7 +36,7 @@ from utils.distributed import Ranks  # noqa: E402
 from utils.embedding import build_encoders, embed  # noqa: E402
 from utils.mining_inputs import Inputs  # noqa: E402
 from utils.mining_problem import Groups, Problem  # noqa: E402
-from utils.scores import Neighbors  # noqa: E402
+from utils.rankings import Rankings  # noqa: E402
 from utils.search import ExactIndex  # noqa: E402
 
 _SENTENCE = re.compile(r"[^。！？；!?;.\n]+[。！？；!?;.\n]*\s*")
@@ -110,19 +110,19 @@ def hide(inputs: Inputs) -> tuple[Groups, Groups, list[set[int]]]:
     return Groups.of(first), Groups.of(forbidden), hidden
 
 
-def judge(problem: Problem, neighbors: Neighbors, wrong: list[set[int]]) -> None:
+def judge(problem: Problem, rankings: Rankings, wrong: list[set[int]]) -> None:
     """Print what every rule keeps of the passages that are wrong for a query."""
     positives = problem.positive_scores()
     measured, about = margins.measure_background(problem, positives)
     everyone = dataclasses.replace(problem, query_of_row=np.arange(len(problem.query_vectors)))
     lowest = problem.positives.lowest(positives)
-    auto, _ = margins.measure_margin(everyone, neighbors, lowest, negatives.Rules().window[1], measured)
+    auto, _ = margins.measure_margin(everyone, rankings, lowest, negatives.Rules().window[1], measured)
     print(f"{len(problem.query_of_row)} queries with {sum(map(len, wrong))} of them; background {about}")
     print(f"the margin measured: {auto}")
 
     def mine(background=measured, **options) -> types.SimpleNamespace:
         rules = negatives.Rules(**options)
-        screened = negatives.screen(problem, neighbors, positives, rules, background)
+        screened = negatives.screen(problem, rankings, positives, rules, background)
         rows = negatives.choose(problem, screened, rules, background).negatives
         kept = sum(n.row in wrong[query] for query, row in zip(problem.query_of_row, rows, strict=True) for n in row)
         return types.SimpleNamespace(kept=kept, short=sum(len(row) < 5 for row in rows), total=sum(map(len, rows)))
@@ -152,7 +152,7 @@ def main() -> None:
     queries, _ = embed(query_encoder, inputs.queries, Ranks(), Path(cache), "queries")
     passages, _ = embed(passage_encoder, inputs.passages, Ranks(), Path(cache), "passages")
     depth = min(50 + int(inputs.forbidden.sizes().max()), len(passages))
-    neighbors = ExactIndex(passages.shape[1], vectors=passages).search(queries, depth)
+    rankings = Rankings.of(ExactIndex(passages.shape[1], vectors=passages).search(queries, depth))
     known_first, forbidden, hidden = hide(inputs)
     for name, known, never, wrong in (
         ("unlabelled copies", inputs.positives, inputs.forbidden, planted),
@@ -161,7 +161,7 @@ def main() -> None:
         concerned = np.array([query for query, passages_of_it in enumerate(wrong) if passages_of_it], np.int64)
         if len(concerned):
             print(name, end=": ")
-            judge(Problem(concerned, queries, passages, known, never, len(passages)), neighbors, wrong)
+            judge(Problem(concerned, queries, passages, known, never, len(passages)), rankings, wrong)
 
 
 if __name__ == "__main__":

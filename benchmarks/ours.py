@@ -28,6 +28,7 @@ from utils.distributed import Ranks  # noqa: E402
 from utils.embedding import build_encoders  # noqa: E402
 from utils.encoder import Encoder  # noqa: E402
 from utils.mining_problem import Groups, Problem  # noqa: E402
+from utils.rankings import Rankings  # noqa: E402
 from utils.search import ShardedIndex  # noqa: E402
 
 
@@ -84,7 +85,7 @@ def mine(queries: str, passages: str, positives: str, depth: int, wanted: int, o
     problem = Problem(np.arange(n), query_vectors, passage_vectors, own, own, n_passages)
     scores = problem.positive_scores()
     background, _ = margins.measure_background(problem, scores)
-    screened = negatives.screen(problem, found, scores, rules, background)
+    screened = negatives.screen(problem, Rankings.of(found), scores, rules, background)
     np.save(output, found.rows)
     del found
     chosen = negatives.choose(problem, screened, rules, background).negatives

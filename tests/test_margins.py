@@ -7,6 +7,7 @@ import pytest
 
 from utils import margins
 from utils.mining_problem import Groups, Problem
+from utils.rankings import Rankings
 from utils.scores import Neighbors
 from utils.search import ExactIndex
 
@@ -15,6 +16,10 @@ def neighbors_of(problem: Problem, depth: int) -> Neighbors:
     return ExactIndex(problem.passage_vectors.shape[1], vectors=problem.passage_vectors).search(
         problem.query_vectors, depth
     )
+
+
+def rankings_of(problem: Problem, depth: int) -> Rankings:
+    return Rankings.of(neighbors_of(problem, depth))
 
 
 def test_a_margin_never_loosens_when_the_positive_is_below_the_background():
@@ -51,7 +56,7 @@ def test_a_measured_margin_is_as_wide_as_unlabelled_answers_make_it():
         neighbors, scores = neighbors_of(problem, 25), problem.positive_scores()
         lowest = problem.positives.lowest(scores)
         background, _ = margins.measure_background(problem, scores)
-        margin, about = margins.measure_margin(problem, neighbors, lowest, 20, background)
+        margin, about = margins.measure_margin(problem, Rankings.of(neighbors), lowest, 20, background)
         found.append(margin)
         wrong, below, above = counted_one_by_one(problem, neighbors, lowest, background, answers, len(about))
         assert [counted["below"] for counted in about] == below
@@ -81,7 +86,7 @@ def counted_one_by_one(problem, neighbors, lowest, background, answers, n_bands)
 def measured(problem: Problem, n_neighbors: int = 25, depth: int = 20) -> float:
     scores = problem.positive_scores()
     lowest, (background, _) = problem.positives.lowest(scores), margins.measure_background(problem, scores)
-    return margins.measure_margin(problem, neighbors_of(problem, n_neighbors), lowest, depth, background)[0]
+    return margins.measure_margin(problem, rankings_of(problem, n_neighbors), lowest, depth, background)[0]
 
 
 def test_a_margin_that_few_queries_can_tell_of_is_the_widest():
@@ -95,7 +100,7 @@ def test_rows_of_the_same_query_count_once_for_a_margin():
     scores = problem.positive_scores()
     lowest, (background, _) = problem.positives.lowest(scores), margins.measure_background(problem, scores)
     counts = [
-        margins.measure_margin(replace(problem, query_of_row=rows), neighbors_of(problem, 25), lowest, 20, background)
+        margins.measure_margin(replace(problem, query_of_row=rows), rankings_of(problem, 25), lowest, 20, background)
         for rows in (np.arange(1000), np.repeat(np.arange(1000), 3)[::-1])
     ]
     assert counts[0] == counts[1]

@@ -8,7 +8,7 @@ import pytest
 from conftest import make_rows, make_tiny_bert, read_jsonl, run_script, write_jsonl
 
 from mining_negative_samples import MiningNegativeSamples
-from utils import arguments, candidates, embedding, mining, reranker
+from utils import arguments, candidates, embedding, mining, mining_search, reranker
 from utils.arguments import ArgumentError, MiningArguments
 from utils.mapped import is_mapped
 from utils.mining_inputs import Inputs
@@ -147,7 +147,7 @@ def test_a_second_run_with_other_rules_encodes_and_searches_nothing(mine, monkey
 
 
 def test_a_killed_search_goes_on_where_it_stopped(mine, tmp_path, monkeypatch):
-    monkeypatch.setattr(mining, "_QUERY_BLOCK", 16)
+    monkeypatch.setattr(mining_search, "_QUERY_BLOCK", 16)
     _, out = mine(embedding_cache=None)
     whole = Path(out).read_bytes()
     search, calls = ExactIndex.search, []
@@ -166,6 +166,54 @@ def test_a_killed_search_goes_on_where_it_stopped(mine, tmp_path, monkeypatch):
     again, out = mine(embedding_cache=fresh)
     assert again.report["counts"]["encoded"] == 0
     assert again.report["counts"]["searched"] == again.report["counts"]["queries"] - 32
+    assert Path(out).read_bytes() == whole
+
+
+def hot_rows() -> list[dict]:
+    """mining_rows, and 150 more that all ask the first one's query, each with a positive of its own."""
+    rows = mining_rows()
+    return rows + [{"query": rows[0]["query"], "pos_passage": [f"{rows[i % 90]['query']} no {i}"]} for i in range(150)]
+
+
+def test_one_often_repeated_query_does_not_lengthen_all_lists(mine, tmp_path):
+    rows, fresh = hot_rows(), str(tmp_path / "fresh")
+    loose = {"relative_margin": None, "positive_similarity": None, "negative_similarity": None, "num_negatives": 20}
+    source = write_jsonl(tmp_path / "hot.json", rows)
+    result, out = mine(input_data_path=source, embedding_cache=fresh, range_for_sampling="0-20", **loose)
+    stores = {int(path.parent.name): path.stat().st_size for path in Path(fresh).glob("neighbors-*/*/vectors")}
+    n_queries = result.report["counts"]["queries"]
+    # A query with its twins of other white space has more than 150 forbidden passages, the others a few.
+    assert len(stores) == 2 and min(stores) < 40 and max(stores) > 170
+    assert stores[max(stores)] < 16 * max(stores) * 4 and stores[min(stores)] > 16 * min(stores) * (n_queries - 4)
+    assert result.report["counts"]["searched"] == n_queries
+    whole, _ = mine(
+        input_data_path=source, embedding_cache=fresh, range_for_sampling=f"0-{len(rows) + 60}", **loose
+    )  # every list is as long as the corpus
+    assert result.negatives == whole.negatives and all(len(row["neg_passage"]) == 20 for row in read_jsonl(out))
+    again, _ = mine(input_data_path=source, embedding_cache=fresh, range_for_sampling="0-10", lexical=True)
+    assert again.report["counts"]["searched"] == 0
+    banned = forbidden_texts(rows)
+    for row in read_jsonl(out):
+        assert not {fold(text) for text in row["neg_passage"]} & banned[fold(row["query"])]
+
+
+def test_a_search_killed_between_lists_of_two_lengths_goes_on(mine, tmp_path, monkeypatch):
+    source, fresh = write_jsonl(tmp_path / "hot.json", hot_rows()), str(tmp_path / "fresh")
+    _, out = mine(input_data_path=source, embedding_cache=None)
+    whole, search, depths = Path(out).read_bytes(), ExactIndex.search, []
+
+    def dying(self, queries, k, *args):
+        depths.append(k)
+        if len(depths) == 2:
+            raise KeyboardInterrupt
+        return search(self, queries, k, *args)
+
+    monkeypatch.setattr(ExactIndex, "search", dying)
+    with pytest.raises(KeyboardInterrupt):
+        mine(input_data_path=source, embedding_cache=fresh)
+    monkeypatch.setattr(ExactIndex, "search", search)
+    again, out = mine(input_data_path=source, embedding_cache=fresh)
+    assert depths[0] < depths[1] and 0 < again.report["counts"]["searched"] < 4
     assert Path(out).read_bytes() == whole
 
 
@@ -376,9 +424,9 @@ def test_bad_run_files(mine, tmp_path, line, message):
 
 def test_bm25_finds_shared_words_in_both_languages():
     passages = ["the river is old", "长江发源于青藏高原", "visa card for students", "黄河流经黄土高原", "..."]
-    rows = candidates.lexical(["RIVER　water", "长江从哪里发源", "unknown", "?"], passages, 3)
+    rows = candidates.Bm25(passages).search(["RIVER　water", "长江从哪里发源", "unknown", "?"], 3)
     assert rows[:, 0].tolist() == [0, 1, -1, -1]
-    assert (candidates.lexical(["a"], ["?", "!"], 2) == -1).all()
+    assert (candidates.Bm25(["?", "!"]).search(["a"], 2) == -1).all()
 
 
 def test_reciprocal_rank_fusion():
@@ -521,13 +569,14 @@ def test_a_reranker_has_the_last_word(mine, tiny_model, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("nproc", [2, 3])
-def test_the_number_of_processes_changes_nothing(tiny_model, mining_file, tmp_path, nproc):
+def test_the_number_of_processes_changes_nothing(tiny_model, tmp_path, nproc):
+    source = write_jsonl(tmp_path / "hot.json", hot_rows())
     options = {"mix": "hard:4,random:3,easy:3", "short_rows": "backfill", "relative_margin": 0.5, "output_scores": True}
     single = tmp_path / "single.json"
-    MiningNegativeSamples(tiny_model, input_data_path=mining_file, output_data_path=str(single), **options).mining()
+    MiningNegativeSamples(tiny_model, input_data_path=source, output_data_path=str(single), **options).mining()
     several = tmp_path / "several.json"
     flags = [f"--{name}={value}" for name, value in options.items()]
-    flags += [f"--model_path={tiny_model}", f"--input_data_path={mining_file}", f"--output_data_path={several}"]
+    flags += [f"--model_path={tiny_model}", f"--input_data_path={source}", f"--output_data_path={several}"]
     done = run_script("mining_negative_samples.py", *flags, nproc=nproc)
     assert done.returncode == 0, done.stdout + done.stderr
     assert several.read_bytes() == single.read_bytes()

@@ -1,5 +1,6 @@
 """The rules against a loop that spells them out, and every rule's own promise."""
 
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
@@ -9,6 +10,7 @@ from utils import negatives
 from utils.margins import Background, measure_background
 from utils.mining_problem import Groups, Problem
 from utils.negatives import Negative, Rules, choose, screen
+from utils.rankings import Rankings, tiers_of
 from utils.scores import Neighbors, pair_scores
 from utils.search import ExactIndex
 
@@ -41,7 +43,7 @@ def mine(problem: Problem, rules: Rules, depth: int = 60, baseline: float | None
     if baseline is not None:
         background = Background(baseline, baseline, background.spread)
     neighbors = neighbors_of(problem, depth)
-    screened = screen(problem, neighbors, positives, rules, background)
+    screened = screen(problem, Rankings.of(neighbors), positives, rules, background)
     return choose(problem, screened, rules, background), screened, background
 
 
@@ -113,6 +115,49 @@ def test_equals_the_rules_spelt_out(options, monkeypatch):
     left = screened.n_window - sum(drops.values()) + drops["forbidden"]
     assert sum(map(len, expected)) <= left
     assert result.short_queries.tolist() == [i for i, row in enumerate(expected) if len(row) < rules.wanted]
+
+
+def often_asked(n_rows: int, n_passages: int = 500) -> tuple[Problem, Rankings]:
+    """A problem whose query 5 is asked by ``n_rows`` rows, has 120 positives, and a longer list than the others."""
+    problem = make_problem(n_passages=n_passages)
+    positives = [problem.positives[query].tolist() for query in range(60)]
+    positives[5] = list(range(0, 480, 4))
+    groups = Groups.of(positives)
+    rows = np.concatenate([np.arange(60), np.full(n_rows, 5)])
+    problem = replace(problem, query_of_row=rows, positives=groups, forbidden=groups)
+    lists = [(tier.queries, tier.depth(30, n_passages)) for tier in tiers_of(groups)]
+    assert [depth for _, depth in lists] == [33, 150]
+    found = neighbors_of(problem, 150)
+    lists = [(own, Neighbors(found.scores[own, :depth], found.rows[own, :depth])) for own, depth in lists]
+    return problem, Rankings(60, lists)
+
+
+@pytest.mark.parametrize("pairs", [7, 1 << 18])
+def test_a_query_that_many_rows_ask_gets_what_the_rules_say(monkeypatch, pairs):
+    monkeypatch.setattr(negatives, "_BLOCK_ROWS", 17)
+    monkeypatch.setattr(negatives, "_PAIRS", pairs)
+    problem, rankings = often_asked(6)
+    rules = Rules(window=(0, 30), max_score=0.9, positive_similarity=0.95, negative_similarity=0.9)
+    positives = problem.positive_scores()
+    background, _ = measure_background(problem, positives)
+    screened = screen(problem, rankings, positives, rules, background)
+    result = choose(problem, screened, rules, background)
+    expected, drops = by_the_book(problem, rules, background, 150)
+    assert [[tuple(n) for n in row] for row in result.negatives] == expected
+    assert drops["positive_similarity"] > 0 and drops["forbidden"] > 0
+    assert result.drops_by_reason == drops | {"forbidden": result.drops_by_reason["forbidden"]}
+
+
+def test_memory_does_not_grow_with_how_often_a_query_is_asked():
+    problem, rankings = often_asked(1000)
+    positives, rules = problem.positive_scores(), Rules(window=(0, 30), positive_similarity=0.8)
+    background, _ = measure_background(problem, positives)
+    screen(problem, rankings, positives, rules, background)  # what is compiled or imported once
+    tracemalloc.start()
+    screen(problem, rankings, positives, rules, background)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4e6  # a comparison for each row would make 1,000 x 30 x 120 pairs, of 16 bytes and more
 
 
 def random_rules(seed: int) -> Rules:
@@ -194,7 +239,7 @@ def test_backfill_is_marked_and_avoids_presumed_positives():
     assert len(result.short_queries)
     for row in result.short_queries:
         marked = [negative.row for negative in result.negatives[row] if negative.rank == -1]
-        assert marked and not set(marked) & set(screened.presumed[row].tolist())
+        assert marked and not set(marked) & set(screened.presumed[problem.query_of_row[row]].tolist())
 
 
 def test_a_vector_of_zeros_is_like_nothing():
@@ -227,7 +272,7 @@ def test_passages_outside_the_pool_are_never_mined():
     positives = problem.positive_scores()
     background, _ = measure_background(problem, positives)
     rules = Rules(parts=(("top", 30),), relative_margin=0.3, backfill=True)
-    result = choose(problem, screen(problem, neighbors, positives, rules, background), rules, background)
+    result = choose(problem, screen(problem, Rankings.of(neighbors), positives, rules, background), rules, background)
     assert max(negative.row for row in result.negatives for negative in row) < 40
 
 
@@ -257,5 +302,5 @@ def test_no_candidates_at_all():
     positives = problem.positive_scores()
     background, _ = measure_background(problem, positives)
     rules = Rules(positive_similarity=0.7, negative_similarity=0.9)
-    result = choose(problem, screen(problem, nothing, positives, rules, background), rules, background)
+    result = choose(problem, screen(problem, Rankings.of(nothing), positives, rules, background), rules, background)
     assert result.negatives == [[], [], []] and result.short_queries.tolist() == [0, 1, 2]

@@ -90,31 +90,32 @@ def padded(lists: Sequence[Sequence[int]], depth: int) -> np.ndarray:
     return rows
 
 
-def lexical(
-    queries: Sequence[str],
-    passages: Sequence[str],
-    depth: int,
-    progress: Callable[[int], None] = lambda count: None,
-) -> np.ndarray:
-    """BM25 candidates, ties to the lower row; passages that share no word with the query are none."""
-    import bm25s
+class Bm25:
+    """BM25 over the words of passages."""
 
-    logging.getLogger("bm25s").setLevel(logging.ERROR)
-    index = bm25s.BM25()
-    vocabulary: dict[str, int] = {}
-    ids = [[vocabulary.setdefault(word, len(vocabulary)) for word in words(text)] for text in passages]
-    if not vocabulary:
-        return np.full((len(queries), depth), -1, np.int64)
-    index.index(bm25s.tokenization.Tokenized(ids=ids, vocab=vocabulary), show_progress=False)
-    rows = np.full((len(queries), depth), -1, np.int64)
-    for number, query in enumerate(queries):
-        known = sorted({vocabulary[word] for word in words(query) if word in vocabulary})
-        if known:
-            scores = index.get_scores_from_ids(known)
-            best = _best(scores, depth)
-            rows[number, : len(best)] = best
-        progress(1)
-    return rows
+    def __init__(self, passages: Sequence[str]):
+        import bm25s
+
+        logging.getLogger("bm25s").setLevel(logging.ERROR)
+        self._index = bm25s.BM25()
+        self._vocabulary: dict[str, int] = {}
+        number = self._vocabulary.setdefault
+        ids = [[number(word, len(self._vocabulary)) for word in words(text)] for text in passages]
+        if self._vocabulary:
+            self._index.index(bm25s.tokenization.Tokenized(ids=ids, vocab=self._vocabulary), show_progress=False)
+
+    def search(
+        self, queries: Sequence[str], depth: int, progress: Callable[[int], None] = lambda count: None
+    ) -> np.ndarray:
+        """The best candidates, ties to the lower row; passages that share no word with the query are none."""
+        rows = np.full((len(queries), depth), -1, np.int64)
+        for number, query in enumerate(queries):
+            known = sorted({self._vocabulary[word] for word in words(query) if word in self._vocabulary})
+            if known:
+                best = _best(self._index.get_scores_from_ids(known), depth)
+                rows[number, : len(best)] = best
+            progress(1)
+        return rows
 
 
 def _best(scores: np.ndarray, depth: int) -> np.ndarray:

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from utils.mining_problem import Problem
-from utils.scores import Neighbors, scores_of
+from utils.rankings import Rankings
+from utils.scores import scores_of
 
 # Random pairs that the background is measured on.
 _BACKGROUND_PAIRS = 20_000
@@ -68,7 +69,7 @@ def score_limit(lowest_positive: np.ndarray, margin: float, background: Backgrou
 
 
 def measure_margin(
-    problem: Problem, neighbors: Neighbors, lowest_positive: np.ndarray, depth: int, background: Background
+    problem: Problem, rankings: Rankings, lowest_positive: np.ndarray, depth: int, background: Background
 ) -> tuple[float, list[dict]]:
     """The smallest relative margin beyond which most candidates cannot be answers; see ``WIDEST_MARGIN``.
 
@@ -95,18 +96,19 @@ def measure_margin(
     n_bands = round(WIDEST_MARGIN / MARGIN_STEP)
     below, above, squares = np.zeros((3, n_bands), np.int64)
     for start in range(0, len(asked), _BLOCK_ROWS):
-        queries = asked[start : start + _BLOCK_ROWS]
-        scores, positive = neighbors.scores[queries], lowest_positive[queries][:, None]
-        open_ = problem.in_window(queries, neighbors.rows[queries], (0, depth))[0]
-        # The margin's own scale, with the two in either order.
-        unit = np.maximum(scores, positive) - background.pairs
-        counted = open_ & np.isfinite(unit) & (unit > 0)
-        distance = np.divide(scores - positive, unit, out=np.zeros_like(unit), where=counted) / MARGIN_STEP
-        for band in range(n_bands):
-            below[band] += (counted & (distance <= 0) & (-distance >= band) & (-distance < band + 1)).sum()
-            of_each = (counted & (distance > 0) & (distance >= band) & (distance < band + 1)).sum(axis=1)
-            above[band] += of_each.sum()
-            squares[band] += (of_each**2).sum()  # those of one query come together
+        for some, (scores, rows) in rankings.parts(asked[start : start + _BLOCK_ROWS]):
+            queries = asked[start + some]
+            positive = lowest_positive[queries][:, None]
+            open_ = problem.in_window(queries, rows, (0, depth))[0]
+            # The margin's own scale, with the two in either order.
+            unit = np.maximum(scores, positive) - background.pairs
+            counted = open_ & np.isfinite(unit) & (unit > 0)
+            distance = np.divide(scores - positive, unit, out=np.zeros_like(unit), where=counted) / MARGIN_STEP
+            for band in range(n_bands):
+                below[band] += (counted & (distance <= 0) & (-distance >= band) & (-distance < band + 1)).sum()
+                of_each = (counted & (distance > 0) & (distance >= band) & (distance < band + 1)).sum(axis=1)
+                above[band] += of_each.sum()
+                squares[band] += (of_each**2).sum()  # those of one query come together
     answers = above + np.sqrt(squares)
     doubtful = np.flatnonzero(2 * answers > below) if len(asked) >= _FEWEST_QUERIES else [n_bands - 1]
     steps = max(1, int(doubtful[-1]) + 1 if len(doubtful) else 0)

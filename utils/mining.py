@@ -4,35 +4,29 @@ import hashlib
 import logging
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from utils import candidates, engines, margins, mining_formats, negatives, report, runtime
+from utils import margins, mining_formats, negatives, report
 from utils.arguments import MiningArguments, text_values
 from utils.distributed import Ranks
 from utils.embedding import build_encoders, embed
-from utils.embedding_store import EmbeddingStore, derive, fingerprint
-from utils.faiss_search import FactoryIndex, check_factory
+from utils.embedding_store import derive, fingerprint
+from utils.faiss_search import check_factory
 from utils.margins import Background
 from utils.mining_formats import MinedRow
 from utils.mining_inputs import Inputs
 from utils.mining_problem import Problem
+from utils.mining_search import Vectors, find_candidates
 from utils.negatives import MiningResult, Rules, Screened
 from utils.outputs import Outputs, write_rejected
+from utils.rankings import Rankings
 from utils.records import to_line
 from utils.reranker import Reranker, rerank
-from utils.scores import Neighbors, scores_of
-from utils.search import ShardedIndex
 
 logger = logging.getLogger(__name__)
 
-# Queries, and neighbours, between two notes in the store of neighbours: what a kill can cost of the search. They go
-# through the corpus together, so that many cost little more than few.
-_QUERY_BLOCK, _BLOCK_NEIGHBORS = 16384, 1 << 21
-# Queries on which an approximate index is compared with exact search.
-_RECALL_QUERIES = 200
 _QUANTILES = (5, 25, 50, 75, 95)
 _SUFFIXES = (".short.jsonl", ".rejected.jsonl", ".corpus.jsonl", ".queries.jsonl", ".report.json")
 
@@ -51,8 +45,8 @@ def mine(given: MiningArguments) -> MiningResult:
         folder = Path(given.embedding_cache) if given.embedding_cache else outputs.work
         vectors = _encode(given, ranks, run, inputs, folder, outputs.work)
         with run.stage("search"):
-            neighbors = _candidates(given, ranks, run, inputs, vectors, folder)
-        job = ranks.on_first(lambda: _screen(given, run, inputs, vectors, neighbors))
+            rankings = find_candidates(given, ranks, run, inputs, vectors, folder)
+        job = ranks.on_first(lambda: _screen(given, run, inputs, vectors, rankings))
         if given.reranker_path:
             with run.stage("rerank"):
                 _rerank(given, ranks, run, inputs, job)
@@ -81,15 +75,6 @@ _RARE = {
     "rejected": "rejected", "short": "short of negatives", "without_negatives": "without any negative",
     "dropped_short": "dropped as short", "backfilled": "random negatives (backfill)",
 }  # fmt: skip
-
-
-@dataclass
-class _Vectors:
-    """On rank 0 the arrays, elsewhere None; ``keys`` identify their contents for the store of neighbours."""
-
-    queries: np.ndarray | None
-    passages: np.ndarray | None
-    keys: tuple[str, str] = ("", "")
 
 
 def _read(given: MiningArguments, outputs: Outputs) -> Inputs:
@@ -121,27 +106,27 @@ def _read(given: MiningArguments, outputs: Outputs) -> Inputs:
 
 def _encode(
     given: MiningArguments, ranks: Ranks, run: report.RunReport, inputs: Inputs | None, folder: Path, work: Path
-) -> _Vectors:
+) -> Vectors:
     run.counts["encoded"] = 0
     if given.embeddings_path:
-        return ranks.on_first(lambda: _users_vectors(given, inputs, work)) or _Vectors(None, None)
+        return ranks.on_first(lambda: _users_vectors(given, inputs, work)) or Vectors(None, None)
     query_encoder, passage_encoder = ranks.all_agree(lambda: build_encoders(given))
     with run.stage("encode"):
         queries, n_queries = embed(query_encoder, inputs.queries if inputs else None, ranks, folder, "queries")
         passages, n_passages = embed(passage_encoder, inputs.passages if inputs else None, ranks, folder, "passages")
     run.counts["encoded"] = n_queries + n_passages
     if inputs is None:
-        return _Vectors(queries, passages)
+        return Vectors(queries, passages)
     run.results["encoder"] = {"query": query_encoder.description(), "passage": passage_encoder.description()}
     run.results["texts_per_second"] = round(run.counts["encoded"] / max(run.seconds["encode"], 1e-9), 2)
     keys = (
         fingerprint(query_encoder.description(), inputs.queries),
         fingerprint(passage_encoder.description(), inputs.passages),
     )
-    return _Vectors(queries, passages, keys)
+    return Vectors(queries, passages, keys)
 
 
-def _users_vectors(given: MiningArguments, inputs: Inputs | None, work: Path) -> _Vectors:
+def _users_vectors(given: MiningArguments, inputs: Inputs | None, work: Path) -> Vectors:
     assert inputs is not None and inputs.query_vectors is not None and inputs.passage_vectors is not None
     arrays = [
         derive(vectors, work / f"output.{name}", rows, given.dimension, given.normalize)
@@ -150,162 +135,7 @@ def _users_vectors(given: MiningArguments, inputs: Inputs | None, work: Path) ->
         )
     ]  # fmt: skip
     keys = [hashlib.sha256(np.ascontiguousarray(array).data).hexdigest() for array in arrays]
-    return _Vectors(arrays[0], arrays[1], (keys[0], keys[1]))
-
-
-def _candidates(
-    given: MiningArguments,
-    ranks: Ranks,
-    run: report.RunReport,
-    inputs: Inputs | None,
-    vectors: _Vectors,
-    folder: Path,
-) -> Neighbors | None:
-    """Each query's candidates on rank 0, best first, from every retriever that was asked for."""
-    run.counts["searched"] = 0
-    dense = _neighbors(given, ranks, run, inputs, vectors, folder) if given.dense else None
-    if not (given.lexical or given.run_path):
-        return dense
-    return ranks.on_first(lambda: _fused(given, inputs, vectors, dense))
-
-
-def _fused(given: MiningArguments, inputs: Inputs | None, vectors: _Vectors, dense: Neighbors | None) -> Neighbors:
-    assert inputs is not None and vectors.queries is not None and vectors.passages is not None
-    depth = _depth(given, inputs)
-    lists = [dense.rows[:, :depth]] if dense is not None else []
-    if given.lexical:
-        with report.Progress("lexical search", len(inputs.queries), "queries") as progress:
-            passages = inputs.passages[: inputs.n_candidates]
-            lists.append(candidates.lexical(inputs.queries, passages, depth, progress.update))
-    if inputs.run_lists is not None:
-        lists.append(candidates.padded(inputs.run_lists, depth))
-    rows = candidates.fuse(lists, depth)
-    scores = np.full(rows.shape, -np.inf)
-    query, place = np.nonzero(rows >= 0)
-    scores[query, place] = scores_of(vectors.queries, query, vectors.passages, rows[query, place])
-    return Neighbors(scores, rows)
-
-
-def _depth(given: MiningArguments, inputs: Inputs) -> int:
-    """How many candidates reach to the window's end beyond the most forbidden ones that a query has."""
-    return min(given.window[1] + int(inputs.forbidden.sizes().max(initial=0)), inputs.n_candidates)
-
-
-def _neighbors(
-    given: MiningArguments,
-    ranks: Ranks,
-    run: report.RunReport,
-    inputs: Inputs | None,
-    vectors: _Vectors,
-    folder: Path,
-) -> Neighbors | None:
-    """Each query's nearest passages on rank 0, as many as the window needs beyond the forbidden ones.
-
-    They are kept beside the vectors: another run with other rules, counts or formats searches nothing.
-    """
-    store: EmbeddingStore | None = None
-
-    def open_store() -> tuple[int, int, int, int, set[int] | None]:
-        nonlocal store
-        assert inputs is not None and vectors.queries is not None and vectors.passages is not None
-        home = folder / f"neighbors-{_neighbors_key(given, vectors, inputs.n_candidates)}"
-        depth = _kept_depth(home, _depth(given, inputs))
-        store = EmbeddingStore(home, f"{depth}", len(inputs.queries), 2 * depth, np.dtype("<f8"), "neighbours")
-        finished = store.open()
-        if store.is_complete:
-            logger.info("search: all neighbours are in %s", store.folder)
-            finished = None
-        return len(inputs.queries), inputs.n_candidates, vectors.passages.shape[1], depth, finished
-
-    try:
-        opened = ranks.on_first(open_store)
-        n, n_candidates, dim, depth, finished = ranks.broadcast_object(opened)
-        if finished is not None:
-            passages = vectors.passages[:n_candidates] if vectors.passages is not None else None
-            index: ShardedIndex | _OnFirst
-            if given.index_factory:
-                index = ranks.on_first(lambda: _factory_index(given, run, passages, vectors.queries, depth))
-                index = _OnFirst(ranks, index)
-            else:
-                index = ShardedIndex.of(ranks, passages, n_candidates, dim, engines.device())
-            run.counts["searched"] = _fill(index, ranks, vectors.queries, n, depth, store, finished)
-        if store is None:
-            return None
-        kept = store.read()
-        return Neighbors(kept[:, :depth], kept[:, depth:].astype(np.int64))
-    finally:
-        if store is not None:
-            store.close()
-
-
-def _factory_index(
-    given: MiningArguments, run: report.RunReport, passages: np.ndarray, queries: np.ndarray, depth: int
-) -> FactoryIndex:
-    index = FactoryIndex(passages, given.index_factory, given.index_parameters)
-    sample = np.sort(np.random.default_rng(0).permutation(len(queries))[:_RECALL_QUERIES])
-    recall = index.recall(np.ascontiguousarray(queries[sample]), depth)
-    run.results["index"] = {"factory": given.index_factory, "recall": recall, "depth": depth, "queries": len(sample)}
-    logger.info("search: %s finds %.1f%% of the exact top %d", given.index_factory, 100 * recall, depth)
-    return index
-
-
-class _OnFirst:
-    """An index that rank 0 alone holds, searched like a sharded one."""
-
-    def __init__(self, ranks: Ranks, index: FactoryIndex | None):
-        self.ranks, self.index = ranks, index
-
-    def search(self, queries: np.ndarray, k: int) -> Neighbors:
-        if self.index is None:
-            return Neighbors(np.zeros((0, k)), np.zeros((0, k), np.int64))
-        return self.index.search(queries, k)
-
-
-def _fill(
-    index: "ShardedIndex | _OnFirst",
-    ranks: Ranks,
-    queries: np.ndarray | None,
-    n: int,
-    depth: int,
-    store: EmbeddingStore | None,
-    finished: set[int],
-) -> int:
-    """Search for the blocks of queries that are not finished; returns the number of queries in them."""
-    searched, size = 0, min(_QUERY_BLOCK, max(1, _BLOCK_NEIGHBORS // max(1, depth)))
-    with report.Progress("search", n, "queries") as progress:
-        for number, start in enumerate(range(0, n, size)):
-            stop = min(start + size, n)
-            if number not in finished:
-                block = np.ascontiguousarray(queries[start:stop]) if queries is not None else None
-                found = index.search(ranks.broadcast(block), depth)
-                # Row numbers are exact as float64, which keeps scores and rows in one array.
-                packed = np.concatenate([found.scores, found.rows.astype(np.float64)], axis=1)
-                ranks.on_first(partial(_note, store, number, np.arange(start, stop), packed))
-                searched += stop - start
-            progress.update(stop - start)
-    runtime.give_back_memory()
-    ranks.on_first(lambda: store.finish() if store is not None else None)
-    return searched
-
-
-def _note(store: EmbeddingStore | None, number: int, rows: np.ndarray, packed: np.ndarray) -> None:
-    assert store is not None
-    store.write([(number, rows, packed)])
-
-
-def _neighbors_key(given: MiningArguments, vectors: _Vectors, n_candidates: int) -> str:
-    # Blocks of queries are noted by their numbers, which mean nothing where blocks are of another size.
-    what = {
-        "index": given.index_factory, "parameters": given.index_parameters, "candidates": n_candidates,
-        "blocks": [_QUERY_BLOCK, _BLOCK_NEIGHBORS],
-    }  # fmt: skip
-    return fingerprint(what, vectors.keys)[:32]
-
-
-def _kept_depth(home: Path, depth: int) -> int:
-    """The depth of a finished store that goes deep enough, else ``depth``."""
-    depths = [int(path.parent.name) for path in home.glob("*/vectors") if path.parent.name.isdecimal()]
-    return min((kept for kept in depths if kept >= depth), default=depth)
+    return Vectors(arrays[0], arrays[1], (keys[0], keys[1]))
 
 
 @dataclass
@@ -324,11 +154,11 @@ def _screen(
     given: MiningArguments,
     run: report.RunReport,
     inputs: Inputs | None,
-    vectors: _Vectors,
-    neighbors: Neighbors | None,
+    vectors: Vectors,
+    rankings: Rankings | None,
 ) -> _Job:
     assert inputs is not None and vectors.queries is not None and vectors.passages is not None
-    assert neighbors is not None
+    assert rankings is not None
     problem = Problem(
         inputs.query_of_row, vectors.queries, vectors.passages, inputs.positives, inputs.forbidden,
         inputs.n_candidates, given.normalize,
@@ -336,8 +166,8 @@ def _screen(
     with run.stage("choose"), report.Progress("screen", len(inputs.query_of_row), "rows") as progress:
         positives = problem.positive_scores()
         background = _background(given, run, problem, positives)
-        rules = _rules(given, run, problem, neighbors, positives, background)
-        screened = negatives.screen(problem, neighbors, positives, rules, background, progress.update)
+        rules = _rules(given, run, problem, rankings, positives, background)
+        screened = negatives.screen(problem, rankings, positives, rules, background, progress.update)
     return _Job(given, problem, rules, background, positives, screened)
 
 
@@ -350,11 +180,9 @@ def _rerank(
     if job is not None:
         assert inputs is not None
         left, groups = job.screened.left, job.problem.positives
-        queries = job.problem.query_of_row[np.repeat(np.arange(len(left.lims) - 1), np.diff(left.lims))]
-        queries = np.concatenate([queries, np.repeat(np.arange(len(inputs.queries)), groups.sizes())])
+        queries = [np.repeat(np.arange(len(inputs.queries)), sizes) for sizes in (left.sizes(), groups.sizes())]
         passages = np.concatenate([left.rows, groups.rows])
-        # A query that stands in several rows needs each of its pairs once.
-        keys, which = np.unique(queries * len(inputs.passages) + passages, return_inverse=True)
+        keys, which = np.unique(np.concatenate(queries) * len(inputs.passages) + passages, return_inverse=True)
         pairs = [divmod(key, len(inputs.passages)) for key in keys.tolist()]
         pairs = [(inputs.queries[query], inputs.passages[passage]) for query, passage in pairs]
     logits = rerank(reranker, pairs, ranks)
@@ -382,7 +210,7 @@ def _rules(
     given: MiningArguments,
     run: report.RunReport,
     problem: Problem,
-    neighbors: Neighbors,
+    rankings: Rankings,
     positives: np.ndarray,
     background: Background,
 ) -> Rules:
@@ -400,7 +228,7 @@ def _rules(
     )
     if given.relative_margin == "auto":
         lowest = problem.positives.lowest(positives)
-        margin, counted = margins.measure_margin(problem, neighbors, lowest, rules.window[1], background)
+        margin, counted = margins.measure_margin(problem, rankings, lowest, rules.window[1], background)
         run.results["relative_margin"] = {"measured": margin, "counted": counted}
         return replace(rules, relative_margin=margin)
     return replace(rules, relative_margin=given.relative_margin)
@@ -478,16 +306,16 @@ def _mined_rows(inputs: Inputs, positives: np.ndarray, result: MiningResult, wan
         if not wanted[i]:
             continue
         query = inputs.query_of_row[i]
-        score_of = dict(
-            zip(groups[query].tolist(), positives[groups.lims[query] : groups.lims[query + 1]], strict=True)
-        )
+        own = [inputs.number_of[text] for text in record.pos_passage]
+        # A query that many rows ask has many positives, of which a row names few.
+        own_scores = positives[groups.lims[query] + np.searchsorted(groups[query], own)]
         chosen = result.negatives[i]
         yield MinedRow(
             row=record.row,
             query=record.query,
             positives=list(record.pos_passage),
             negatives=[inputs.passages[negative.row] for negative in chosen],
-            pos_scores=[float(score_of[inputs.number_of[text]]) for text in record.pos_passage],
+            pos_scores=own_scores.tolist(),
             neg_scores=[negative.score for negative in chosen],
             n_backfilled=sum(negative.rank < 0 for negative in chosen),
         )

@@ -1,6 +1,6 @@
 """What mining starts from: the rows' queries, vectors, and which passages are known to answer each query."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -36,6 +36,15 @@ class Groups(NamedTuple):
         where = np.repeat(np.arange(len(queries)), sizes)
         offset = np.arange(len(where)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
         return where, self.rows[self.lims[queries][where] + offset]
+
+    def members_in_parts(self, queries: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """``members``, at most ``size`` of them at a time: a query may be there often, and its group be large."""
+        first, ends = self.lims[queries], np.cumsum(self.sizes()[queries])
+        begins = np.concatenate([[0], ends[:-1]])
+        for start in range(0, int(ends[-1]) if len(ends) else 0, size):
+            number = np.arange(start, min(start + size, ends[-1]))
+            where = np.searchsorted(ends, number, side="right")
+            yield where, self.rows[first[where] + number - begins[where]]
 
     def hold(self, queries: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """Whether each of ``rows``, int [b, k] (-1 is none), is in its query's group (int [b]); bool [b, k]."""
@@ -82,6 +91,10 @@ class Problem:
     n_candidates: int
     unit: bool = True
 
+    def times_asked(self) -> np.ndarray:
+        """How many rows ask each query, int64 [queries]."""
+        return np.bincount(self.query_of_row, minlength=len(self.query_vectors))
+
     def cosines(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
         """Cosines between passages, by their rows, float64; 0 of a passage whose vector is 0."""
 
@@ -101,17 +114,17 @@ class Problem:
 
     def in_window(
         self, queries: np.ndarray, rows: np.ndarray, window: tuple[int, int]
-    ) -> tuple[np.ndarray, np.ndarray, int]:
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Which of the queries' candidates (int [b], and int [b, k] best first) lie in the window.
 
         Forbidden ones take up no place in it.
 
         Returns:
-            Those that do, bool [b, k]; the ranks, int [b, k]; and how many are forbidden.
+            Those that do, bool [b, k]; the ranks, int [b, k]; and how many are forbidden to each query, int [b].
         """
         there = rows >= 0
         forbidden = self.forbidden.hold(queries, rows) & there
         open_ = there & ~forbidden
         rank = np.cumsum(open_, axis=1) - 1
         open_ &= (rank >= window[0]) & (rank < window[1])
-        return open_, rank, int(forbidden.sum())
+        return open_, rank, forbidden.sum(axis=1)

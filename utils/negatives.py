@@ -14,7 +14,8 @@ import numpy as np
 from utils.mapped import release
 from utils.margins import Background, score_limit, similarity_limit
 from utils.mining_problem import Groups, Problem
-from utils.scores import Neighbors, rounding_bound, scores_of
+from utils.rankings import Rankings
+from utils.scores import rounding_bound, scores_of
 
 # Why a candidate is dropped. "forbidden" ones are known positives or the query itself and take up no
 # place in the window; the others are counted among the window's candidates.
@@ -24,6 +25,8 @@ REASONS = (
 )  # fmt: skip
 
 _BLOCK_ROWS = 1024
+# Pairs of a candidate and a positive that are compared at a time.
+_PAIRS = 1 << 18
 # Streams of random numbers that must not repeat each other.
 _SAMPLING, _BACKFILL = 0, 1
 
@@ -104,12 +107,16 @@ class Rules:
 
 
 class Candidates(NamedTuple):
-    """Each row's candidates that are left, best first: those of row i are ``lims[i]:lims[i + 1]``."""
+    """Each query's candidates that are left, best first: those of query i are ``lims[i]:lims[i + 1]``."""
 
     lims: np.ndarray
     rows: np.ndarray
     scores: np.ndarray
     ranks: np.ndarray
+
+    def sizes(self) -> np.ndarray:
+        """How many each query has, int64 [queries]."""
+        return np.diff(self.lims)
 
     def keep(self, stays: np.ndarray) -> "Candidates":
         """Those where ``stays`` (bool, one for each candidate) is true."""
@@ -119,7 +126,13 @@ class Candidates(NamedTuple):
 
 @dataclass
 class Screened:
-    """What the tests on single candidates leave. presumed: for each row, passages dropped as too near a positive."""
+    """What the tests on single candidates leave of each query's.
+
+    Attributes:
+        left: those that passed.
+        presumed: passages dropped as too near a positive.
+        drops, n_window: how many were dropped, and looked at, counted once for each row that asks the query.
+    """
 
     left: Candidates
     presumed: Groups
@@ -129,50 +142,72 @@ class Screened:
 
 def screen(
     problem: Problem,
-    neighbors: Neighbors,
+    rankings: Rankings,
     positives: np.ndarray,
     rules: Rules,
     background: Background,
     progress: Callable[[int], None] = lambda count: None,
 ) -> Screened:
-    """Apply every test that looks at one candidate at a time.
+    """Apply every test that looks at one candidate at a time, once for each query, however many rows ask it.
 
     Args:
-        neighbors: each query's candidates, best first; scores are canonical, row -1 is none.
+        rankings: each query's candidates, best first; scores are canonical, row -1 is none.
         positives: from ``problem.positive_scores``.
     """
     lowest = problem.positives.lowest(positives)
     drops = dict.fromkeys(REASONS, 0)
-    n_rows = len(problem.query_of_row)
-    left = _Growing(n_rows, n_rows * min(neighbors.rows.shape[1], rules.window[1] - rules.window[0]))
+    times = problem.times_asked()
+    asked = np.flatnonzero(times)
+    left = _Growing(len(asked), len(asked) * min(problem.n_candidates, rules.window[1] - rules.window[0]))
     n_near, rows_near = [], []
     n_window = 0
-    for start in range(0, n_rows, _BLOCK_ROWS):
-        queries = problem.query_of_row[start : start + _BLOCK_ROWS]
-        rows, scores = neighbors.rows[queries], neighbors.scores[queries]
-        open_, rank, n_forbidden = problem.in_window(queries, rows, rules.window)
-        drops["forbidden"] += n_forbidden
-        n_window += int(open_.sum())
-        near = np.zeros_like(open_)
-        for reason, fails in _tests(problem, queries, rows, scores, lowest, rules, background):
-            failing = open_ & fails(open_)
-            drops[reason] += int(failing.sum())
-            open_ &= ~failing
-            if reason != "min_score":
-                near |= failing
-        left.add(open_.sum(axis=1), rows[open_], scores[open_], rank[open_])
-        n_near.append(near.sum(axis=1))
-        rows_near.append(rows[near].astype(np.int32))
-        progress(len(queries))
-    presumed = Groups.cut(np.concatenate(n_near), np.concatenate(rows_near))
-    return Screened(Candidates(*left.columns()), presumed, drops, n_window)
+    for start in range(0, len(asked), _BLOCK_ROWS):
+        block = asked[start : start + _BLOCK_ROWS]
+        passed: list[tuple[np.ndarray, ...]] = []
+        near: list[tuple[np.ndarray, ...]] = []
+        for place, (scores, rows) in rankings.parts(block):
+            queries = block[place]
+            weight = times[queries]
+            open_, rank, n_forbidden = problem.in_window(queries, rows, rules.window)
+            drops["forbidden"] += int(n_forbidden @ weight)
+            n_window += int(open_.sum(axis=1) @ weight)
+            too_near = np.zeros_like(open_)
+            for reason, fails in _tests(problem, queries, rows, scores, lowest, rules, background):
+                failing = open_ & fails(open_)
+                drops[reason] += int(failing.sum(axis=1) @ weight)
+                open_ &= ~failing
+                if reason != "min_score":
+                    too_near |= failing
+            passed.append((place[np.nonzero(open_)[0]], rows[open_], scores[open_], rank[open_]))
+            near.append((place[np.nonzero(too_near)[0]], rows[too_near]))
+        left.add(*_by_place(passed, len(block)))
+        sizes, rows = _by_place(near, len(block))
+        n_near.append(sizes)
+        rows_near.append(rows.astype(np.int32))
+        progress(int(times[block].sum()))
+    n_left, n_presumed = np.zeros((2, len(times)), np.int64)
+    lims, *columns = left.columns()
+    n_left[asked], n_presumed[asked] = np.diff(lims), np.concatenate(n_near)
+    presumed = Groups.cut(n_presumed, np.concatenate(rows_near))
+    return Screened(Candidates(Groups.cut(n_left, columns[0]).lims, *columns), presumed, drops, n_window)
+
+
+def _by_place(parts: list[tuple[np.ndarray, ...]], n: int) -> tuple[np.ndarray, ...]:
+    """How many passages each of a block's ``n`` places has, and the columns of all in turn.
+
+    Args:
+        parts: the place of each passage and its columns, in order within a place.
+    """
+    place, *columns = (np.concatenate(column) for column in zip(*parts, strict=True))
+    order = np.argsort(place, kind="stable")
+    return np.bincount(place, minlength=n), *(column[order] for column in columns)
 
 
 class _Growing:
-    """Rows, scores and ranks of each input row's passages, to which rows are added in their order.
+    """Rows, scores and ranks of each query's, or each input row's, passages, added in their order.
 
     Args:
-        n_rows: how many rows there will be.
+        n_rows: how many queries or rows there will be.
         most: how many passages there may be. Those that do not come take no memory.
     """
 
@@ -182,7 +217,7 @@ class _Growing:
         self._n = 0
 
     def add(self, sizes: Sequence[int] | np.ndarray, *columns: Sequence | np.ndarray) -> None:
-        """The next rows: how many passages each has, and those of all in turn."""
+        """The next ones: how many passages each has, and those of all in turn."""
         ends = self._lims[self._n] + np.cumsum(sizes)
         part = slice(self._lims[self._n], ends[-1])
         for column, values in zip(self._columns, columns, strict=True):
@@ -225,9 +260,10 @@ def _near_a_positive(
     """Which open candidates have a cosine of at least ``cut`` with some positive of their query."""
     near = np.zeros_like(open_)
     where, place = np.nonzero(open_)
-    which, positive = problem.positives.members(queries[where])
-    close = which[problem.cosines(rows[where[which], place[which]], positive) >= cut]
-    near[where[close], place[close]] = True
+    candidates = rows[where, place]
+    for which, positive in problem.positives.members_in_parts(queries[where], _PAIRS):
+        close = which[problem.cosines(candidates[which], positive) >= cut]
+        near[where[close], place[close]] = True
     return near
 
 
@@ -240,16 +276,13 @@ def apply_reranker(
         logits: float [candidates], in the order of ``screened.left``.
         positive_logits: float, in the order of ``problem.positives.rows``.
     """
-    left = screened.left
-    of_row = np.repeat(np.arange(len(left.lims) - 1), np.diff(left.lims))
-    lowest = problem.positives.lowest(positive_logits)[problem.query_of_row[of_row]]
-    near = logits > lowest - margin
-    presumed_of = np.repeat(np.arange(len(left.lims) - 1), screened.presumed.sizes())
-    of = np.concatenate([presumed_of, of_row[near]])
-    order = np.argsort(of, kind="stable")
-    rows = np.concatenate([screened.presumed.rows, left.rows[near]])[order]
-    presumed = Groups.cut(np.bincount(of, minlength=len(left.lims) - 1), rows)
-    drops = screened.drops | {"reranker_margin": int(near.sum())}
+    left, times = screened.left, problem.times_asked()
+    n = len(times)
+    query = np.repeat(np.arange(n), left.sizes())
+    near = logits > problem.positives.lowest(positive_logits)[query] - margin
+    before = np.repeat(np.arange(n), screened.presumed.sizes()), screened.presumed.rows
+    presumed = Groups.cut(*_by_place([before, (query[near], left.rows[near])], n))
+    drops = screened.drops | {"reranker_margin": int(times[query[near]].sum())}
     return Screened(left.keep(~near), presumed, drops, screened.n_window)
 
 
@@ -264,12 +297,12 @@ def choose(
     drops = dict(screened.drops)
     n_rows = len(problem.query_of_row)
     left = screened.left
-    most = np.full(n_rows, problem.n_candidates) if rules.backfill else np.diff(left.lims)
+    most = np.full(n_rows, problem.n_candidates) if rules.backfill else left.sizes()[problem.query_of_row]
     chosen = _Growing(n_rows, int(np.minimum(most, rules.wanted).sum()))
     short = []
     copies = _Copies(problem, rules, background)
-    for row in range(n_rows):
-        part = slice(left.lims[row], left.lims[row + 1])
+    for row, query in enumerate(problem.query_of_row.tolist()):
+        part = slice(left.lims[query], left.lims[query + 1])
         picked, too_alike = _draw(row, left.rows[part], left.scores[part], rules, background, copies)
         drops["negative_similarity"] += too_alike
         rows, scores, ranks = left.rows[part][picked], left.scores[part][picked], left.ranks[part][picked]
@@ -369,7 +402,7 @@ def _backfill(
     """Random passages for a short row and their scores: neither forbidden, nor presumed false, nor taken already."""
     need = rules.wanted - len(taken)
     query = int(problem.query_of_row[row])
-    banned = np.unique(np.concatenate([problem.forbidden[query], screened.presumed[row], taken]).astype(np.int64))
+    banned = np.unique(np.concatenate([problem.forbidden[query], screened.presumed[query], taken]).astype(np.int64))
     rng = np.random.default_rng([rules.seed, _BACKFILL, row])
     n = problem.n_candidates
     if n <= 4 * (need + len(banned)):

@@ -1,0 +1,222 @@
+"""Where mining's candidates come from: each tier of queries searched, kept on disk, and fused with other rankings."""
+
+import hashlib
+import logging
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from utils import candidates, engines, report, runtime
+from utils.arguments import MiningArguments
+from utils.distributed import Ranks
+from utils.embedding_store import EmbeddingStore, fingerprint
+from utils.faiss_search import FactoryIndex
+from utils.mapped import taken
+from utils.mining_inputs import Inputs
+from utils.rankings import Rankings, Tier, tiers_of
+from utils.scores import Neighbors, scores_of
+from utils.search import ShardedIndex
+
+logger = logging.getLogger(__name__)
+
+# Queries, and neighbours, between two notes in the store of neighbours: what a kill can cost of the search. They go
+# through the corpus together, so that many cost little more than few.
+_QUERY_BLOCK, _BLOCK_NEIGHBORS = 16384, 1 << 21
+# Queries on which an approximate index is compared with exact search.
+_RECALL_QUERIES = 200
+
+
+@dataclass
+class Vectors:
+    """On rank 0 the arrays, elsewhere None; ``keys`` identify their contents for the store of neighbours."""
+
+    queries: np.ndarray | None
+    passages: np.ndarray | None
+    keys: tuple[str, str] = ("", "")
+
+
+def find_candidates(
+    given: MiningArguments,
+    ranks: Ranks,
+    run: report.RunReport,
+    inputs: Inputs | None,
+    vectors: Vectors,
+    folder: Path,
+) -> Rankings | None:
+    """Each query's candidates on rank 0, best first, from every retriever that was asked for.
+
+    Args:
+        folder: where neighbours are kept, beside the vectors: another run with other rules, counts or formats searches
+            nothing.
+    """
+    run.counts["searched"] = 0
+    tiers = tiers_of(inputs.forbidden) if inputs is not None else None
+    dense: list[Neighbors] = []
+    if given.dense:
+        search = _DenseSearch(given, ranks, run, inputs, vectors, folder)
+        for number in range(ranks.broadcast_object(len(tiers) if tiers is not None else None)):
+            found = search.neighbors(tiers[number] if tiers is not None else None)
+            if found is not None:
+                dense.append(found)
+    return ranks.on_first(lambda: _rankings(given, inputs, vectors, tiers, dense))
+
+
+def _rankings(
+    given: MiningArguments, inputs: Inputs | None, vectors: Vectors, tiers: list[Tier] | None, dense: list[Neighbors]
+) -> Rankings:
+    assert inputs is not None and tiers is not None
+    found = _fused(given, inputs, vectors, tiers, dense) if given.lexical or given.run_path else dense
+    return Rankings(len(inputs.queries), [(tier.queries, own) for tier, own in zip(tiers, found, strict=True)])
+
+
+def _fused(
+    given: MiningArguments, inputs: Inputs, vectors: Vectors, tiers: list[Tier], dense: list[Neighbors]
+) -> list[Neighbors]:
+    assert vectors.queries is not None and vectors.passages is not None
+    depths = [tier.depth(given.window[1], inputs.n_candidates) for tier in tiers]
+    lists: list[list[np.ndarray]] = [[] for _ in tiers]
+    for own, neighbors, depth in zip(lists, dense, depths, strict=False):
+        own.append(neighbors.rows[:, :depth].astype(np.int64))
+    if given.lexical:
+        with report.Progress("lexical search", len(inputs.queries), "queries") as progress:
+            index = candidates.Bm25(inputs.passages[: inputs.n_candidates])
+            for own, tier, depth in zip(lists, tiers, depths, strict=True):
+                own.append(index.search([inputs.queries[query] for query in tier.queries], depth, progress.update))
+    if inputs.run_lists is not None:
+        for own, tier, depth in zip(lists, tiers, depths, strict=True):
+            own.append(candidates.padded([inputs.run_lists[query] for query in tier.queries], depth))
+    fused = (candidates.fuse(own, depth) for own, depth in zip(lists, depths, strict=True))
+    return [_scored(vectors, tier.queries, rows) for tier, rows in zip(tiers, fused, strict=True)]
+
+
+def _scored(vectors: Vectors, queries: np.ndarray, rows: np.ndarray) -> Neighbors:
+    """Other rankings' candidates (int64 [q, depth]) with the model's scores."""
+    scores = np.full(rows.shape, -np.inf)
+    query, place = np.nonzero(rows >= 0)
+    scores[query, place] = scores_of(vectors.queries, queries[query], vectors.passages, rows[query, place])
+    return Neighbors(scores, rows)
+
+
+class _DenseSearch:
+    """The model's nearest passages. Every rank makes one and calls it in the same order."""
+
+    def __init__(
+        self,
+        given: MiningArguments,
+        ranks: Ranks,
+        run: report.RunReport,
+        inputs: Inputs | None,
+        vectors: Vectors,
+        folder: Path,
+    ):
+        self.given, self.ranks, self.run, self.inputs = given, ranks, run, inputs
+        self.vectors, self.folder = vectors, folder
+        self._index: ShardedIndex | _OnFirst | None = None
+
+    def neighbors(self, tier: Tier | None) -> Neighbors | None:
+        """Those of a tier's queries, on rank 0, which alone knows the tier; from the store if it has them."""
+        store: EmbeddingStore | None = None
+
+        def open_store() -> tuple[int, int, set[int] | None]:
+            nonlocal store
+            assert self.inputs is not None and tier is not None
+            home = self.folder / f"neighbors-{self._key(tier)}"
+            depth = _kept_depth(home, tier.depth(self.given.window[1], self.inputs.n_candidates))
+            store = EmbeddingStore(home, f"{depth}", len(tier.queries), 2 * depth, np.dtype("<f8"), "neighbours")
+            finished = store.open()
+            if store.is_complete:
+                logger.info("search: all neighbours are in %s", store.folder)
+                finished = None
+            return len(tier.queries), depth, finished
+
+        try:
+            n, depth, finished = self.ranks.broadcast_object(self.ranks.on_first(open_store))
+            if finished is not None:
+                queries = tier.queries if tier is not None else None
+                self.run.counts["searched"] += self._fill(queries, n, depth, store, finished)
+            if store is None:
+                return None
+            kept = store.read()
+            return Neighbors(kept[:, :depth], kept[:, depth:])
+        finally:
+            if store is not None:
+                store.close()
+
+    def _key(self, tier: Tier) -> str:
+        assert self.inputs is not None
+        # Blocks of queries are noted by their numbers, which mean nothing where blocks are of another size.
+        what = {
+            "index": self.given.index_factory, "parameters": self.given.index_parameters,
+            "candidates": self.inputs.n_candidates, "blocks": [_QUERY_BLOCK, _BLOCK_NEIGHBORS],
+        }  # fmt: skip
+        if len(tier.queries) < len(self.inputs.queries):
+            what["queries"] = hashlib.sha256(tier.queries.tobytes()).hexdigest()
+        return fingerprint(what, self.vectors.keys)[:32]
+
+    def _fill(
+        self, numbers: np.ndarray | None, n: int, depth: int, store: EmbeddingStore | None, finished: set[int]
+    ) -> int:
+        """Search for the blocks of queries that are not finished; returns the number of queries in them."""
+        if self._index is None:
+            self._index = self._made_index(depth)
+        ranks, queries = self.ranks, self.vectors.queries
+        searched, size = 0, min(_QUERY_BLOCK, max(1, _BLOCK_NEIGHBORS // max(1, depth)))
+        with report.Progress("search", n, "queries") as progress:
+            for number, start in enumerate(range(0, n, size)):
+                stop = min(start + size, n)
+                if number not in finished:
+                    block = taken(queries, numbers[start:stop]) if numbers is not None else None
+                    found = self._index.search(ranks.broadcast(block), depth)
+                    # Row numbers are exact as float64, which keeps scores and rows in one array.
+                    packed = np.concatenate([found.scores, found.rows.astype(np.float64)], axis=1)
+                    ranks.on_first(partial(_note, store, number, np.arange(start, stop), packed))
+                    searched += stop - start
+                progress.update(stop - start)
+        runtime.give_back_memory()
+        ranks.on_first(lambda: store.finish() if store is not None else None)
+        return searched
+
+    def _made_index(self, depth: int) -> "ShardedIndex | _OnFirst":
+        sizes, passages = None, None
+        if self.inputs is not None:
+            passages = self.vectors.passages[: self.inputs.n_candidates]
+            sizes = passages.shape
+        n_candidates, dim = self.ranks.broadcast_object(sizes)
+        if not self.given.index_factory:
+            return ShardedIndex.of(self.ranks, passages, n_candidates, dim, engines.device())
+        return _OnFirst(self.ranks.on_first(lambda: self._factory_index(passages, depth)))
+
+    def _factory_index(self, passages: np.ndarray, depth: int) -> FactoryIndex:
+        given, queries = self.given, self.vectors.queries
+        index = FactoryIndex(passages, given.index_factory, given.index_parameters)
+        sample = np.sort(np.random.default_rng(0).permutation(len(queries))[:_RECALL_QUERIES])
+        recall = index.recall(np.ascontiguousarray(queries[sample]), depth)
+        about = {"factory": given.index_factory, "recall": recall, "depth": depth, "queries": len(sample)}
+        self.run.results["index"] = about
+        logger.info("search: %s finds %.1f%% of the exact top %d", given.index_factory, 100 * recall, depth)
+        return index
+
+
+class _OnFirst:
+    """An index that rank 0 alone holds, searched like a sharded one."""
+
+    def __init__(self, index: FactoryIndex | None):
+        self.index = index
+
+    def search(self, queries: np.ndarray, k: int) -> Neighbors:
+        if self.index is None:
+            return Neighbors(np.zeros((0, k)), np.zeros((0, k), np.int64))
+        return self.index.search(queries, k)
+
+
+def _note(store: EmbeddingStore | None, number: int, rows: np.ndarray, packed: np.ndarray) -> None:
+    assert store is not None
+    store.write([(number, rows, packed)])
+
+
+def _kept_depth(home: Path, depth: int) -> int:
+    """The depth of a finished store that goes deep enough, else ``depth``."""
+    depths = [int(path.parent.name) for path in home.glob("*/vectors") if path.parent.name.isdecimal()]
+    return min((kept for kept in depths if kept >= depth), default=depth)

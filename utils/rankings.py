@@ -1,0 +1,75 @@
+"""Each query's candidates, best first: as many as its window needs beyond the passages that it must not get.
+
+A query that thousands of rows ask has thousands of positives, all of which may rank above its window. So queries fall
+into tiers by how many passages are forbidden to them, and lists are as long as their tier needs: together they hold a
+small multiple of what the windows and the forbidden passages come to, however few queries have most of these.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from utils.mining_problem import Groups
+from utils.scores import Neighbors
+
+# Queries with at most so many forbidden passages share a tier; those with more, one for each doubling.
+_FEW_FORBIDDEN = 64
+# Candidates that are handed out together.
+_CANDIDATES = 1 << 20
+
+
+class Tier(NamedTuple):
+    """Queries (int64 [q], ascending) whose lists are as long as each other; the most that is forbidden to one."""
+
+    queries: np.ndarray
+    most_forbidden: int
+
+    def depth(self, window_end: int, n_candidates: int) -> int:
+        """How many candidates reach to the window's end, whichever of them are forbidden."""
+        return min(window_end + self.most_forbidden, n_candidates)
+
+
+def tiers_of(forbidden: Groups) -> list[Tier]:
+    """All queries, in tiers that depend on nothing but how many passages are forbidden to each."""
+    sizes = forbidden.sizes()
+    level = np.ceil(np.log2(np.maximum(sizes / _FEW_FORBIDDEN, 1)))
+    return [Tier(np.flatnonzero(level == one), int(sizes[level == one].max())) for one in np.unique(level)]
+
+
+class Rankings:
+    """Lists of candidates, by tier.
+
+    Args:
+        n: how many queries there are.
+        lists: for each tier its queries, and their candidates (``rows`` may be whole numbers in float64, and both
+            memory-mapped).
+    """
+
+    def __init__(self, n: int, lists: Sequence[tuple[np.ndarray, Neighbors]]):
+        self._lists = [neighbors for _, neighbors in lists]
+        self._tier, self._place = np.zeros(n, np.int8), np.zeros(n, np.int64)
+        for number, (queries, _) in enumerate(lists):
+            self._tier[queries] = number
+            self._place[queries] = np.arange(len(queries))
+
+    @classmethod
+    def of(cls, neighbors: Neighbors) -> "Rankings":
+        """Of one list for each query, all of one length."""
+        n = len(neighbors.rows)
+        return cls(n, [(np.arange(n), neighbors)])
+
+    def parts(self, queries: np.ndarray) -> Iterator[tuple[np.ndarray, Neighbors]]:
+        """The lists of some queries (int64 [q]), a bounded number of candidates at a time.
+
+        Yields:
+            The positions of some of them, ascending, and their lists; each position once, in any order.
+        """
+        tier = self._tier[queries]
+        for number, lists in enumerate(self._lists):
+            positions = np.flatnonzero(tier == number)
+            size = max(1, _CANDIDATES // max(1, lists.rows.shape[1]))
+            for start in range(0, len(positions), size):
+                some = positions[start : start + size]
+                places = self._place[queries[some]]
+                yield some, Neighbors(lists.scores[places], lists.rows[places].astype(np.int64))
