@@ -18,7 +18,7 @@ from utils.rankings import Rankings
 from utils.scores import rounding_bound, scores_of
 
 # Why a candidate is dropped. "forbidden" ones are known positives or the query itself and take up no
-# place in the window; the others are counted among the window's candidates.
+# place in the window, before whose end they are counted; the others are among the window's candidates.
 REASONS = (
     "forbidden", "relative_margin", "absolute_margin", "max_score", "min_score", "positive_similarity",
     "reranker_margin", "negative_similarity",
