@@ -52,7 +52,7 @@ def main() -> None:
     report.set_up_logging()
     result = cleaning.clean(given)
     if runtime.rank() == 0:
-        print(result.summary())
+        runtime.tell(result.summary())
 
 
 if __name__ == "__main__":

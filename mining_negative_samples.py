@@ -53,7 +53,7 @@ def main() -> None:
     report.set_up_logging()
     result = mining.mine(given)
     if runtime.rank() == 0:
-        print(mining.summary(result))
+        runtime.tell(mining.summary(result))
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ def main() -> None:
     report.set_up_logging()
     result = training.train(given)
     if runtime.rank() == 0:
-        print(result.summary())
+        runtime.tell(result.summary())
 
 
 if __name__ == "__main__":

@@ -47,6 +47,7 @@ def test_an_unknown_split_names_those_that_are_there(folder):
         ("q1\ta", ":2: 2 columns; expected 3"),
         ("q1 a 1", ":2: 1 columns; expected 3"),
         ("q1\ta\tmuch", ":2: the score is 'much'; expected a whole number"),
+        ("q1\ta\t1.5", ":2: the score is '1.5'; expected a whole number"),
         ("q1\t\t1", ":2: an id is empty"),
         ("q1\ta\t2\nq1\ta\t1", ":3: grade 1 for a pair that has grade 2 above"),
         ("", "the file has no judgments"),
@@ -59,11 +60,20 @@ def test_bad_judgments(folder, line, message):
     assert message in str(caught.value)
 
 
+def test_a_first_line_with_a_score_is_no_header(folder):
+    (folder / "qrels" / "test.tsv").write_text("q1\ta\t2.0\nq2\ta\t1\n")
+    assert [(j.query_id, j.grade) for j in beir.read_qrels(str(folder), "test")] == [("q1", 2), ("q2", 1)]
+    (folder / "qrels" / "test.tsv").write_text("q1\ta\t0.5\nq2\ta\t1\n")
+    with pytest.raises(RecordError, match=r":1: the score is '0\.5'"):
+        list(beir.read_qrels(str(folder), "test"))
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
         ({"text": "x"}, '"_id" is missing'),
         ({"_id": None, "text": "x"}, '"_id" is None'),
+        ({"_id": "\ud800", "text": "x"}, '"_id" holds half of a surrogate pair'),
         ({"_id": "c"}, '"text" is missing'),
         ({"_id": "c", "text": " ", "title": ""}, '"text" is empty'),
         ({"_id": "c", "text": 5}, '"text" is 5; expected a string'),

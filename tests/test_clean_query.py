@@ -65,6 +65,18 @@ def test_few_queries_that_are_all_alike_are_not_taken_for_unrelated_ones(tmp_pat
     assert "4 queries are few to measure it by" in caplog.text
 
 
+def test_equal_vectors_are_duplicates_at_a_threshold_of_1(tmp_path, rows):
+    """Rounded to float32, a unit vector's product with itself is often a little less."""
+    vectors = np.repeat(np.random.default_rng(0).standard_normal((20, 64)), 2, axis=0)
+    np.save(tmp_path / "v.npy", vectors.astype(np.float32))
+    source = write_jsonl(tmp_path / "in.json", [{"query": f"query {n}"} for n in range(40)])
+    result = Clean_Query(
+        input_data_path=source, output_data_path=str(tmp_path / "o.json"), embeddings_path=str(tmp_path / "v.npy"),
+        similarity_threshold=1.0,
+    ).clean()  # fmt: skip
+    assert result.kept_rows.tolist() == list(range(0, 40, 2))
+
+
 def test_the_closest_removals_are_shown(job):
     result = job()
     similar = sorted(removed.score for removed in result.removed if removed.reason == "similar")

@@ -38,6 +38,17 @@ def test_machine_code_that_cannot_be_kept_costs_no_run(tmp_path):
     assert list(tmp_path.rglob("*.nbc"))
 
 
+@pytest.mark.parametrize("kind", ["*.nbi", "*.nbc"])
+def test_damaged_machine_code_is_made_again(tmp_path, kind):
+    assert run("resource.RLIM_INFINITY", NUMBA_CACHE_DIR=str(tmp_path)).returncode == 0
+    whole = {path: path.read_bytes() for path in tmp_path.rglob(kind)}
+    for path, content in whole.items():
+        path.write_bytes(content[: len(content) // 2])
+    done = run("resource.RLIM_INFINITY", NUMBA_CACHE_DIR=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert whole and all(path.stat().st_size > len(content) // 2 for path, content in whole.items())
+
+
 def test_machine_code_is_made_anew_when_any_compiled_source_changes(tmp_path, monkeypatch):
     """A function is compiled into others of other files, too."""
     from utils import compiled

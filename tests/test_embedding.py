@@ -159,3 +159,34 @@ def test_a_row_without_direction_is_named_by_its_place_in_the_file(tmp_path):
     for rows in (None, np.array([1, 3])):
         with pytest.raises(ValueError, match="vector 4 is all zeros in its first 2 dimensions"):
             derive(vectors, tmp_path / "derived", rows, dim=2)
+
+
+@pytest.mark.parametrize("left", [None, 10])
+def test_a_journal_without_its_rows_means_nothing(tmp_path, left):
+    """As after a copy that was broken off: what is missing would be zeros."""
+    store = EmbeddingStore(tmp_path, "key", 4, 3)
+    assert store.open() == set()
+    store.write([(0, np.arange(2), np.ones((2, 3), np.float32))])
+    store.close()
+    assert store.open() == {0}
+    store.close()
+    partial = store.folder / "vectors.partial"
+    if left is None:
+        partial.unlink()
+    else:
+        partial.write_bytes(partial.read_bytes()[:left])
+    assert store.open() == set()
+    store.close()
+
+
+@pytest.mark.parametrize("byte", [b"\x00", b"\xff"])
+def test_a_store_that_holds_no_vectors_is_refused(tmp_path, byte):
+    store = EmbeddingStore(tmp_path, "key", 4, 3)
+    store.open()
+    store.write([(0, np.arange(4), np.ones((4, 3), np.float32))])
+    store.finish()
+    assert store.read().sum() == 12
+    (store.folder / "vectors").write_bytes(byte * 48)
+    with pytest.raises(ValueError, match="is damaged, no vectors are in it; remove"):
+        store.read()
+    store.close()

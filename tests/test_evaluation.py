@@ -221,6 +221,10 @@ def test_a_corpus_file_says_what_is_in_the_corpus(tiny_model, tmp_path, caplog):
     assert evaluation(tiny_model, tmp_path, **options | shallow).evaluate()["hit_rate@1"] == result["hit_rate@1"]
     assert {len(line["passages"]) for line in read_jsonl(tmp_path / "out" / "eval.jsonl")} == {7}
     assert ignoring.report["counts"]["passages_ignored"] == 10
+    own = [{"query": row["query"], "pos_passage": [row["query"]]} for row in rows]
+    options["dev_path"] = write_jsonl(tmp_path / "own.jsonl", own)
+    with pytest.raises(ValueError, match="no(ne)? .* positive besides passages equal to itself"):
+        evaluation(tiny_model, tmp_path, ignore_identical=True, **options).evaluate()
 
 
 def test_compare_with_a_model_or_its_file(tiny_model, tmp_path, dev):

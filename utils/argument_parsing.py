@@ -276,9 +276,10 @@ def _read_json(path: str, cls: type) -> dict:
     except json.JSONDecodeError as error:
         data = next((name for name in _DATA if name in {f.name for f in dataclasses.fields(cls)}), None)
         if error.msg == "Extra data" and data is not None:
+            several = ", several files with commas between them" if data == "dataset_name_or_path" else ""
             raise ArgumentError(
                 f"{path}: more than one JSON value, as in a file of rows; expected one JSON object of arguments. Rows"
-                f" go into --{data}, several files with commas between them"
+                f" go into --{data}{several}"
             ) from None
         raise ArgumentError(f"{path}:{error.lineno}: not JSON: {error.msg} at column {error.colno}") from None
     except RecursionError:

@@ -168,6 +168,7 @@ class EvaluateArguments(ModelArguments, InputArguments):
 
 STRATEGIES = ("top", "random", "easy")
 FORMATS = ("list", "flagembedding", "triplet", "n-tuple", "labeled-list", "context_qa")
+_MOST_NEGATIVES = 1_000_000
 # What users call the strategies in a mix.
 _MIX_NAMES = {"hard": "top", **{name: name for name in STRATEGIES}}
 
@@ -192,7 +193,10 @@ class MiningArguments(ModelArguments, InputArguments):
         "0-50", "which of a query's nearest passages are candidates, counted without its own positives: START-STOP"
     )
     num_negatives: int | None = option(
-        None, "negatives a row; default: 15, or what mix adds up to", at_least=1, at_most=1_000_000
+        None,
+        "negatives a row; default: 15, or what mix adds up to",
+        at_least=1,
+        at_most=_MOST_NEGATIVES,
     )
     sampling_strategy: str = option(
         "top", "top: the nearest; random: any of the range; easy: the less similar, the likelier", choices=STRATEGIES
@@ -290,6 +294,8 @@ class MiningArguments(ModelArguments, InputArguments):
                 raise ArgumentError(f"mix holds {name!r}; expected {', '.join(_MIX_NAMES)}{nearest(name, _MIX_NAMES)}")
             if not count.isdecimal() or int(count) == 0:
                 raise ArgumentError(f'mix holds {part!r}; expected a strategy and a count, such as "hard:10,easy:5"')
+            if len(count) > 7 or int(count) > _MOST_NEGATIVES:
+                raise ArgumentError(f"mix holds {part!r}; expected at most {_MOST_NEGATIVES:,} negatives")
             parts.append((_MIX_NAMES[name], int(count)))
         return parts
 

@@ -4,10 +4,14 @@ Every reader raises at the first bad row, or collects bad rows in the list given
 """
 
 import os
+import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from utils.records import RawLine, Record, RecordError, parse_object, passages_key, read_lines
+
+# A grade; programs that write tables make 1.0 of 1.
+_WHOLE = re.compile(r"-?[0-9]{1,9}(\.0+)?", re.ASCII)
 
 
 class Judgment(NamedTuple):
@@ -120,11 +124,9 @@ def passage_text(row: dict, path: str, line: int) -> str:
     if not text:
         found = "empty" if "text" in row else "missing"
         raise RecordError(path, line, f'"text" is {found}; expected a non-empty string')
-    try:
-        text.encode()
-    except UnicodeEncodeError:
+    if not _is_unicode(text):
         reason = "a text holds half of a surrogate pair (\\ud800 to \\udfff); expected valid Unicode"
-        raise RecordError(path, line, reason) from None
+        raise RecordError(path, line, reason)
     return text
 
 
@@ -166,7 +168,17 @@ def _id(row: dict, path: str, line: int) -> str:
     if not isinstance(value, str) or not value.strip():
         found = "missing" if "_id" not in row else f"{value!r:.40}"
         raise RecordError(path, line, f'"_id" is {found}; expected a non-empty string')
+    if not _is_unicode(value):
+        raise RecordError(path, line, '"_id" holds half of a surrogate pair; expected valid Unicode')
     return value
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _judgment(raw: RawLine, path: str) -> Judgment | None:
@@ -179,14 +191,18 @@ def _judgment(raw: RawLine, path: str) -> Judgment | None:
         reason = f"{len(columns)} columns; expected 3, query-id, corpus-id and score, with tabs between"
         raise RecordError(path, raw.number, reason)
     query_id, passage_id, grade = (column.strip() for column in columns)
-    if raw.number == 1 and not _is_whole(grade):
+    if raw.number == 1 and not _is_number(grade):
         return None
-    if not _is_whole(grade):
+    if not _WHOLE.fullmatch(grade):
         raise RecordError(path, raw.number, f"the score is {grade!r:.40}; expected a whole number")
     if not query_id or not passage_id:
         raise RecordError(path, raw.number, "an id is empty; expected query-id, corpus-id and score")
-    return Judgment(query_id, passage_id, int(grade), raw.number)
+    return Judgment(query_id, passage_id, int(float(grade)), raw.number)
 
 
-def _is_whole(text: str) -> bool:
-    return text.removeprefix("-").isdecimal() and text.isascii() and len(text) < 10
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

@@ -65,6 +65,8 @@ _ENOUGH_QUERIES, _HIGHEST_MEASURED = 50, 0.97
 # The threshold where none is given; and, for models that unrelated queries get as much from, how much of the way from
 # those up to 1.
 _THRESHOLD, _ABOVE_UNRELATED = 0.75, 0.85
+# What float32 may leave of a unit vector's cosine with itself.
+_SAME = 1 - 1e-6
 # Removals to show to a person: those that the threshold decided the most narrowly.
 _SHOWN, _SHOWN_WIDTH = 3, 50
 
@@ -235,6 +237,7 @@ def _threshold(given: CleanArguments, vectors: np.ndarray, run: report.RunReport
     if threshold is None:
         logger.info("threshold: %g, because unrelated queries score %.2f on average with this model", above, mean)
         return above
+    threshold = min(threshold, _SAME)
     if len(vectors) >= _ENOUGH_QUERIES and threshold <= high:
         logger.warning(
             "warning: the threshold %g lies within what unrelated queries score with this model (mean %.2f, "

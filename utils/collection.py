@@ -340,6 +340,11 @@ def _check_positives(collection: Collection, given: EvaluateArguments) -> None:
     collection.counts["positives_not_in_corpus"] = collection.counts["positives"] - int(reachable.sum())
     if n_without == len(collection.queries):
         where = given.corpus_path or given.dev_path
+        if collection.ignored:
+            raise ValueError(
+                f"{given.dev_path}: none of the {n_without} queries has a positive besides passages equal to itself, "
+                "which ignore_identical leaves out"
+            )
         raise ValueError(
             f"{given.dev_path}: none of the {n_without} queries has a positive in the corpus; "
             f"expected its text, letter for letter, in {where}"

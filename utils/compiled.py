@@ -1,5 +1,6 @@
 """Loops compiled by numba: how, for which processor, and where the machine code is kept."""
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -59,6 +60,11 @@ class _Cache(FunctionCache):
         try:
             return super().load_overload(signature, target_context)
         except OSError:
+            return None
+        except Exception as error:  # noqa: BLE001 - a damaged pickle ends in whatever its bytes ask for
+            logger.info("machine code in %s is damaged (%r); compiling again", self.cache_path, error)
+            with contextlib.suppress(OSError):
+                self.flush()
             return None
 
     def save_overload(self, signature, data):

@@ -27,6 +27,8 @@ _DTYPE = np.dtype("<f4")
 _JOURNAL_ENTRY = struct.Struct("<qq")  # a batch number and a check on it, against a torn last entry
 # Longest vector whose products with its like fit into float32.
 _LARGEST_NORM = 1e18
+# Rows of a store that are looked at when it is read: all would take as long as a search.
+_CHECKED_ROWS = 1000
 # Rows that derive() holds in memory at a time.
 _DERIVE_ROWS = 1 << 14
 
@@ -75,11 +77,13 @@ class EmbeddingStore:
                 self._lock = take_lock(self.folder, patience_s=float("inf"))
             if self.is_complete:
                 return set()
-            finished = self._read_journal()
             size = self.n * self.dim * self.dtype.itemsize
+            partial = self.folder / "vectors.partial"
+            # Without its rows, as after a copy that was broken off, the journal means nothing.
+            finished = self._read_journal() if partial.is_file() and partial.stat().st_size == size else set()
             if not finished:
                 self._require_space(size)
-            self._data = open(self.folder / "vectors.partial", "r+b" if finished else "w+b")  # noqa: SIM115
+            self._data = open(partial, "r+b" if finished else "w+b")  # noqa: SIM115
             self._data.truncate(size)
             self._journal = open(self.folder / "journal", "ab" if finished else "wb")  # noqa: SIM115
             return finished
@@ -124,7 +128,12 @@ class EmbeddingStore:
             raise ValueError(f"{path}: is not {self.n} x {self.dim} {self.dtype}; remove {self.folder} and run again")
         if self.n == 0:
             return np.zeros((0, self.dim), self.dtype)
-        return np.memmap(path, self.dtype, "r", shape=(self.n, self.dim))
+        vectors = np.memmap(path, self.dtype, "r", shape=(self.n, self.dim))
+        if self.dtype == _DTYPE:
+            some = vectors[np.linspace(0, self.n - 1, min(self.n, _CHECKED_ROWS)).astype(int)]
+            if not np.isfinite(some).all() or not some.any():
+                raise ValueError(f"{path}: is damaged, no vectors are in it; remove {self.folder} and run again")
+        return vectors
 
     def close(self) -> None:
         """Let go of the files and the lock; a store in which nothing was finished is removed."""
@@ -184,7 +193,8 @@ def read_user_vectors(path: str, n: int, of_each: str, normalize: bool) -> np.nd
     if len(vectors) != n or vectors.shape[1] == 0:
         raise ValueError(f"{path}: has shape {list(vectors.shape)}; {expected}")
     for start in range(0, n, 1 << 14):
-        norms = np.linalg.norm(np.asarray(vectors[start : start + (1 << 14)], np.float64), axis=1)
+        with np.errstate(over="ignore"):  # told below
+            norms = np.linalg.norm(np.asarray(vectors[start : start + (1 << 14)], np.float64), axis=1)
         if not normalize:
             norms[norms > _LARGEST_NORM] = np.inf  # its float32 products would overflow
         bad = np.flatnonzero(~np.isfinite(norms) | ((norms == 0) & normalize))

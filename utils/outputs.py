@@ -34,7 +34,7 @@ class Outputs:
 
     def __init__(self, main: str, suffixes: Sequence[str]):
         self.main = Path(os.path.realpath(main))
-        self.work = self.main.with_name(self.main.name + ".work")
+        self.work = self.main.parent / (self.main.name + ".work")
         self._given, self._suffixes = main, suffixes
         self._staged: dict[str, Path] = {}
         self._lock: IO | None = None
@@ -49,6 +49,8 @@ class Outputs:
             OSError: it cannot be made or written.
             ValueError: an output would overwrite an input, or another run holds the folder.
         """
+        if len(os.fsencode(self.main.name)) > _LONGEST_NAME:
+            raise ValueError(f"{self.main}: the name is too long; expected at most {_LONGEST_NAME} bytes")
         if self._given.endswith("/") or self.main.is_dir():
             raise IsADirectoryError(f"{self._given}: is a directory; expected a path for the output file")
         inputs = [path for path in inputs if path]
@@ -209,5 +211,9 @@ def remove(path: Path) -> None:
 
 
 def described(error: OSError, what: str) -> OSError:
-    """The same kind of error, its message opening with what was being done."""
-    return type(error)(f"{what}: {error.strerror or error}")
+    """The same kind of error, its message opening with what was being done; as it is if that was said already."""
+    if getattr(error, "is_described", False):
+        return error
+    told = type(error)(f"{what}: {error.strerror or error}")
+    told.is_described = True
+    return told

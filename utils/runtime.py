@@ -190,6 +190,7 @@ def run(main: Callable[[], None]) -> None:
     A user's mistake (ValueError, OSError) becomes one line on stderr and exit status 2, on the rank where
     it was met only; anything else is a defect of ours and keeps its traceback.
     """
+    _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # a terminal that knows no Chinese must not end a run
     try:
@@ -216,6 +217,27 @@ def run(main: Callable[[], None]) -> None:
         )  # fmt: skip
         _leave(2)
     _leave(0)
+
+
+def tell(summary: str) -> None:
+    """Print what a finished job has to say. That nobody reads it does not make the job fail."""
+    try:
+        print(summary, flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still in the stream
+        if not isinstance(error, BrokenPipeError):  # such as ``| head -1``
+            print(f"cannot print the summary ({error.strerror}); the outputs are complete", file=sys.stderr)
+
+
+def _open_closed_streams() -> None:
+    """Where a scheduler has closed them, a file that is opened later would become standard output."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
 
 
 def _interrupted() -> NoReturn:

@@ -74,6 +74,11 @@ class _Inputs:
         dims = given.embedding_matryoshka_dims or []
         if dims and max(dims) > base.hidden_size:
             raise ValueError(f"embedding_matryoshka_dims has {max(dims)}; {base.folder} has only {base.hidden_size}")
+        n_layers = base.config.get("num_hidden_layers")
+        if n_layers is not None and given.freeze_layers >= n_layers > 0:
+            raise ValueError(
+                f"freeze_layers is {given.freeze_layers}; {base.folder} has only {n_layers} layers to train"
+            )
         if base.hidden_size in dims and not any(given.embedding_matryoshka_weights or [1]):
             raise ValueError("embedding_matryoshka_weights are all 0, the full width's too; expected one above 0")
         dev = None
