@@ -123,7 +123,7 @@ def judge(problem: Problem, rankings: Rankings, wrong: list[set[int]]) -> None:
     def mine(background=measured, **options) -> types.SimpleNamespace:
         rules = negatives.Rules(**options)
         screened = negatives.screen(problem, rankings, positives, rules, background)
-        rows = negatives.choose(problem, screened, rules, background).negatives
+        rows = negatives.choose(problem, screened, positives, rules, background).negatives
         kept = sum(n.row in wrong[query] for query, row in zip(problem.query_of_row, rows, strict=True) for n in row)
         return types.SimpleNamespace(kept=kept, short=sum(len(row) < 5 for row in rows), total=sum(map(len, rows)))
 

@@ -88,7 +88,7 @@ def mine(queries: str, passages: str, positives: str, depth: int, wanted: int, o
     screened = negatives.screen(problem, Rankings.of(found), scores, rules, background)
     np.save(output, found.rows)
     del found
-    chosen = negatives.choose(problem, screened, rules, background).negatives
+    chosen = negatives.choose(problem, screened, scores, rules, background).negatives
     mined = [[texts[negative.row] for negative in row] for row in chosen]
     seconds = time.perf_counter() - started
     return {

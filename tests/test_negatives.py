@@ -44,7 +44,7 @@ def mine(problem: Problem, rules: Rules, depth: int = 60, baseline: float | None
         background = Background(baseline, baseline, background.spread)
     neighbors = neighbors_of(problem, depth)
     screened = screen(problem, Rankings.of(neighbors), positives, rules, background)
-    return choose(problem, screened, rules, background), screened, background
+    return choose(problem, screened, positives, rules, background), screened, background
 
 
 def by_the_book(problem: Problem, rules: Rules, background: Background, depth: int) -> tuple[list, dict]:
@@ -149,7 +149,7 @@ def test_a_query_that_many_rows_ask_gets_what_the_rules_say(monkeypatch, pairs):
     positives = problem.positive_scores()
     background, _ = measure_background(problem, positives)
     screened = screen(problem, rankings, positives, rules, background)
-    result = choose(problem, screened, rules, background)
+    result = choose(problem, screened, positives, rules, background)
     expected, drops = by_the_book(problem, rules, background, 150)
     assert [[tuple(n) for n in row] for row in result.negatives] == expected
     assert drops["positive_similarity"] > 0 and drops["forbidden"] > 0
@@ -200,8 +200,6 @@ def test_nothing_forbidden_under_any_options(seed):
         assert not set(rows) & set(problem.forbidden[problem.query_of_row[row]].tolist())
         assert len(set(rows)) == len(rows) <= rules.wanted
         assert all(0 <= r < problem.n_candidates for r in rows)
-        if rules.backfill:
-            assert len(rows) == rules.wanted  # 200 passages, never more than 80 of them ruled out
     again, _, _ = mine(problem, rules, depth=80, baseline=[None, 0.0][seed % 2])
     assert again.negatives == result.negatives
 
@@ -247,7 +245,45 @@ def test_backfill_is_marked_and_avoids_presumed_positives():
     assert len(result.short_queries)
     for row in result.short_queries:
         marked = [negative.row for negative in result.negatives[row] if negative.rank == -1]
-        assert marked and not set(marked) & set(screened.presumed[problem.query_of_row[row]].tolist())
+        assert not set(marked) & set(screened.presumed[problem.query_of_row[row]].tolist())
+    assert min(negative.rank for row in result.negatives for negative in row) == -1
+
+
+def may_be_drawn(problem: Problem, query: int, rules: Rules, background: Background) -> set[int]:
+    """What backfill may give a query, passage by passage: no rule but min_score speaks against it."""
+    free = replace(rules, window=(rules.window[0], problem.n_candidates), parts=(("top", problem.n_candidates),))
+    free = replace(free, min_score=None, negative_similarity=None)
+    alone = replace(problem, query_of_row=np.array([query]))
+    return {passage for passage, *_ in by_the_book(alone, free, background, problem.n_candidates)[0][0]}
+
+
+@pytest.mark.parametrize("n_passages", [200, 3000])
+@pytest.mark.parametrize("seed", range(3))
+def test_backfill_draws_no_likely_answers(seed, n_passages):
+    problem = make_problem(n_queries=12, n_passages=n_passages, seed=seed)
+    problem = replace(problem, query_of_row=np.array([0, 1, 2, 2]))
+    rules = Rules((12, 20), (("top", 25),), max_score=0.5, min_score=0.99, positive_similarity=0.7, backfill=True)
+    result, _, background = mine(problem, rules, depth=40)
+    for row, chosen in enumerate(result.negatives):
+        query = int(problem.query_of_row[row])
+        allowed = may_be_drawn(problem, query, rules, background)
+        drawn = {negative.row for negative in chosen}
+        assert len(drawn) == len(chosen) == 25 <= len(allowed) < n_passages - 12
+        assert drawn <= allowed and all(negative.rank == -1 for negative in chosen)
+    assert result.negatives[2] != result.negatives[3]  # each row has draws of its own
+
+
+def test_backfill_takes_what_there_is():
+    problem = replace(make_problem(n_queries=4, n_passages=120), query_of_row=np.arange(4))
+    rules = Rules(window=(5, 6), relative_margin=0.95, min_score=2.0, parts=(("top", 25),), backfill=True)
+    result, _, background = mine(problem, rules)
+    sizes = set()
+    for query in range(4):
+        allowed = may_be_drawn(problem, query, rules, background)
+        assert {negative.row for negative in result.negatives[query]} <= allowed
+        assert len(result.negatives[query]) == min(25, len(allowed))
+        sizes.add(len(allowed))
+    assert min(sizes) < 25 < max(sizes)
 
 
 def test_a_vector_of_zeros_is_like_nothing():
@@ -280,7 +316,8 @@ def test_passages_outside_the_pool_are_never_mined():
     positives = problem.positive_scores()
     background, _ = measure_background(problem, positives)
     rules = Rules(parts=(("top", 30),), relative_margin=0.3, backfill=True)
-    result = choose(problem, screen(problem, Rankings.of(neighbors), positives, rules, background), rules, background)
+    screened = screen(problem, Rankings.of(neighbors), positives, rules, background)
+    result = choose(problem, screened, positives, rules, background)
     assert max(negative.row for row in result.negatives for negative in row) < 40
 
 
@@ -310,5 +347,6 @@ def test_no_candidates_at_all():
     positives = problem.positive_scores()
     background, _ = measure_background(problem, positives)
     rules = Rules(positive_similarity=0.7, negative_similarity=0.9)
-    result = choose(problem, screen(problem, Rankings.of(nothing), positives, rules, background), rules, background)
+    screened = screen(problem, Rankings.of(nothing), positives, rules, background)
+    result = choose(problem, screened, positives, rules, background)
     assert result.negatives == [[], [], []] and result.short_queries.tolist() == [0, 1, 2]

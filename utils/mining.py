@@ -200,7 +200,7 @@ def _rerank(
 def _choose_and_write(outputs: Outputs, run: report.RunReport, inputs: Inputs | None, job: _Job | None) -> MiningResult:
     assert inputs is not None and job is not None
     with run.stage("choose"), report.Progress("choose", len(inputs.query_of_row), "rows") as progress:
-        result = negatives.choose(job.problem, job.screened, job.rules, job.background, progress.update)
+        result = negatives.choose(job.problem, job.screened, job.positives, job.rules, job.background, progress.update)
     with run.stage("write"):
         _write(job.given, outputs, run, inputs, job.positives, job.screened, result)
     return result

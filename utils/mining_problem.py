@@ -120,13 +120,13 @@ class Problem:
         Forbidden ones take up no place in it.
 
         Returns:
-            Those that do, bool [b, k]; the ranks, int [b, k]; and how many before the window's end are forbidden to
-            each query, int [b], however much further the lists go.
+            Those that do, bool [b, k]; the ranks, int [b, k], -1 of what has none; and how many before the window's
+            end are forbidden to each query, int [b], however much further the lists go.
         """
         there = rows >= 0
         forbidden = self.forbidden.hold(queries, rows) & there
         open_ = there & ~forbidden
-        rank = np.cumsum(open_, axis=1) - 1
+        n_open = np.cumsum(open_, axis=1)
+        rank = np.where(open_, n_open - 1, -1)
         open_ &= (rank >= window[0]) & (rank < window[1])
-        forbidden &= rank + 1 < window[1]  # the rank that it would have had
-        return open_, rank, forbidden.sum(axis=1)
+        return open_, rank, (forbidden & (n_open < window[1])).sum(axis=1)

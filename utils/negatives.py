@@ -27,6 +27,8 @@ REASONS = (
 _BLOCK_ROWS = 1024
 # Pairs of a candidate and a positive that are compared at a time.
 _PAIRS = 1 << 18
+# How often backfill draws for a row at most, if too many draws look like answers; and how many it tests at once.
+_DRAWS, _TRIED = 4, 32
 # Streams of random numbers that must not repeat each other.
 _SAMPLING, _BACKFILL = 0, 1
 
@@ -130,7 +132,8 @@ class Screened:
 
     Attributes:
         left: those that passed.
-        presumed: passages dropped as too near a positive.
+        presumed: passages that backfill may not draw: dropped as too near a positive or, where there is to be any
+            backfill, nearer than the window's first.
         drops, n_window: how many were dropped, and looked at, counted once for each row that asks the query.
     """
 
@@ -171,7 +174,8 @@ def screen(
             open_, rank, n_forbidden = problem.in_window(queries, rows, rules.window)
             drops["forbidden"] += int(n_forbidden @ weight)
             n_window += int(open_.sum(axis=1) @ weight)
-            too_near = np.zeros_like(open_)
+            # What the user's window passes over is as likely an answer as what it begins with, or likelier.
+            too_near = (rank >= 0) & (rank < rules.window[0]) if rules.backfill else np.zeros_like(open_)
             for reason, fails in _tests(problem, queries, rows, scores, lowest, rules, background):
                 failing = open_ & fails(open_)
                 drops[reason] += int(failing.sum(axis=1) @ weight)
@@ -289,11 +293,16 @@ def apply_reranker(
 def choose(
     problem: Problem,
     screened: Screened,
+    positives: np.ndarray,
     rules: Rules,
     background: Background,
     progress: Callable[[int], None] = lambda count: None,
 ) -> MiningResult:
-    """Draw each row's negatives from the candidates that passed, and fill up short rows if asked to."""
+    """Draw each row's negatives from the candidates that passed, and fill up short rows if asked to.
+
+    Args:
+        positives: from ``problem.positive_scores``.
+    """
     drops = dict(screened.drops)
     n_rows = len(problem.query_of_row)
     left = screened.left
@@ -301,6 +310,7 @@ def choose(
     chosen = _Growing(n_rows, int(np.minimum(most, rules.wanted).sum()))
     short = []
     copies = _Copies(problem, rules, background)
+    lowest = problem.positives.lowest(positives)
     for row, query in enumerate(problem.query_of_row.tolist()):
         part = slice(left.lims[query], left.lims[query + 1])
         picked, too_alike = _draw(row, left.rows[part], left.scores[part], rules, background, copies)
@@ -309,7 +319,7 @@ def choose(
         if len(picked) < rules.wanted:
             short.append(row)
             if rules.backfill:
-                more = _backfill(problem, row, screened, rows, rules)
+                more = _backfill(problem, row, screened, rows, lowest, rules, background)
                 rows, scores = np.concatenate([rows, more[0]]), np.concatenate([scores, more[1]])
                 ranks = np.concatenate([ranks, np.full(len(more[0]), -1)])
         chosen.add([len(rows)], rows, scores, ranks)
@@ -397,21 +407,50 @@ class _Copies:
 
 
 def _backfill(
-    problem: Problem, row: int, screened: Screened, taken: np.ndarray, rules: Rules
+    problem: Problem,
+    row: int,
+    screened: Screened,
+    taken: np.ndarray,
+    lowest: np.ndarray,
+    rules: Rules,
+    background: Background,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Random passages for a short row and their scores: neither forbidden, nor presumed false, nor taken already."""
+    """Random passages for a short row and their scores: neither forbidden, nor likely answers, nor taken already.
+
+    Those that no list holds go through the same tests on single candidates, but for ``min_score``: chance passages are
+    easy, whatever else is asked for. Fewer than are needed if chance finds no more.
+    """
     need = rules.wanted - len(taken)
     query = int(problem.query_of_row[row])
+    asked = np.array([query])
     banned = np.unique(np.concatenate([problem.forbidden[query], screened.presumed[query], taken]).astype(np.int64))
-    rng = np.random.default_rng([rules.seed, _BACKFILL, row])
-    n = problem.n_candidates
-    if n <= 4 * (need + len(banned)):
-        drawn = np.setdiff1d(rng.permutation(n), banned, assume_unique=True)
-    else:
-        # Twice as many draws as can be refused, repeats aside: cheap however large the corpus is.
-        drawn = rng.integers(0, n, 4 * (need + len(banned)))
-        _, first = np.unique(drawn, return_index=True)
-        drawn = drawn[np.sort(first)]
-        drawn = drawn[~np.isin(drawn, banned)]
-    drawn = drawn[:need]
-    return drawn, scores_of(problem.query_vectors, np.full(len(drawn), query), problem.passage_vectors, drawn)
+    found, found_scores, n_found = [], [], 0
+    for some in _draws(np.random.default_rng([rules.seed, _BACKFILL, row]), problem.n_candidates, need, banned):
+        scores = scores_of(problem.query_vectors, np.full(len(some), query), problem.passage_vectors, some)
+        passes = np.ones((1, len(some)), bool)
+        for reason, fails in _tests(problem, asked, some[None], scores[None], lowest, rules, background):
+            if reason != "min_score":
+                passes &= ~fails(passes)
+        found.append(some[passes[0]])
+        found_scores.append(scores[passes[0]])
+        n_found += len(found[-1])
+        if n_found >= need:
+            break
+    if not found:
+        return np.zeros(0, np.int64), np.zeros(0)
+    return np.concatenate(found)[:need], np.concatenate(found_scores)[:need]
+
+
+def _draws(rng: np.random.Generator, n: int, need: int, banned: np.ndarray) -> Iterator[np.ndarray]:
+    """Random numbers below ``n``, a few at a time, none twice and none that is banned; not without end."""
+    for _ in range(_DRAWS):
+        if n <= 4 * (need + len(banned)):
+            drawn = np.setdiff1d(rng.permutation(n), banned, assume_unique=True)
+        else:
+            # Several times what can be refused, repeats aside: cheap however large the corpus is.
+            drawn = rng.integers(0, n, 4 * (need + len(banned)))
+            _, first = np.unique(drawn, return_index=True)
+            drawn = drawn[np.sort(first)]
+            drawn = drawn[~np.isin(drawn, banned)]
+        yield from np.split(drawn, range(_TRIED, len(drawn), _TRIED))
+        banned = np.union1d(banned, drawn)
