@@ -6,10 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import make_rows, make_tiny_bert, read_jsonl, run_script, write_jsonl
+from thread_ranks import on_ranks
 
 from mining_negative_samples import MiningNegativeSamples
 from utils import arguments, candidates, embedding, mining, mining_search, reranker
 from utils.arguments import ArgumentError, MiningArguments
+from utils.distributed import Ranks
 from utils.mapped import is_mapped
 from utils.mining_inputs import Inputs
 from utils.mining_problem import Problem
@@ -566,6 +568,62 @@ def test_a_reranker_has_the_last_word(mine, tiny_model, tmp_path, monkeypatch):
     assert not list(folder.glob("*.pdparams"))  # nothing is left in the user's folder
     with pytest.raises(ValueError, match="expected a reranker with one logit"):
         mine(reranker_path=tiny_model)
+
+
+def test_a_killed_reranking_goes_on_where_it_stopped(mine, tmp_path, monkeypatch):
+    monkeypatch.setattr(reranker, "_BATCHES_A_ROUND", 2)
+    options = {"reranker_path": make_tiny_bert(tmp_path / "reranker", labels=1), "embedding_cache": None}
+    _, out = mine(**options, reranker_margin=0.0)
+    whole, score, calls = Path(out).read_bytes(), reranker.Reranker.score, []
+
+    def dying(self, pairs):
+        calls.append(pairs)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return score(self, pairs)
+
+    monkeypatch.setattr(reranker.Reranker, "score", dying)
+    with pytest.raises(KeyboardInterrupt):
+        mine(**options, reranker_margin=0.0)
+    monkeypatch.setattr(reranker.Reranker, "score", score)
+    again, out = mine(**options, reranker_margin=0.0)
+    assert Path(out).read_bytes() == whole and again.report["counts"]["encoded"] == 0
+    options["embedding_cache"] = str(tmp_path / "fresh")
+    fresh, out = mine(**options, reranker_margin=0.0)
+    assert fresh.report["counts"]["reranked"] == again.report["counts"]["reranked"] + 4 * 32
+    other, _ = mine(**options, reranker_margin=1.0)  # the same pairs are looked at
+    assert other.report["counts"]["reranked"] == 0
+    assert other.drops_by_reason["reranker_margin"] > fresh.drops_by_reason["reranker_margin"]
+
+
+class LengthReranker:
+    """Scores a pair by its length, as a model would by what it says."""
+
+    def description(self) -> dict:
+        return {"by": "length"}
+
+    def score(self, pairs):
+        return np.array([len(query) + len(passage) / 64 for query, passage in pairs], np.float32)
+
+
+def test_logits_on_any_number_of_ranks(tmp_path):
+    rng = np.random.default_rng(0)
+    pairs = [("q" * int(a), "p" * int(b)) for a, b in rng.integers(1, 60, (1000, 2))]
+    for size in (1, 2, 3):
+
+        def work(ranks, folder=tmp_path / str(size)):
+            return reranker.rerank(LengthReranker(), pairs if ranks.is_first else None, ranks, folder)
+
+        (logits, n), *others = on_ranks(size, work)
+        assert np.array_equal(logits, LengthReranker().score(pairs)) and n == 1000
+        assert others == [(None, 1000)] * (size - 1)
+        (again, n), *_ = on_ranks(size, work)
+        assert np.array_equal(again, logits) and n == 0
+    broken = LengthReranker()
+    broken.score = lambda pairs: np.full(len(pairs), np.nan, np.float32)
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        reranker.rerank(broken, pairs, Ranks(), tmp_path / "broken")
+    assert not list((tmp_path / "broken").iterdir())  # nothing of it is kept
 
 
 @pytest.mark.parametrize("nproc", [2, 3])

@@ -49,7 +49,7 @@ def mine(given: MiningArguments) -> MiningResult:
         job = ranks.on_first(lambda: _screen(given, run, inputs, vectors, rankings))
         if given.reranker_path:
             with run.stage("rerank"):
-                _rerank(given, ranks, run, inputs, job)
+                _rerank(given, ranks, run, inputs, job, folder)
         result = ranks.on_first(lambda: _choose_and_write(outputs, run, inputs, job))
         return ranks.broadcast_object(result)
     except BaseException:
@@ -172,7 +172,12 @@ def _screen(
 
 
 def _rerank(
-    given: MiningArguments, ranks: Ranks, run: report.RunReport, inputs: Inputs | None, job: _Job | None
+    given: MiningArguments,
+    ranks: Ranks,
+    run: report.RunReport,
+    inputs: Inputs | None,
+    job: _Job | None,
+    folder: Path,
 ) -> None:
     """Let the cross-encoder score what is left and the positives, and drop what it finds too near."""
     reranker = ranks.all_agree(lambda: Reranker(given.reranker_path, given.reranker_max_len))
@@ -185,10 +190,9 @@ def _rerank(
         keys, which = np.unique(np.concatenate(queries) * len(inputs.passages) + passages, return_inverse=True)
         pairs = [divmod(key, len(inputs.passages)) for key in keys.tolist()]
         pairs = [(inputs.queries[query], inputs.passages[passage]) for query, passage in pairs]
-    logits = rerank(reranker, pairs, ranks)
+    logits, run.counts["reranked"] = rerank(reranker, pairs, ranks, folder)
     if job is None:
         return
-    run.counts["reranked"] = len(pairs)
     run.results["reranker"] = {"digest": reranker.model.digest, "margin": given.reranker_margin}
     logits = logits[which]
     n_left = len(left.rows)

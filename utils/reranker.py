@@ -2,12 +2,15 @@
 
 import logging
 from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 
 from utils import checkpoint, engines, runtime
 from utils.checkpoint import Checkpoint
 from utils.distributed import Ranks
+from utils.embedding_store import EmbeddingStore, fingerprint
 from utils.paddlenlp_models import import_paddlenlp, load_tokenizer, one_line
 from utils.report import Progress
 from utils.weight_files import read_weights
@@ -43,6 +46,13 @@ class Reranker:
             raise ValueError(f"{self.model.folder}: PaddleNLP has no {architecture}; expected a reranker that it knows")
         self.max_length = min(max_length, self.model.max_length or max_length)
         self._loaded = None
+
+    def description(self) -> dict:
+        """What a logit depends on besides its pair, and the batches that pairs are scored in."""
+        return {
+            "digest": self.model.digest, "max_length": self.max_length, "device": engines.device(),
+            "batch_pairs": _BATCH_PAIRS,
+        }  # fmt: skip
 
     def score(self, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
         """One logit for each pair, float32 [n]; a single batch."""
@@ -98,43 +108,85 @@ def _from_torch(reranker: Checkpoint):
     return model
 
 
-def rerank(reranker: Reranker, pairs: Sequence[tuple[str, str]] | None, ranks: Ranks) -> np.ndarray | None:
-    """The logits of rank 0's pairs (None elsewhere), float32 [n], on rank 0.
+def rerank(
+    reranker: Reranker, pairs: Sequence[tuple[str, str]] | None, ranks: Ranks, folder: Path
+) -> tuple[np.ndarray | None, int]:
+    """The logits of rank 0's pairs (None elsewhere), float32 [n], on rank 0; and how many had to be scored now.
 
-    Batches are formed over all pairs by length and never split, so the number of ranks changes nothing.
+    Batches are formed over all pairs by length and never split, so the number of ranks changes nothing. Finished ones
+    are kept on disk, for these very pairs: in other batches a pair's logit may differ in its last bits.
+
+    Args:
+        folder: where rank 0 keeps its stores; unused on other ranks.
 
     Raises:
         ValueError: the model gives NaN or infinity.
     """
-    batches, logits = None, None
+    store: EmbeddingStore | None = None
+
+    def open_store() -> set[int] | None:
+        nonlocal store
+        assert pairs is not None
+        key = fingerprint(reranker.description(), (text for pair in pairs for text in pair))
+        store = EmbeddingStore(folder, key, len(pairs), 1, what="logits")
+        finished = store.open()
+        if not store.is_complete:
+            return finished
+        logger.info("rerank: all %s logits are in %s", f"{len(pairs):,}", store.folder)
+        return None
+
+    try:
+        finished = ranks.broadcast_object(ranks.on_first(open_store))
+        n_scored = _fill(reranker, pairs, ranks, store, finished) if finished is not None else 0
+        return (np.array(store.read()[:, 0]) if store is not None else None), n_scored
+    finally:
+        if store is not None:
+            store.close()
+
+
+def _fill(
+    reranker: Reranker,
+    pairs: Sequence[tuple[str, str]] | None,
+    ranks: Ranks,
+    store: EmbeddingStore | None,
+    finished: set[int],
+) -> int:
+    """Score the batches that are not finished; returns the number of pairs in them."""
+    batches, sizes = None, None
     if pairs is not None:
         order = np.argsort([-len(query) - len(passage) for query, passage in pairs], kind="stable")
         batches = [order[start : start + _BATCH_PAIRS] for start in range(0, len(order), _BATCH_PAIRS)]
-        logits = np.empty(len(pairs), np.float32)
-    n_batches = ranks.broadcast_object(len(batches) if batches is not None else None)
+        sizes = list(map(len, batches))
+    sizes = ranks.broadcast_object(sizes)
+    todo = [number for number in range(len(sizes)) if number not in finished]
+    n_todo = sum(sizes[number] for number in todo)
     step = _BATCHES_A_ROUND * ranks.size
-    with Progress("rerank", n_batches * _BATCH_PAIRS, "pairs") as progress:
-        for start in range(0, n_batches, step):
+    with Progress("rerank", sum(sizes), "pairs", sum(sizes) - n_todo) as progress:
+        for start in range(0, len(todo), step):
+            numbers = todo[start : start + step]
             texts = None
             if batches is not None:
-                texts = [[pairs[row] for row in batch] for batch in batches[start : start + step]]
+                texts = [[pairs[row] for row in batches[number]] for number in numbers]
             texts = ranks.broadcast_object(texts)
             own = [reranker.score(batch) for batch in texts[ranks.rank :: ranks.size]]
             gathered = ranks.gather_rows(np.concatenate(own) if own else np.zeros(0, np.float32))
-            if batches is not None:
-                _place(logits, batches[start : start + step], gathered)
-            progress.update(len(texts) * _BATCH_PAIRS)
-    ranks.on_first(lambda: _require_finite(logits))
-    return logits
+            ranks.on_first(partial(_write, store, numbers, batches, gathered))
+            progress.update(sum(map(len, texts)))
+    ranks.on_first(lambda: store.finish() if store is not None else None)
+    return n_todo
 
 
-def _place(logits: np.ndarray, batches: list[np.ndarray], gathered: list[np.ndarray]) -> None:
-    for rank, values in enumerate(gathered):
-        own = batches[rank :: len(gathered)]
-        if own:
-            logits[np.concatenate(own)] = values
-
-
-def _require_finite(logits: np.ndarray | None) -> None:
-    if logits is not None and not np.isfinite(logits).all():
+def _write(
+    store: EmbeddingStore | None, numbers: list[int], batches: list[np.ndarray] | None, gathered: list[np.ndarray]
+) -> None:
+    """Keep a round's logits, which each rank gives for its batches in turn."""
+    assert store is not None and batches is not None
+    if not all(np.isfinite(logits).all() for logits in gathered):
         raise ValueError("the reranker gives NaN or infinity; check its weights")
+    noted = []
+    for rank, logits in enumerate(gathered):
+        own = numbers[rank :: len(gathered)]
+        ends = np.cumsum([len(batches[number]) for number in own])
+        parts = np.split(logits[:, None], ends[:-1]) if own else []
+        noted += [(number, batches[number], part) for number, part in zip(own, parts, strict=True)]
+    store.write(noted)
