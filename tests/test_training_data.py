@@ -1,6 +1,7 @@
 """Training rows, the batch plan, masks and the preflight."""
 
 import gzip
+import hashlib
 import itertools
 import json
 import re
@@ -9,8 +10,9 @@ import numpy as np
 import pytest
 from conftest import make_rows, write_jsonl
 
-from utils import hard_batches, training_data
-from utils.batch_plan import Plan
+from utils import hard_batches, seeding, training_data
+from utils.batch_plan import Example, Plan
+from utils.number_lists import NumberLists
 from utils.records import RecordError
 from utils.training_data import Collator, ignored, preflight
 from utils.training_rows import find_files, read
@@ -27,6 +29,12 @@ class Words:
 
 def row(query, positives, negatives=(), **extra) -> dict:
     return {"query": query, "pos_passage": list(positives), "neg_passage": list(negatives), **extra}
+
+
+def drawn(plan: Plan, rows) -> list[Example]:
+    """The rows as a plan's first epoch sees them."""
+    passages = plan._draw(0, np.array([(row, 0) for row in rows]))
+    return [Example(row, int(plan.rows.query_ids[row]), own) for row, own in zip(rows, passages, strict=True)]
 
 
 @pytest.fixture
@@ -61,7 +69,7 @@ def test_teacher_scores_go_with_their_passages(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [good])
     found = read([path], None, "error", True)
     batch = Collator(found, 3, (Words(), Words()), ("{text}", "{text}"), needs_scores=True)(
-        Plan(found, 1, 3, seed=0)._deal([Plan(found, 1, 3, seed=0)._example(0, 0, 0)])[0], 0
+        drawn(Plan(found, 1, 3, seed=0), [0]), 0
     )
     assert sorted(batch.scores[0].tolist()) == [-2, 1.5, 3] and batch.scores[0, 0] == 3
     for bad, message in (
@@ -107,9 +115,72 @@ def test_the_plan_does_not_depend_on_the_ranks_and_shuffles_every_epoch(rows):
     plan = plans[0]
     orders = [[e.row for batch in plan.epoch(number) for e in batch] for number in range(2)]
     assert sorted(orders[0]) == sorted(orders[1]) == list(range(40)) and orders[0] != orders[1]
-    drawn = [{e.row: e.passages.tolist() for batch in plan.epoch(number) for e in batch} for number in range(2)]
-    assert any(drawn[0][row] != drawn[1][row] for row in range(40))  # negatives are drawn anew
+    passages = [{e.row: e.passages.tolist() for batch in plan.epoch(number) for e in batch} for number in range(2)]
+    assert any(passages[0][row] != passages[1][row] for row in range(40))  # negatives are drawn anew
     assert Plan(rows, 8, 3, seed=2).epoch(0)[0] != plan.epoch(0)[0]
+
+
+def test_a_row_is_drawn_from_a_seed_of_its_own(tmp_path):
+    """Against NumPy's generator of each row's seed, one by one."""
+    made = [row(f"q{i}", [f"p{i}", f"r{i}"], [f"n{i + k}" for k in range(i % 6)]) for i in range(30)]
+    rows = read([write_jsonl(tmp_path / "a.jsonl", made)], None, "error", False)
+    plan, number = Plan(rows, 8, 3, seed=5), 3
+    entries = np.array([(i, copy) for i in range(30) for copy in range(2)])
+    for (i, copy), found in zip(entries.tolist(), plan._draw(number, entries).tolist(), strict=True):
+        rng = np.random.default_rng([5, number, i, copy])
+        positive = rows.positives[i][rng.integers(2)]
+        negatives = rng.permutation(rows.negatives[i])[:2].tolist()
+        assert found[0] == positive and found[1 : 1 + len(negatives)] == negatives
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, "1dfd22cb2a259d3f"),
+        ({"hard_batches": True}, "9fda11991382d226"),
+        ({"group_by_source": True, "drop_last": True}, "538ebcc33e6b7986"),
+    ],
+)
+def test_a_seed_gives_the_batches_that_it_always_gave(tmp_path, options, expected):
+    """So that a training can be gone on with, and compared with, after an update of this toolkit."""
+    made = [
+        row(f"q{i % 70}", [f"p{i % 50}", f"p{i % 30}"], [f"p{(i * k) % 60}" for k in range(i % 5)]) for i in range(120)
+    ]
+    paths = [write_jsonl(tmp_path / f"{i}.jsonl", made[i::2]) for i in range(2)]
+    rows = read(paths, [1.0, 1.5], "error", False)
+    plan = Plan(rows, 8, 3, seed=7, n_ranks=2, **options)
+    found = [[(e.row, e.query_id, *e.passages.tolist()) for e in batch] for batch in plan.epoch(1)]
+    assert hashlib.sha256(json.dumps(found).encode()).hexdigest()[:16] == expected
+
+
+def test_an_epoch_is_made_once(rows, monkeypatch):
+    """The preflight looks at the one that training begins with."""
+    made, make = [], Plan._make
+    monkeypatch.setattr(Plan, "_make", lambda self, number: made.append(number) or make(self, number))
+    plan = Plan(rows, 8, 2, seed=0)
+    preflight(plan, (Words(), Words()), ("{text}", "{text}"), (8, 8))
+    loader = training_data.Loader(plan, Collator(rows, 2, (Words(), Words()), ("{text}", "{text}")))
+    for number in (0, 1):
+        loader.set_epoch(number)
+        assert len(list(loader)) == 5
+    assert made == [0, 1] and list(plan._made) == [1]
+
+
+def test_number_lists():
+    lists = [[3, 1], [], [7], [2, 2, 5]]
+    held = NumberLists.of(lists)
+    assert [own.tolist() for own in held] == lists and held.lengths.tolist() == [2, 0, 1, 3]
+    assert [own.tolist() for own in held.take(np.array([3, 1, 0, 3]))] == [lists[i] for i in (3, 1, 0, 3)]
+    assert list(NumberLists.of([]).take(np.zeros(0, np.int64))) == []
+
+
+def test_seeded_generators_are_numpys():
+    words = np.random.default_rng(0).integers(0, 2**32, (40, 4), dtype=np.uint32)
+    words[0], words[1] = 0, 2**32 - 1
+    for own, rng in zip(words.tolist(), seeding.generators(words), strict=True):
+        expected = np.random.default_rng(own)
+        assert rng.bit_generator.state == expected.bit_generator.state
+        assert rng.integers(1000, size=3).tolist() == expected.integers(1000, size=3).tolist()
 
 
 def test_duplicates_do_not_meet_in_a_batch(tmp_path):
@@ -149,11 +220,11 @@ def test_weights_and_grouping_by_source(tmp_path):
     halves = []
     for epoch in range(2):
         batches = plan.epoch(epoch)
-        drawn = [e.row for batch in batches for e in batch]
-        assert len(plan) == len(batches) == 10 and len(drawn) == 50
-        assert np.bincount(drawn, minlength=40)[20:].tolist() == [2] * 20
+        met = [e.row for batch in batches for e in batch]
+        assert len(plan) == len(batches) == 10 and len(met) == 50
+        assert np.bincount(met, minlength=40)[20:].tolist() == [2] * 20
         assert all(len({int(rows.sources[e.row]) for e in batch}) == 1 for batch in batches)
-        halves.append({row for row in drawn if row < 20})
+        halves.append({row for row in met if row < 20})
     assert len(halves[0]) == 10 and halves[0] != halves[1]
     mixed = Plan(rows, 5, 2, seed=0).epoch(0)
     assert any(len({int(rows.sources[e.row]) for e in batch}) == 2 for batch in mixed)
@@ -186,7 +257,7 @@ def test_a_hard_batch_takes_the_example_with_the_most_links_next(seed):
     n, size = 40, 8
     positives, queries = rng.integers(0, 25, n), rng.integers(0, 35, n)
     negatives = [rng.permutation(30)[: rng.integers(0, 6)] for _ in range(n)]
-    ordered = hard_batches.order(positives, queries, negatives, size)
+    ordered = hard_batches.order(positives, queries, NumberLists.of(negatives), size)
     assert sorted(ordered) == list(range(n))
 
     def link(a: int, b: int) -> float:
@@ -214,7 +285,7 @@ def test_hard_batches_of_rows_that_all_name_the_same_passages():
     n = 20_000
     positives = np.arange(n) % 10
     negatives = [np.delete(np.arange(10), i % 10) for i in range(n)]
-    ordered = np.array(hard_batches.order(positives, np.arange(n), negatives, 10))
+    ordered = np.array(hard_batches.order(positives, np.arange(n), NumberLists.of(negatives), 10))
     assert np.array_equal(np.sort(ordered), np.arange(n))
     assert all(len(set(batch)) == 10 for batch in positives[ordered].reshape(-1, 10))
 
@@ -223,7 +294,7 @@ def test_known_positives_are_ignored_and_own_ones_are_not(tmp_path):
     made = [row("q", ["a"]), row("q", ["b"]), row("r", ["c"], ["a"]), row("s", ["A "], ["c"])]
     rows = read([write_jsonl(tmp_path / "a.jsonl", made)], None, "error", False)
     plan = Plan(rows, 4, 2, seed=0)
-    examples = [plan._example(0, i, 0) for i in range(4)]
+    examples = drawn(plan, range(4))
     mask = ignored(rows, examples)
     known = [{"a", "b"}, {"a", "b"}, {"c"}, {"A "}]
     for i in range(4):
@@ -235,8 +306,7 @@ def test_known_positives_are_ignored_and_own_ones_are_not(tmp_path):
 def test_missing_negatives_are_filled_with_other_queries_positives(rows, tmp_path):
     made = [row(f"q{i}", [f"p{i}"], ["n"] if i == 0 else []) for i in range(10)]
     rows = read([write_jsonl(tmp_path / "b.jsonl", made)], None, "error", False)
-    for i in range(10):
-        example = Plan(rows, 4, 4, seed=0)._example(0, i, 0)
+    for i, example in enumerate(drawn(Plan(rows, 4, 4, seed=0), range(10))):
         names = [rows.passages[p] for p in example.passages]
         assert names[0] == f"p{i}" and len(set(names)) == 4
         assert all(name == "n" if i == 0 and k == 1 else name[0] == "p" for k, name in enumerate(names))

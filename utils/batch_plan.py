@@ -1,10 +1,12 @@
 """The batch plan: which rows of an epoch meet in which batch, the same for any number of ranks."""
 
-from dataclasses import dataclass
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from utils import hard_batches
+from utils import hard_batches, seeding
 from utils.training_rows import TrainingRows
 
 # Entries put aside for a later batch that are looked at again for the next one, in batches.
@@ -18,6 +20,29 @@ class Example:
     row: int
     query_id: int
     passages: np.ndarray
+
+
+@dataclass(frozen=True)
+class Epoch(Sequence):
+    """The batches of an epoch, each a list of examples, which are made of the arrays when they are asked for.
+
+    rows, query_ids: int64 [n].
+    passages: int64 [n, group_size], each row's positive first.
+    bounds: of each batch in those arrays, (start, stop).
+    """
+
+    rows: np.ndarray
+    query_ids: np.ndarray
+    passages: np.ndarray
+    bounds: list[tuple[int, int]]
+
+    def __len__(self) -> int:
+        return len(self.bounds)
+
+    def __getitem__(self, number: int) -> list[Example]:
+        start, stop = self.bounds[number]
+        rows, query_ids = self.rows[start:stop].tolist(), self.query_ids[start:stop].tolist()
+        return list(map(Example, rows, query_ids, self.passages[start:stop]))
 
 
 @dataclass(frozen=True)
@@ -44,28 +69,40 @@ class Plan:
     drop_last: bool = False
     multiple: int = 1
     hard_batches: bool = False
+    _made: dict[int, Epoch] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __len__(self) -> int:
         """Batches in an epoch."""
         total = sum(self._n_batches(size) for size in self._group_sizes())
         return total // self.multiple * self.multiple if total >= self.multiple else total
 
-    def epoch(self, number: int) -> list[list[Example]]:
-        """The batches of an epoch."""
+    def epoch(self, number: int) -> Epoch:
+        """The batches of an epoch. The last one asked for is kept: the preflight looks at what training begins with."""
+        if number not in self._made:
+            self._made.clear()
+            self._made[number] = self._make(number)
+        return self._made[number]
+
+    def _make(self, number: int) -> Epoch:
         rng = np.random.default_rng([self.seed, number])
-        batches = []
-        for group in self._groups(number, rng):
-            examples = [self._example(number, row, copy) for row, copy in group]
+        drawn_rows, drawn_passages, bounds, n = [], [], [], 0
+        for entries in self._groups(number, rng):
+            rows, passages = entries[:, 0], self._draw(number, entries)
             if self.hard_batches:
-                negatives = [self.rows.negatives[example.row] for example in examples]
-                positives, queries = np.array([(example.passages[0], example.query_id) for example in examples]).T
-                examples = [examples[i] for i in hard_batches.order(positives, queries, negatives, self.batch_size)]
-            dealt = self._deal(examples)
-            batches += dealt[: self._n_batches(len(group))]
+                negatives = self.rows.negatives.take(rows)
+                order = hard_batches.order(passages[:, 0], self.rows.query_ids[rows], negatives, self.batch_size)
+                rows, passages = rows[order], passages[order]
+            order = self._deal(self.rows.query_ids[rows].tolist(), passages[:, 0].tolist())
+            drawn_rows.append(rows[order])
+            drawn_passages.append(passages[order])
+            starts = range(n, n + len(rows), self.batch_size)[: self._n_batches(len(rows))]
+            n += len(rows)
+            bounds += [(start, min(start + self.batch_size, n)) for start in starts]
         if self.group_by_source or self.hard_batches:
             # Neither should the files take turns, nor should the batches of leftovers come last.
-            batches = [batches[i] for i in rng.permutation(len(batches))]
-        return batches[: len(self)]
+            bounds = [bounds[i] for i in rng.permutation(len(bounds))]
+        rows = np.concatenate(drawn_rows)
+        return Epoch(rows, self.rows.query_ids[rows], np.concatenate(drawn_passages), bounds[: len(self)])
 
     @property
     def smallest_batch(self) -> int:
@@ -90,8 +127,8 @@ class Plan:
         counts = self._counts()
         return counts.tolist() if self.group_by_source else [int(counts.sum())]
 
-    def _groups(self, number: int, rng: np.random.Generator) -> list[list[tuple[int, int]]]:
-        """Shuffled (row, copy) pairs: one list a file, or one in all."""
+    def _groups(self, number: int, rng: np.random.Generator) -> list[np.ndarray]:
+        """Shuffled (row, copy) pairs, int64 [n, 2]: one array a file, or one in all."""
         groups = []
         for source, count in enumerate(self._counts()):
             rows = np.flatnonzero(self.rows.sources == source)
@@ -102,18 +139,25 @@ class Plan:
             groups.append(np.concatenate(drawn))
         if not self.group_by_source:
             groups = [np.concatenate(groups)]
-        return [[(int(row), int(copy)) for row, copy in rng.permutation(group)] for group in groups]
+        return [rng.permutation(group) for group in groups]
 
-    def _example(self, epoch: int, row: int, copy: int) -> Example:
-        rows = self.rows
-        rng = np.random.default_rng([self.seed, epoch, row, copy])
-        positives, negatives = rows.positives[row], rows.negatives[row]
-        positive = positives[rng.integers(len(positives))]
-        wanted = self.group_size - 1
-        drawn = rng.permutation(negatives)[:wanted]
-        if len(drawn) < wanted:
-            drawn = np.concatenate([drawn, self._random_negatives(rng, row, drawn, wanted - len(drawn))])
-        return Example(row, int(rows.query_ids[row]), np.concatenate([[positive], drawn]).astype(np.int64))
+    def _draw(self, number: int, entries: np.ndarray) -> np.ndarray:
+        """The passages of an epoch's (row, copy) pairs, int64 [n, group_size], drawn from each pair's own seed."""
+        all_positives, all_negatives = self.rows.positives, self.rows.negatives
+        words = np.empty((len(entries), 4), np.uint32)
+        words[:, :2], words[:, 2:] = (self.seed, number), entries
+        passages, wanted = np.empty((len(entries), self.group_size), np.int64), self.group_size - 1
+        for row, group, rng in zip(entries[:, 0].tolist(), passages, seeding.generators(words), strict=True):
+            positives = all_positives[row]
+            group[0] = positives[rng.integers(len(positives)) if len(positives) > 1 else 0]
+            if not wanted:
+                continue
+            drawn = all_negatives[row].copy()
+            rng.shuffle(drawn)
+            group[1 : 1 + len(drawn)] = drawn[:wanted]
+            if len(drawn) < wanted:
+                group[1 + len(drawn) :] = self._random_negatives(rng, row, drawn, wanted - len(drawn))
+        return passages
 
     def _random_negatives(self, rng: np.random.Generator, row: int, drawn: np.ndarray, count: int) -> np.ndarray:
         """Other queries' positives, for a row that has too few negatives of its own."""
@@ -129,40 +173,49 @@ class Plan:
             found.append(found[0] if found else int(pool[0]))
         return np.array(found, np.int64)
 
-    def _deal(self, examples: list[Example]) -> list[list[Example]]:
-        """Batches in which no query and no positive comes twice, as far as possible."""
-        batches: list[list[Example]] = []
-        waiting: list[Example] = []
-        fresh = iter(examples)
-        left = len(examples)
-        while left:
-            size = min(self.batch_size, left)
-            batch: list[Example] = []
-            put_aside: list[Example] = []
-            taken: set[tuple[str, int]] = set()
+    def _deal(self, queries: list[int], positives: list[int]) -> list[int]:
+        """An order of which each ``batch_size``, from the first on, make a batch in which no query and no positive
+        comes twice, as far as possible.
+        """
+        dealt: list[int] = []
+        waiting: list[int] = []
+        fresh = iter(range(len(queries)))
+        while len(dealt) < len(queries):
+            size = min(self.batch_size, len(queries) - len(dealt))
+            batch = _Batch(size, queries, positives)
             look_back, beyond = waiting[: _LOOK_BACK * size], waiting[_LOOK_BACK * size :]
             for example in look_back:
-                _place(example, batch, put_aside, taken, size)
-            while len(batch) < size and len(put_aside) <= _LOOK_BACK * size:
+                batch.place(example)
+            while len(batch.members) < size and len(batch.put_aside) <= _LOOK_BACK * size:
                 example = next(fresh, None)
                 if example is None:
                     break
-                _place(example, batch, put_aside, taken, size)
-            missing = size - len(batch)
-            batch += put_aside[:missing]
-            waiting = put_aside[missing:] + beyond
-            while len(batch) < size:
-                batch.append(waiting.pop(0) if waiting else next(fresh))
-            batches.append(batch)
-            left -= size
-        return batches
+                batch.place(example)
+            missing = size - len(batch.members)
+            dealt += batch.members + batch.put_aside[:missing]
+            waiting = batch.put_aside[missing:] + beyond
+            missing -= len(batch.put_aside[:missing])
+            dealt += waiting[:missing] + list(itertools.islice(fresh, max(0, missing - len(waiting))))
+            waiting = waiting[missing:]
+        return dealt
 
 
-def _place(example: Example, batch: list, put_aside: list, taken: set, size: int) -> None:
-    """Into the batch if there is room and neither its query nor its positive is there yet, else aside."""
-    keys = {("query", example.query_id), ("positive", int(example.passages[0]))}
-    if len(batch) < size and not taken & keys:
-        batch.append(example)
-        taken |= keys
-    else:
-        put_aside.append(example)
+class _Batch:
+    """A batch in the making."""
+
+    def __init__(self, size: int, queries: list[int], positives: list[int]):
+        self.size, self.queries, self.positives = size, queries, positives
+        self.members: list[int] = []
+        self.put_aside: list[int] = []
+        self._met_queries: set[int] = set()
+        self._met_positives: set[int] = set()
+
+    def place(self, example: int) -> None:
+        """Into the batch if there is room and neither its query nor its positive is there yet, else aside."""
+        query, positive = self.queries[example], self.positives[example]
+        if len(self.members) < self.size and query not in self._met_queries and positive not in self._met_positives:
+            self.members.append(example)
+            self._met_queries.add(query)
+            self._met_positives.add(positive)
+        else:
+            self.put_aside.append(example)

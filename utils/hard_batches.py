@@ -8,9 +8,10 @@ same aim; here the mined rows say what is alike, and what the miner took for an 
 """
 
 import heapq
-from collections.abc import Iterable, Sequence
 
 import numpy as np
+
+from utils.number_lists import NumberLists
 
 # A negative at place r of its row weighs 1 / (r + 3), beyond the first two next to nothing: the hardest ones make the
 # batch, and the others say who comes in where those leave a choice, or nobody.
@@ -21,7 +22,7 @@ _MOST_NAMING, _MOST_ANSWERED = 64, 4
 _LOOK_AHEAD = 512
 
 
-def order(positives: np.ndarray, queries: np.ndarray, negatives: Sequence[np.ndarray], size: int) -> list[int]:
+def order(positives: np.ndarray, queries: np.ndarray, negatives: NumberLists, size: int) -> list[int]:
     """An order of the examples in which each ``size`` of them, from the first on, make a hard batch.
 
     No query and no positive comes twice in a batch while there are examples within reach that allow it.
@@ -39,18 +40,18 @@ def order(positives: np.ndarray, queries: np.ndarray, negatives: Sequence[np.nda
 
 
 class _Left:
-    """The examples that no batch has taken yet."""
+    """The examples that no batch has taken yet. ``weights`` are of links, by the negative's place in its row."""
 
-    def __init__(self, positives: np.ndarray, queries: np.ndarray, negatives: Sequence[np.ndarray]):
+    def __init__(self, positives: np.ndarray, queries: np.ndarray, negatives: NumberLists):
         n = len(positives)
         self.positives, self.queries, self.negatives = positives.tolist(), queries.tolist(), negatives
         self.taken = np.zeros(n, bool)
-        lengths = [len(row) for row in negatives]
-        ranks = np.concatenate([np.arange(length) for length in lengths])
-        named, owners = np.concatenate(negatives), np.repeat(np.arange(n), lengths)
-        hardest = np.argsort(ranks, kind="stable")
-        self.naming = _Links(named[hardest], owners[hardest], _weights(ranks[hardest]), self.taken)
-        self.answered = _Links(positives, np.arange(n), np.zeros(n), self.taken)
+        owners = np.repeat(np.arange(n, dtype=np.int32), negatives.lengths)
+        ranks = (np.arange(len(owners)) - np.repeat(negatives.starts[:-1], negatives.lengths)).astype(np.int32)
+        self.weights = _weights(np.arange(negatives.lengths.max(initial=0))).tolist()
+        # Examples that name a passage, those that name it the hardest first; and those whose positive it is.
+        self.naming = _Links(negatives.values, owners, ranks, self.taken)
+        self.answered = _Links(positives, np.arange(n, dtype=np.int32), np.zeros(n, np.int32), self.taken)
         self._first = 0
 
     def ahead(self) -> list[int]:
@@ -66,32 +67,36 @@ def _weights(ranks: np.ndarray) -> np.ndarray:
 
 
 class _Links:
-    """Examples and weights by passage, in the order given."""
+    """Examples by passage, by rank and then in the order given. All arrays are int [links]."""
 
-    def __init__(self, passages: np.ndarray, examples: np.ndarray, weights: np.ndarray, taken: np.ndarray):
-        order = np.argsort(passages, kind="stable")
+    def __init__(self, passages: np.ndarray, examples: np.ndarray, ranks: np.ndarray, taken: np.ndarray):
+        order = np.lexsort((ranks, passages))
         keys, starts = np.unique(passages[order], return_index=True)
-        self._place = {key: place for place, key in enumerate(keys.tolist())}
+        self._place = dict(zip(keys.tolist(), range(len(keys)), strict=True))
         self._starts, self._ends = starts.tolist(), [*starts[1:].tolist(), len(order)]
-        self._examples, self._weights, self._taken = examples[order], weights[order], taken
+        self._examples, self._ranks, self._taken = examples[order], ranks[order], taken
 
-    def first(self, passage: int, most: int) -> Iterable[tuple[int, float]]:
-        """Of a passage, not counting those at the front that are taken: for good, so that each is passed once."""
+    def first(self, passage: int, most: int) -> tuple[list[int], list[int]]:
+        """Of a passage's examples ``most``, and their ranks.
+
+        Those at the front that are taken do not count: they are left out for good, so that each is passed once.
+        """
         place = self._place.get(passage)
         if place is None:
-            return ()
+            return [], []
         start, end = self._starts[place], self._ends[place]
         while start < end and self._taken[self._examples[start]]:
             start += 1
         self._starts[place] = start
         links = slice(start, min(start + most, end))
-        return zip(self._examples[links].tolist(), self._weights[links].tolist(), strict=True)
+        return self._examples[links].tolist(), self._ranks[links].tolist()
 
 
 def _grow(left: _Left, size: int) -> list[int]:
     """Take a batch."""
     members: list[int] = []
-    met: set[tuple[str, int]] = set()
+    met_positives: set[int] = set()
+    met_queries: set[int] = set()
     towards: dict[int, float] = {}  # weight of the links from members to a passage
     back: dict[int, float] = {}  # weight of an example's links to members' positives
     # Gains only rise, so that an example's newest entry comes first, and the older ones find it taken.
@@ -101,29 +106,28 @@ def _grow(left: _Left, size: int) -> list[int]:
         gain = towards.get(left.positives[example], 0.0) + back.get(example, 0.0)
         heapq.heappush(offers, (-gain, len(offers), example))
 
-    def keys(example: int) -> set[tuple[str, int]]:
-        return {("positive", left.positives[example]), ("query", left.queries[example])}
+    def may_enter(example: int) -> bool:
+        return left.positives[example] not in met_positives and left.queries[example] not in met_queries
 
     def best() -> int:
         while offers:
             example = heapq.heappop(offers)[2]
-            if not left.taken[example] and not met & keys(example):
+            if not left.taken[example] and may_enter(example):
                 return example
         ahead = left.ahead()
-        return next((example for example in ahead if not met & keys(example)), ahead[0])
+        return next((example for example in ahead if may_enter(example)), ahead[0])
 
     while len(members) < size:
         member = best()
         left.taken[member] = True
         members.append(member)
-        met |= keys(member)
-        negatives = left.negatives[member]
-        weights = _weights(np.arange(len(negatives)))
-        for passage, weight in zip(negatives.tolist(), weights.tolist(), strict=True):
+        met_positives.add(left.positives[member])
+        met_queries.add(left.queries[member])
+        for passage, weight in zip(left.negatives[member].tolist(), left.weights, strict=False):
             towards[passage] = towards.get(passage, 0.0) + weight
-            for example, _ in left.answered.first(passage, _MOST_ANSWERED):
+            for example in left.answered.first(passage, _MOST_ANSWERED)[0]:
                 offer(example)
-        for example, weight in left.naming.first(left.positives[member], _MOST_NAMING):
-            back[example] = back.get(example, 0.0) + weight
+        for example, rank in zip(*left.naming.first(left.positives[member], _MOST_NAMING), strict=True):
+            back[example] = back.get(example, 0.0) + left.weights[rank]
             offer(example)
     return members

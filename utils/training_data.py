@@ -5,6 +5,7 @@ each. So all ranks know which passages are in a batch, and which of them are kno
 queries, without exchanging a text.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -136,7 +137,7 @@ def preflight(
                 f"{cut:.0%} of the {name} are longer than max_{('query', 'passage')[side]}_len = {limits[side]} "
                 f"tokens (half are longer than {np.median(lengths):.0f}); what is cut off cannot be learnt"
             )
-    counts = np.array([len(row) for row in rows.negatives])
+    counts = rows.negatives.lengths
     wanted = plan.group_size - 1
     facts |= {"rows_without_negatives": int((counts == 0).sum()), "negatives_that_are_positives": rows.n_false}
     if wanted == 0 and counts.any() and not plan.hard_batches:
@@ -165,7 +166,7 @@ def preflight(
     if not len(plan):
         raise ValueError(_too_few(plan))
     duplicates, seen, own = 0, [], []
-    for batch in plan.epoch(0)[:_SAMPLE_BATCHES]:
+    for batch in itertools.islice(plan.epoch(0), _SAMPLE_BATCHES):
         for part in np.array_split(np.arange(len(batch)), n_parts):
             mask = ignored(rows, [batch[i] for i in part])
             duplicates += int(mask.sum())

@@ -1,12 +1,14 @@
 """Training rows: the files are read, texts get numbers, and known positives are told from negatives."""
 
 import os
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 
+from utils.number_lists import NumberLists
 from utils.records import Record, RecordError, Source, fold
 
 # A teacher's score above this is a mistake; its square must still be a float32.
@@ -30,8 +32,8 @@ class TrainingRows:
     queries: list[str]
     query_ids: np.ndarray
     passages: list[str]
-    positives: list[np.ndarray]
-    negatives: list[np.ndarray]
+    positives: NumberLists
+    negatives: NumberLists
     scores: list[dict[int, float]]
     sources: np.ndarray
     weights: list[float]
@@ -46,7 +48,7 @@ class TrainingRows:
     @cached_property
     def all_positives(self) -> np.ndarray:
         """The passages that are some query's positive, ascending; random negatives are drawn from them."""
-        return np.unique(np.concatenate(self.positives))
+        return np.unique(self.positives.values)
 
 
 def find_files(paths: Sequence[str], dev_path: str | None) -> tuple[list[str], str | None]:
@@ -105,8 +107,12 @@ class _Builder:
         self.passage_numbers: dict[str, int] = {}
         self.queries: list[str] = []
         self.passages: list[str] = []
-        self.rows: list[tuple[int, list[int], list[int], dict[int, float], int]] = []
         self.known: list[set[int]] = []
+        # Of each row; positives and negatives one row after another.
+        self.query_ids, self.sources = array("q"), array("q")
+        self.positives, self.n_positives = array("q"), array("q")
+        self.negatives, self.n_negatives = array("q"), array("q")
+        self.scores: list[dict[int, float]] = []
 
     def add(self, record: Record, scores: dict[str, float], source: int) -> None:
         """A row, with a teacher's scores by folded passage."""
@@ -114,11 +120,16 @@ class _Builder:
         if query == len(self.queries):
             self.queries.append(record.query)
             self.known.append(set())
-        positives = [self._passage(text) for text in record.pos_passage]
-        negatives = [self._passage(text) for text in record.neg_passage]
+        positives = _unique([self._passage(text) for text in record.pos_passage])
+        negatives = _unique([self._passage(text) for text in record.neg_passage])
         self.known[query].update(positives)
-        by_number = {self.passage_numbers[text]: score for text, score in scores.items()}
-        self.rows.append((query, _unique(positives), _unique(negatives), by_number, source))
+        self.query_ids.append(query)
+        self.sources.append(source)
+        self.positives.extend(positives)
+        self.n_positives.append(len(positives))
+        self.negatives.extend(negatives)
+        self.n_negatives.append(len(negatives))
+        self.scores.append({self.passage_numbers[text]: score for text, score in scores.items()})
 
     def _passage(self, text: str) -> int:
         number = self.passage_numbers.setdefault(fold(text), len(self.passages))
@@ -127,19 +138,20 @@ class _Builder:
         return number
 
     def finish(self, weights: list[float]) -> TrainingRows:
-        queries, positives, negatives, scores, sources = zip(*self.rows, strict=True)
-        kept = [[p for p in row if p not in self.known[q]] for q, row in zip(queries, negatives, strict=True)]
+        named = NumberLists(self.negatives, self.n_negatives)
+        known = (self.known[query] for query in self.query_ids)
+        kept = NumberLists.of([p for p in row.tolist() if p not in own] for row, own in zip(named, known, strict=True))
         return TrainingRows(
             queries=self.queries,
-            query_ids=np.array(queries, np.int64),
+            query_ids=np.array(self.query_ids, np.int64),
             passages=self.passages,
-            positives=[np.array(row, np.int64) for row in positives],
-            negatives=[np.array(row, np.int64) for row in kept],
-            scores=list(scores),
-            sources=np.array(sources, np.int64),
+            positives=NumberLists(self.positives, self.n_positives),
+            negatives=kept,
+            scores=self.scores,
+            sources=np.array(self.sources, np.int64),
             weights=weights,
             known_positives=self.known,
-            n_false=sum(map(len, negatives)) - sum(map(len, kept)),
+            n_false=len(named.values) - len(kept.values),
         )
 
 
