@@ -64,6 +64,30 @@ def test_a_pooling_that_is_not_known_can_be_replaced(folder):
     assert checkpoint.resolve(str(path), pooling="mean").pooling == "mean"
 
 
+@pytest.mark.parametrize(
+    ("modules", "config", "expected"),
+    [
+        (None, None, True),
+        (["Transformer", "Pooling", "Normalize"], {"similarity_fn_name": "cosine"}, True),
+        (["Transformer", "Pooling", "Normalize"], {"similarity_fn_name": "dot"}, True),
+        (["Transformer", "Pooling"], {"similarity_fn_name": "cosine"}, True),
+        (["Transformer", "Pooling"], {"similarity_fn_name": None}, True),
+        (["Transformer", "Pooling"], None, True),
+        (["Transformer", "Pooling"], {"similarity_fn_name": "dot"}, False),
+    ],
+)
+def test_only_a_model_of_dot_products_is_not_normalised(folder, modules, config, expected):
+    path = folder()
+    if modules is not None:
+        kinds = [{"type": f"sentence_transformers.models.{kind}", "path": kind} for kind in modules]
+        (path / "modules.json").write_text(json.dumps(kinds))
+        (path / "Pooling").mkdir()
+        (path / "Pooling" / "config.json").write_text(json.dumps({"pooling_mode_mean_tokens": True}))
+    if config is not None:
+        (path / "config_sentence_transformers.json").write_text(json.dumps(config))
+    assert checkpoint.resolve(str(path)).normalize is expected
+
+
 def test_another_formats_index_does_not_count(folder):
     path = folder()
     index = {"weight_map": {"a": "pytorch_model-00001-of-00002.bin"}}

@@ -292,6 +292,67 @@ def test_bf16_on_a_cpu_multiplies_in_it_where_that_is_fast(run, tmp_path, monkey
     np.testing.assert_allclose(*losses, rtol=0.02)
 
 
+def test_a_model_of_dot_products_says_so(run, tiny_model, tmp_path):
+    """To every script that loads it, the next training too; what is asked for goes first."""
+    options = {"max_steps": 2, "save_strategy": "no"}
+    run("dots", normalize=False, export_format="huggingface", **options)
+    run("cosines", **options)
+
+    def lengths(folder: str, **given) -> np.ndarray:
+        encoder, _ = build_encoders(build(ModelArguments, model_path=str(tmp_path / folder), dtype="float32", **given))
+        assert encoder.description()["normalize"] == encoder.normalize
+        return np.linalg.norm(encoder.encode(TEXTS), axis=1)
+
+    for folder in ("dots", "dots/huggingface"):
+        assert np.ptp(lengths(folder)) > 0.1
+        np.testing.assert_array_equal(lengths(folder), lengths(folder, normalize=False))
+        np.testing.assert_allclose(lengths(folder, normalize=True), 1, atol=1e-6)
+    np.testing.assert_allclose(lengths("cosines"), 1, atol=1e-6)
+    run("again", model_name_or_path=str(tmp_path / "dots"), **options)
+    run("asked", model_name_or_path=str(tmp_path / "dots"), normalize=False, **options)
+    assert not checkpoint.resolve(str(tmp_path / "again")).normalize
+    assert_same_weights(tmp_path / "again", tmp_path / "asked")
+    run("back", model_name_or_path=str(tmp_path / "dots"), normalize=True, **options)
+    assert checkpoint.resolve(str(tmp_path / "back")).normalize
+
+
+@pytest.fixture
+def dots(tiny_model, tmp_path) -> str:
+    """The tiny model, whose folder names dot products."""
+    folder = tmp_path / "dots-model"
+    shutil.copytree(tiny_model, folder)
+    (folder / "config_sentence_transformers.json").write_text('{"similarity_fn_name": "dot"}')
+    return str(folder)
+
+
+def test_every_script_takes_the_models_word_for_dot_products(dots, tiny_model, data, tmp_path):
+    """As if normalize were false, cut vectors too; cleaning compares cosines in any case."""
+    train, dev = f"{data}/train.json", f"{data}/dev.json"
+
+    def written(script: str, name: str, *flags) -> list[dict]:
+        done = run_script(script, *flags, "--output_data_path", tmp_path / name, "--dtype", "float32")
+        assert done.returncode == 0, done.stderr
+        return read_jsonl(tmp_path / name)
+
+    for script, flags in (
+        ("mining_negative_samples.py", ["--input_data_path", train, "--num_negatives", "3", "--output_scores", "true"]),
+        ("embedding_evaluate.py", ["--dev_path", dev, "--dimension", "8"]),
+        ("clean_query.py", ["--input_data_path", train, "--similarity_threshold", "0.95"]),
+    ):
+        own = written(script, f"{script}.1", *flags, "--model_path", dots)
+        asked = written(script, f"{script}.2", *flags, "--model_path", tiny_model, "--normalize", "false")
+        unit = written(script, f"{script}.3", *flags, "--model_path", tiny_model)
+        assert own == asked
+        assert (own == unit) == (script == "clean_query.py")
+
+
+def test_a_baseline_above_every_cosine_is_refused(dots, tiny_model, data, tmp_path):
+    flags = ["--input_data_path", f"{data}/dev.json", "--score_baseline", "2", "--output_data_path", tmp_path / "a"]
+    done = run_script("mining_negative_samples.py", *flags, "--model_path", tiny_model)
+    assert done.returncode == 2 and "score_baseline is 2.0; expected less than 1, a cosine" in done.stderr
+    assert run_script("mining_negative_samples.py", *flags, "--model_path", dots).returncode == 0
+
+
 class Killed(BaseException):
     """Stands for a kill: nothing in the code under test may catch it."""
 

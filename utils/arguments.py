@@ -39,7 +39,10 @@ class ModelArguments:
         at_least=4, at_most=1 << 20,
     )  # fmt: skip
     pooling: str | None = option(None, "how token vectors become one; default: as the model says", choices=POOLINGS)
-    normalize: bool = option(True, "scale vectors to length 1, so that products are cosines")
+    normalize: bool | None = option(
+        None, "scale vectors to length 1, so that products are cosines; default: yes, unless the model's folder names"
+        " dot products",
+    )  # fmt: skip
     dtype: str = option("auto", "arithmetic of the forward pass; auto: the fastest sound one", choices=DTYPES)
     batch_tokens: int | None = option(
         None, "most tokens in a batch, padding included; default: by the device. Part of the result's last bits",
@@ -48,6 +51,11 @@ class ModelArguments:
     embedding_cache: str | None = option(
         None, "a folder that keeps the vectors, so that another run with other options encodes nothing"
     )
+
+    @property
+    def normalizes_own_vectors(self) -> bool:
+        """Whether vectors of the user's own are scaled to length 1: no model says otherwise."""
+        return self.normalize is not False
 
 
 @dataclass
@@ -323,8 +331,6 @@ class MiningArguments(ModelArguments, InputArguments):
             raise ArgumentError("candidate_pool_only needs candidate_pool")
         if None not in (self.min_score, self.max_score) and self.min_score > self.max_score:
             raise ArgumentError(f"min_score is {self.min_score}, above max_score, which is {self.max_score}")
-        if self.score_baseline is not None and self.score_baseline >= 1 and self.normalize:
-            raise ArgumentError(f"score_baseline is {self.score_baseline}; expected less than 1, a cosine")
 
 
 LOSS_TYPES = ("contrastive", "symmetric", "triplet", "hinge", "pairwise_logistic", "cosent", "kl", "margin_mse")
@@ -381,7 +387,9 @@ class TrainArguments:
     max_query_len: int = option(64, "longest query in tokens", at_least=4, at_most=1 << 20)
     max_passage_len: int = option(512, "longest passage in tokens", at_least=4, at_most=1 << 20)
     pooling: str | None = option(None, "how token vectors become one; default: as the model says", choices=POOLINGS)
-    normalize: bool = option(True, "scale vectors to length 1, so that products are cosines")
+    normalize: bool | None = option(
+        None, "train on cosines; false: on dot products, as the model then says; default: as the base model says"
+    )
     group_size: int = option(
         2, "passages a query: one positive, the rest hard negatives, drawn anew every epoch", at_least=1
     )

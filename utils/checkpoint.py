@@ -50,8 +50,9 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 class Checkpoint:
     """A model's folder, and the defaults that come with it.
 
-    query_template and passage_template hold ``{text}``. Lengths count special tokens: max_length is what
-    the position embeddings allow (None: no limit), default_length what the model was made for.
+    query_template and passage_template hold ``{text}``. normalize says whether vectors are scaled to length 1.
+    Lengths count special tokens: max_length is what the position embeddings allow (None: no limit), default_length
+    what the model was made for.
     """
 
     folder: Path
@@ -63,6 +64,7 @@ class Checkpoint:
     max_length: int | None
     default_length: int
     pooling: str
+    normalize: bool
     query_template: str
     passage_template: str
 
@@ -157,6 +159,7 @@ def _understand(folder: Path, tokenizer_folder: Path, pooling: str | None) -> Ch
         max_length=max_length,
         default_length=_default_length(folder) or max_length or 512,
         pooling=pooling or _pooling(folder, model_type),
+        normalize=_normalize(folder),
         query_template=query_prompt + "{text}",
         passage_template=passage_prompt + "{text}",
     )
@@ -281,6 +284,16 @@ def _pooling(folder: Path, model_type: str) -> str:
                 raise ValueError(f"{path}: expected exactly one pooling mode of cls, mean, last; give pooling=...")
             return modes[0]
     return "last" if model_type in DECODERS else "cls"
+
+
+def _normalize(folder: Path) -> bool:
+    """False only for a folder that names dot products and has no module that normalises.
+
+    Most folders without that module are compared by cosines all the same, which need no module for that.
+    """
+    kinds = [module.get("type", "").rsplit(".", 1)[-1] for module in _read_json(folder / "modules.json") or []]
+    named = _read_json_object(folder / "config_sentence_transformers.json").get("similarity_fn_name")
+    return named != "dot" or "Normalize" in kinds
 
 
 def _prompts(folder: Path) -> tuple[str, str]:

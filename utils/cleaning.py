@@ -169,7 +169,7 @@ def _vectors(
     def encode(queries: _Queries | None, what: str) -> np.ndarray | None:
         vectors, encoded = embed(encoder, queries.unique_texts() if queries else None, ranks, folder, what)
         run.counts["encoded"] += encoded
-        if given.normalize:
+        if encoder.normalize:
             return vectors
         return ranks.on_first(lambda: derive(vectors, work / f"{what}.unit"))  # the rule compares cosines in any case
 

@@ -61,7 +61,7 @@ class EncoderSettings:
     dimension: int | None = None
     max_src_len: int | None = None
     pooling: str | None = None
-    normalize: bool = True
+    normalize: bool | None = None
     dtype: str = "auto"
     batch_tokens: int | None = None
 
@@ -82,6 +82,7 @@ class Encoder:
             raise ValueError(f"dimension is {self.dim}; the model {model.folder} has only {model.hidden_size}")
         self.template = settings.template or model.query_template
         self.pooling = settings.pooling or model.pooling
+        self.normalize = model.normalize if settings.normalize is None else settings.normalize
         wanted = settings.max_src_len or min(model.default_length, DEFAULT_LENGTH)
         self.max_length = min(wanted, model.max_length or wanted)
         # Token ids of texts that have been counted and will soon be encoded.
@@ -99,6 +100,7 @@ class Encoder:
             "digest": self.model.digest,
             "template": self.template,
             "pooling": self.pooling,
+            "normalize": self.normalize,
             "max_src_len": self.max_length,
             "dimension": self.dim,
             "batch_tokens": self.settings.batch_tokens or self._engine.batch_tokens,
@@ -192,7 +194,7 @@ class Encoder:
     def _forward(self, engine: "engines.Engine", ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         vectors = engine.forward(ids, lengths, pooling_weights(lengths, ids.shape[1], self.pooling))
         vectors = np.ascontiguousarray(vectors[:, : self.dim], np.float32)
-        if self.settings.normalize:
+        if self.normalize:
             norms = np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
             vectors = (vectors / np.maximum(norms, 1e-12)).astype(np.float32)
         return vectors

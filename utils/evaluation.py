@@ -117,13 +117,13 @@ class _Inputs:
             return
         collection = self.collection
         queries = read_user_vectors(
-            given.query_embeddings_path, collection.n_query_rows, "row of queries", given.normalize
+            given.query_embeddings_path, collection.n_query_rows, "row of queries", given.normalizes_own_vectors
         )
         passages = read_user_vectors(
             given.passage_embeddings_path,
             collection.n_passage_rows,
             "passage in reading order, repeated ones too",
-            given.normalize,
+            given.normalizes_own_vectors,
         )
         if queries.shape[1] != passages.shape[1]:
             raise ValueError(
@@ -164,7 +164,7 @@ def _evaluate_model(
     Writes the per-query file and the TREC files for the largest dimension, unless this is the second model.
     """
     names = given.metric_names()
-    queries, passages = _vectors(given, model, ranks, run, inputs, outputs.work, is_other)
+    queries, passages, normalized = _vectors(given, model, ranks, run, inputs, outputs.work, is_other)
     width = ranks.broadcast_object(queries.shape[1] if queries is not None else None)
     dimensions = sorted(given.dimension or [width], reverse=True)
     values: dict[int, np.ndarray | None] = {}
@@ -173,16 +173,16 @@ def _evaluate_model(
             writer = None
             if inputs is not None and dim == dimensions[0] and not is_other:
                 writer = QueryWriter(given, inputs.collection, outputs, stack)
-            cut = ranks.on_first(lambda dim=dim: _cut(given, queries, passages, dim, outputs.work))
+            cut = ranks.on_first(lambda dim=dim: _cut(normalized, queries, passages, dim, outputs.work))
             values[dim] = _measure(given, names, ranks, inputs, *(cut or (None, None)), dim, writer)
     return values
 
 
 def _cut(
-    given: EvaluateArguments, queries: np.ndarray | None, passages: np.ndarray | None, dim: int, work: Path
+    normalized: bool, queries: np.ndarray | None, passages: np.ndarray | None, dim: int, work: Path
 ) -> tuple[np.ndarray, np.ndarray]:
     assert queries is not None and passages is not None
-    normalize = given.normalize and dim < queries.shape[1]
+    normalize = normalized and dim < queries.shape[1]
     return (
         derive(queries, work / "output.cut-queries", dim=dim, normalize=normalize),
         derive(passages, work / "output.cut-passages", dim=dim, normalize=normalize),
@@ -197,11 +197,12 @@ def _vectors(
     inputs: _Inputs | None,
     work: Path,
     is_other: bool,
-) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """Vectors of the queries and of the corpus on rank 0, None elsewhere."""
+) -> tuple[np.ndarray | None, np.ndarray | None, bool]:
+    """Vectors of the queries and of the corpus on rank 0, None elsewhere; whether they are scaled to length 1."""
     run.counts.setdefault("encoded", 0)
     if given.query_embeddings_path is not None and not is_other:
-        return ranks.on_first(lambda: _user_vectors(given, inputs, work)) or (None, None)
+        own = ranks.on_first(lambda: _user_vectors(given, inputs, work)) or (None, None)
+        return *own, given.normalizes_own_vectors
     query_encoder, passage_encoder = ranks.all_agree(lambda: build_encoders(model))
     folder = Path(given.embedding_cache) if given.embedding_cache else work
     collection = inputs.collection if inputs is not None else None
@@ -217,16 +218,16 @@ def _vectors(
         "passages": passage_encoder.description(),
         "texts_per_second": round(speed, 2),
     }
-    return queries, passages
+    return queries, passages, passage_encoder.normalize
 
 
 def _user_vectors(given: EvaluateArguments, inputs: _Inputs | None, work: Path) -> tuple[np.ndarray, np.ndarray]:
     """The user's vectors, one for each query and passage that is left after equal ones became one."""
     assert inputs is not None and inputs.query_vectors is not None and inputs.passage_vectors is not None
-    collection = inputs.collection
+    collection, normalize = inputs.collection, given.normalizes_own_vectors
     return (
-        derive(inputs.query_vectors, work / "output.queries", collection.query_rows, None, given.normalize),
-        derive(inputs.passage_vectors, work / "output.passages", collection.passage_rows, None, given.normalize),
+        derive(inputs.query_vectors, work / "output.queries", collection.query_rows, None, normalize),
+        derive(inputs.passage_vectors, work / "output.passages", collection.passage_rows, None, normalize),
     )
 
 

@@ -83,9 +83,12 @@ def _read(given: MiningArguments, outputs: Outputs) -> Inputs:
     if given.reranker_path:
         Reranker(given.reranker_path, given.reranker_max_len)
     if inputs.query_vectors is not None:
-        dim = given.dimension or inputs.query_vectors.shape[1]
+        dim, normalized = given.dimension or inputs.query_vectors.shape[1], given.normalizes_own_vectors
     else:
-        dim = build_encoders(given)[0].dim
+        encoder, _ = build_encoders(given)
+        dim, normalized = encoder.dim, encoder.normalize
+    if given.score_baseline is not None and given.score_baseline >= 1 and normalized:
+        raise ValueError(f"score_baseline is {given.score_baseline}; expected less than 1, a cosine")
     if given.index_factory:
         check_factory(dim, given.index_factory, given.index_parameters)
     outputs.open_work(text_values(given, but="output_data_path"))
@@ -109,33 +112,34 @@ def _encode(
 ) -> Vectors:
     run.counts["encoded"] = 0
     if given.embeddings_path:
-        return ranks.on_first(lambda: _users_vectors(given, inputs, work)) or Vectors(None, None)
+        own = ranks.on_first(lambda: _users_vectors(given, inputs, work))
+        return own or Vectors(None, None, given.normalizes_own_vectors)
     query_encoder, passage_encoder = ranks.all_agree(lambda: build_encoders(given))
     with run.stage("encode"):
         queries, n_queries = embed(query_encoder, inputs.queries if inputs else None, ranks, folder, "queries")
         passages, n_passages = embed(passage_encoder, inputs.passages if inputs else None, ranks, folder, "passages")
     run.counts["encoded"] = n_queries + n_passages
     if inputs is None:
-        return Vectors(queries, passages)
+        return Vectors(queries, passages, passage_encoder.normalize)
     run.results["encoder"] = {"query": query_encoder.description(), "passage": passage_encoder.description()}
     run.results["texts_per_second"] = round(run.counts["encoded"] / max(run.seconds["encode"], 1e-9), 2)
     keys = (
         fingerprint(query_encoder.description(), inputs.queries),
         fingerprint(passage_encoder.description(), inputs.passages),
     )
-    return Vectors(queries, passages, keys)
+    return Vectors(queries, passages, passage_encoder.normalize, keys)
 
 
 def _users_vectors(given: MiningArguments, inputs: Inputs | None, work: Path) -> Vectors:
     assert inputs is not None and inputs.query_vectors is not None and inputs.passage_vectors is not None
     arrays = [
-        derive(vectors, work / f"output.{name}", rows, given.dimension, given.normalize)
+        derive(vectors, work / f"output.{name}", rows, given.dimension, given.normalizes_own_vectors)
         for name, vectors, rows in (
             ("queries", inputs.query_vectors, inputs.query_rows), ("passages", inputs.passage_vectors, None)
         )
     ]  # fmt: skip
     keys = [hashlib.sha256(np.ascontiguousarray(array).data).hexdigest() for array in arrays]
-    return Vectors(arrays[0], arrays[1], (keys[0], keys[1]))
+    return Vectors(arrays[0], arrays[1], given.normalizes_own_vectors, (keys[0], keys[1]))
 
 
 @dataclass
@@ -161,7 +165,7 @@ def _screen(
     assert rankings is not None
     problem = Problem(
         inputs.query_of_row, vectors.queries, vectors.passages, inputs.positives, inputs.forbidden,
-        inputs.n_candidates, given.normalize,
+        inputs.n_candidates, vectors.normalized,
     )  # fmt: skip
     with run.stage("choose"), report.Progress("screen", len(inputs.query_of_row), "rows") as progress:
         positives = problem.positive_scores()

@@ -245,10 +245,10 @@ class Inputs:
         given = self.given
         if given.embeddings_path is None or given.passage_embeddings_path is None:
             return
-        by_row = read_user_vectors(given.embeddings_path, self.n_rows, "row of input", given.normalize)
+        by_row = read_user_vectors(given.embeddings_path, self.n_rows, "row of input", given.normalizes_own_vectors)
         passages = read_user_vectors(
             given.passage_embeddings_path, len(self.passages), "different passage, in the order of write_corpus",
-            given.normalize,
+            given.normalizes_own_vectors,
         )  # fmt: skip
         if by_row.shape[1] != passages.shape[1]:
             raise ValueError(

@@ -30,10 +30,14 @@ _RECALL_QUERIES = 200
 
 @dataclass
 class Vectors:
-    """On rank 0 the arrays, elsewhere None; ``keys`` identify their contents for the store of neighbours."""
+    """On rank 0 the arrays, elsewhere None; ``keys`` identify their contents for the store of neighbours.
+
+    Of length 1 if they are ``normalized``.
+    """
 
     queries: np.ndarray | None
     passages: np.ndarray | None
+    normalized: bool
     keys: tuple[str, str] = ("", "")
 
 

@@ -72,7 +72,7 @@ def make(job: "Job"):
             self.step = GradientStep(
                 job.encoder,
                 losses.objective(
-                    job.loss.function, given.normalize, given.embedding_matryoshka_dims,
+                    job.loss.function, job.normalize, given.embedding_matryoshka_dims,
                     given.embedding_matryoshka_weights,
                 ),
                 Targets(given.group_size, None, given.embedding_temperature, given.margin),

@@ -206,6 +206,7 @@ class Job:
         self.dev = inputs.dev
         self.loss = losses.get(given.loss_type)
         self.pooling = given.pooling or self.base.pooling
+        self.normalize = self.base.normalize if given.normalize is None else given.normalize
         self.templates = (
             given.query_template or self.base.query_template,
             given.passage_template or self.base.passage_template,
@@ -259,7 +260,7 @@ class Job:
         encoders = tuple(
             Encoder(
                 self.base,
-                EncoderSettings(template, None, limit, self.pooling, self.given.normalize, "float32"),
+                EncoderSettings(template, None, limit, self.pooling, self.normalize, "float32"),
                 engine,
             )
             for template, limit in zip(self.templates, self.limits, strict=True)
@@ -346,7 +347,7 @@ class Job:
         export.write_tokenizer(self.base, folder, for_torch)
         # Not the length trained with: every script here encodes up to 512 tokens unless told otherwise.
         longest = min(self.base.max_length or _UNCUT, max(512, *self.limits))
-        export.write_description(folder, self.base, self.pooling, self.given.normalize, self.templates, longest)
+        export.write_description(folder, self.base, self.pooling, self.normalize, self.templates, longest)
 
     def trainer_arguments(self):
         """PaddleNLP's TrainingArguments."""
