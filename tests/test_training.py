@@ -22,6 +22,7 @@ from utils import (
     paddlenlp_models,
     trainer,
     training,
+    training_data,
     training_folder,
     weight_files,
 )  # fmt: skip
@@ -399,6 +400,26 @@ def test_a_killed_run_ends_with_the_same_weights(run, tmp_path, monkeypatch, opt
     assert len(tokenised) == len(calls) - 11 and tokenised[-1] == 15  # nor tokenise what it passed over
     assert_same_weights(tmp_path / "whole", tmp_path / "broken")
     assert not list((tmp_path / "broken").glob("*.work"))
+
+
+def test_more_accumulation_than_an_epoch_has_batches_is_an_epochs(run, tmp_path, monkeypatch, caplog):
+    """Each epoch is one step, with the mean of its batches' gradients, in a resumed run too."""
+    epochs, set_epoch = [], training_data.Loader.set_epoch
+    monkeypatch.setattr(
+        training_data.Loader, "set_epoch", lambda *args: epochs.append(args[1]) or set_epoch(*args)
+    )  # fmt: skip
+    options = {"num_train_epochs": 6, "save_steps": 1}
+    assert run("exact", gradient_accumulation_steps=8, **options).steps == 6
+    with caplog.at_level("INFO"):
+        run("more", gradient_accumulation_steps=11, **options)
+    assert "an epoch has 8 batches: gradient_accumulation_steps is 8, not 11" in caplog.text
+    assert epochs == [*range(6), *range(6)]
+    assert_same_weights(tmp_path / "exact", tmp_path / "more")
+    with killed_at(30, monkeypatch):
+        run("broken", gradient_accumulation_steps=11, **options)
+    run("broken", gradient_accumulation_steps=11, **options)
+    assert epochs[12:] == [0, 1, 2, 3, 3, 4, 5]
+    assert_same_weights(tmp_path / "broken", tmp_path / "more")
 
 
 @pytest.mark.parametrize("options", [{}, {"max_steps": 6, "save_steps": 3}])

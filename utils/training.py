@@ -369,6 +369,11 @@ class Job:
             "do_train": True, "device": engines.device(), "disable_tqdm": True, "unified_checkpoint": False,
             "fp16_opt_level": "O1", "recompute": False, "skip_profile_timer": True, "load_best_model_at_end": False,
         }  # fmt: skip
+        # The Trainer would do so by itself, after it has counted with the other number, and in a log that is off.
+        options["gradient_accumulation_steps"] = min(given.gradient_accumulation_steps, len(self.plan))
+        if len(self.plan) < given.gradient_accumulation_steps:
+            logger.info("an epoch has %d batches: gradient_accumulation_steps is %d, not %d",
+                        len(self.plan), len(self.plan), given.gradient_accumulation_steps)  # fmt: skip
         options.setdefault("report_to", ["visualdl"])
         options["do_eval"] = self.dev is not None  # true alone would make PaddleNLP evaluate every few steps
         if self.dev is None:
