@@ -100,3 +100,65 @@ def test_a_mistyped_folder_is_not_looked_for_on_a_hub(folder, monkeypatch):
     monkeypatch.chdir(path.parent)
     with pytest.raises(FileNotFoundError, match="no such model folder"):
         checkpoint.resolve(f"{path.name}/modle")
+
+
+@pytest.mark.parametrize("kind", ["Dense", "LayerNorm", "LSTM", "SomethingNew"])
+def test_a_module_that_is_not_computed_here_is_refused_wherever_it_stands(folder, kind):
+    path = folder()
+    kinds = ["Transformer", "Pooling", kind, "Normalize"]
+    (path / "modules.json").write_text(json.dumps([{"type": f"a.b.{kind}", "path": kind} for kind in kinds]))
+    (path / "Pooling").mkdir()
+    (path / "Pooling" / "config.json").write_text(json.dumps({"pooling_mode_mean_tokens": True}))
+    for pooling in (None, "mean"):
+        with pytest.raises(ValueError, match=rf"modules\.json: the module {kind} is not supported; expected Transf"):
+            checkpoint.resolve(str(path), pooling=pooling)
+    kinds[2] = "Dropout"
+    (path / "modules.json").write_text(json.dumps([{"type": f"a.b.{kind}", "path": kind} for kind in kinds]))
+    assert checkpoint.resolve(str(path)).pooling == "mean"
+
+
+def test_prompts_that_are_not_pooled_are_refused(folder):
+    path = folder()
+    (path / "modules.json").write_text(json.dumps([{"type": "a.Pooling", "path": "pool"}]))
+    (path / "pool").mkdir()
+    pooling = {"pooling_mode_mean_tokens": True, "include_prompt": False}
+    (path / "pool" / "config.json").write_text(json.dumps(pooling))
+    assert checkpoint.resolve(str(path)).query_template == "{text}"  # without prompts there is nothing to leave out
+    (path / "config_sentence_transformers.json").write_text(json.dumps({"prompts": {"query": "q: "}}))
+    with pytest.raises(ValueError, match="include_prompt is false"):
+        checkpoint.resolve(str(path))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"), [(None, None, 64), (None, 40, 40), (24, 40, 24), (None, 10**30, 64), (None, "x", 64)]
+)
+def test_the_length_limit_is_read_where_either_kind_of_folder_keeps_it(folder, old, new, expected):
+    path = folder()
+    (path / "tokenizer_config.json").write_text(json.dumps({"model_max_length": new} if new else {}))
+    (path / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": old} if old else {}))
+    assert checkpoint.resolve(str(path)).default_length == expected
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"is_causal": False}, "is_causal is False; expected True"),
+        ({"use_sliding_window": True}, "use_sliding_window is True; expected False"),
+        ({"auto_map": {"AutoModel": "modeling.Own"}}, "auto_map names code of the model's own"),
+        ({"model_type": "distilbert", "hidden_size": None, "dim": 64}, "a distilbert model, which is not supported; "),
+        ({"model_type": "modernbert"}, "a modernbert model, which is not supported; expected bert, roberta, "),
+    ],
+)
+def test_what_would_be_computed_otherwise_is_refused(folder, config, message):
+    with pytest.raises(ValueError, match=message):
+        checkpoint.resolve(str(folder(**config)))
+
+
+def test_an_old_layout_is_told_from_a_folder_without_a_model(folder, tmp_path):
+    path = folder()
+    inner = path / "0_Transformer"
+    inner.mkdir()
+    (path / "config.json").rename(inner / "config.json")
+    (path / "modules.json").write_text(json.dumps([{"type": "a.Transformer", "path": "0_Transformer"}]))
+    with pytest.raises(ValueError, match=r"the model lies in .*0_Transformer: give that, and pooling="):
+        checkpoint.resolve(str(path))

@@ -149,9 +149,3 @@ def test_recomputing_changes_no_gradient(qwen3):
     assert plain.keys() == recomputed.keys() and len(plain) == len(dict(encoder.model.named_parameters()))
     for name, gradient in plain.items():
         np.testing.assert_allclose(recomputed[name], gradient, rtol=1e-5, atol=1e-6)
-
-
-def test_what_is_not_supported_is_refused(qwen3):
-    model = checkpoint.resolve(qwen3(use_sliding_window=True))
-    with pytest.raises(ValueError, match=r"this qwen3 model cannot be made \(use_sliding_window is true"):
-        PaddleEngine(model, "float32", "cpu")

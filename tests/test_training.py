@@ -126,6 +126,19 @@ def test_xlm_roberta_too(run, tiny_model, tmp_path):
     np.testing.assert_allclose(lean, encoder.embed(ids, lengths).numpy(), atol=1e-5)
 
 
+def test_roberta_is_exported_with_its_pooler_and_the_type_that_its_weights_have(run, tiny_model, tmp_path):
+    base = tmp_path / "roberta"
+    shutil.copytree(tiny_model, base)
+    config = json.loads((base / "config.json").read_text()) | {"model_type": "roberta", "dtype": "bfloat16"}
+    config |= {"architectures": ["RobertaModel"], "torch_dtype": "bfloat16"}
+    (base / "config.json").write_text(json.dumps(config))
+    run(model_name_or_path=str(base), export_format="huggingface", save_strategy="no", max_steps=2)
+    np.testing.assert_allclose(vectors(tmp_path / "out" / "huggingface"), vectors(tmp_path / "out"), atol=1e-6)
+    exported = checkpoint.resolve(str(tmp_path / "out" / "huggingface"))
+    assert "pooler.dense.weight" in weight_files.read_weights(exported)
+    assert exported.config["dtype"] == exported.config["torch_dtype"] == "float32"
+
+
 @pytest.fixture
 def ernie(tiny_model, tmp_path) -> str:
     """ERNIE 3 in PaddleNLP's layout, for which PaddleNLP has no Hugging Face names."""

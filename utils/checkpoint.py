@@ -41,6 +41,13 @@ _OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert")
 _POOLING_FLAGS = {
     "pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean", "pooling_mode_lasttoken": "last"
 }  # fmt: skip
+# What a sentence-transformers folder may consist of; dropout does nothing outside training.
+_MODULES = ("Transformer", "Pooling", "Normalize", "Dropout")
+# What PaddleNLP or this toolkit can make of PyTorch's weights.
+_TORCH_TYPES = (
+    "bert", "roberta", "xlm-roberta", "camembert", "ernie", "electra", "albert", "deberta", "deberta-v2", "roformer",
+    "qwen2", "qwen3", "llama", "mistral", "gemma", "gpt", "opt", "bloom",
+)  # fmt: skip
 _POOLING_NAMES = {"cls": "cls", "mean": "mean", "lasttoken": "last", "last": "last"}
 _PASSAGE_PROMPTS = ("passage", "document", "corpus")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -93,11 +100,7 @@ class Checkpoint:
 
         Names do not tell: PaddleNLP names XLM-RoBERTa's weights as Hugging Face does, and transposes them.
         """
-        first = self.weight_files()[0]
-        if first.suffix == ".safetensors":
-            header = _safetensors_header(first)
-            return header.get("__metadata__", {}).get("format", "pt") == "pt"
-        return first.suffix == ".bin"
+        return _is_torch(self.weight_files()[0])
 
     @functools.cached_property
     def digest(self) -> str:
@@ -131,7 +134,9 @@ def resolve(model_path: str, tokenizer_path: str | None = None, pooling: str | N
 def _understand(folder: Path, tokenizer_folder: Path, pooling: str | None) -> Checkpoint:
     config = _read_json_object(folder / "config.json")
     if not config:
-        raise ValueError(f"{folder}: no config.json there; expected a model's folder")
+        first = _modules(folder).get("Transformer", folder)
+        hint = f"; the model lies in {first}: give that, and pooling=..." if (first / "config.json").is_file() else ""
+        raise ValueError(f"{folder}: no config.json there; expected a model's folder{hint}")
     for path in folder.glob("*.safetensors"):
         _safetensors_header(path)
     weights = _weight_files(folder)
@@ -139,15 +144,23 @@ def _understand(folder: Path, tokenizer_folder: Path, pooling: str | None) -> Ch
         raise ValueError(f"{folder}: no weights there; expected one of {', '.join(WEIGHT_PATTERNS)}")
     _check_shards(folder, weights[0].suffix)
     model_type = str(config.get("model_type", "")).replace("_", "-")
+    if _is_torch(weights[0]) and model_type and model_type not in _TORCH_TYPES:
+        raise ValueError(f"{folder}: a {model_type} model, which is not supported; expected {', '.join(_TORCH_TYPES)}")
     hidden_size = config.get("hidden_size")
     if not model_type or hidden_size is None:
         raise ValueError(f"{folder / 'config.json'}: lacks model_type or hidden_size; expected a text encoder's")
     _check_config(folder / "config.json", config)
+    _check_is_plain(folder / "config.json", config)
     if model_type in DECODERS:
         config = _with_rotations(folder / "config.json", config)
     if not any((tokenizer_folder / name).is_file() for name in TOKENIZER_FILES):
         raise ValueError(f"{tokenizer_folder}: no tokenizer there; expected one of {', '.join(TOKENIZER_FILES)}")
+    modules = _modules(folder)
     query_prompt, passage_prompt = _prompts(folder)
+    if (query_prompt or passage_prompt) and "Pooling" in modules:
+        path = modules["Pooling"] / "config.json"
+        if _read_json_object(path).get("include_prompt") is False:
+            raise ValueError(f"{path}: include_prompt is false; expected prompts to be pooled, as is done here")
     max_length = _max_length(config, model_type)
     return Checkpoint(
         folder=folder,
@@ -157,9 +170,9 @@ def _understand(folder: Path, tokenizer_folder: Path, pooling: str | None) -> Ch
         hidden_size=hidden_size,
         vocabulary=int(config["vocab_size"]),
         max_length=max_length,
-        default_length=_default_length(folder) or max_length or 512,
-        pooling=pooling or _pooling(folder, model_type),
-        normalize=_normalize(folder),
+        default_length=_default_length(folder, tokenizer_folder) or max_length or 512,
+        pooling=pooling or _pooling(modules, model_type),
+        normalize=_normalize(folder, modules),
         query_template=query_prompt + "{text}",
         passage_template=passage_prompt + "{text}",
     )
@@ -172,6 +185,28 @@ def _weight_files(folder: Path) -> list[Path]:
         if files:
             return files
     return []
+
+
+def _is_torch(weights: Path) -> bool:
+    if weights.suffix == ".safetensors":
+        return _safetensors_header(weights).get("__metadata__", {}).get("format", "pt") == "pt"
+    return weights.suffix == ".bin"
+
+
+def _check_is_plain(path: Path, config: dict) -> None:
+    """What a folder's own code, or another kind of attention, would compute is not computed here.
+
+    Raises:
+        ValueError: the configuration asks for that.
+    """
+    if "AutoModel" in (config.get("auto_map") or {}):
+        raise ValueError(
+            f"{path}: auto_map names code of the model's own, which is not run here; expected a plain"
+            f" {config.get('model_type')} model (take auto_map out if it is one)"
+        )
+    for name, plain in (("is_causal", True), ("use_sliding_window", False)):
+        if config.get(name, plain) != plain and config.get("model_type") in DECODERS:
+            raise ValueError(f"{path}: {name} is {config[name]!r}; expected {plain!r}, the only kind supported")
 
 
 def _with_rotations(path: Path, config: dict) -> dict:
@@ -266,34 +301,45 @@ def _download(name: str) -> Path:
     )
 
 
-def _pooling(folder: Path, model_type: str) -> str:
-    """The pooling that a sentence-transformers folder names, else last for decoders and cls for the rest."""
-    for module in _read_json(folder / "modules.json") or []:
+def _modules(folder: Path) -> dict[str, Path]:
+    """A sentence-transformers folder's modules, by their kind: where each has its files. Empty for other folders.
+
+    Raises:
+        ValueError: there is one that is not computed here, such as a Dense layer after the pooling.
+    """
+    path = folder / "modules.json"
+    found = {}
+    for module in _read_json(path) or []:
         kind = module.get("type", "").rsplit(".", 1)[-1]
-        if kind in ("Dense", "LSTM", "CNN", "WeightedLayerPooling"):
-            raise ValueError(f"{folder}: its sentence-transformers module {kind} is not supported")
-        if kind == "Pooling":
-            path = folder / module["path"] / "config.json"
-            config = _read_json_object(path)
-            modes = [mode for flag, mode in _POOLING_FLAGS.items() if config.get(flag)]
-            unknown = [key for key, on in config.items() if key.startswith("pooling_mode_") and on is True]
-            unknown = [key for key in unknown if key not in _POOLING_FLAGS]
-            if "pooling_mode" in config:
-                modes = [_POOLING_NAMES.get(config["pooling_mode"], "")]
-            if len(modes) != 1 or unknown or not modes[0]:
-                raise ValueError(f"{path}: expected exactly one pooling mode of cls, mean, last; give pooling=...")
-            return modes[0]
-    return "last" if model_type in DECODERS else "cls"
+        if kind not in _MODULES:
+            raise ValueError(f"{path}: the module {kind} is not supported; expected {', '.join(_MODULES)}")
+        found[kind] = folder / module.get("path", "")
+    return found
 
 
-def _normalize(folder: Path) -> bool:
+def _pooling(modules: dict[str, Path], model_type: str) -> str:
+    """The pooling that a sentence-transformers folder names, else last for decoders and cls for the rest."""
+    if "Pooling" not in modules:
+        return "last" if model_type in DECODERS else "cls"
+    path = modules["Pooling"] / "config.json"
+    config = _read_json_object(path)
+    modes = [mode for flag, mode in _POOLING_FLAGS.items() if config.get(flag)]
+    unknown = [key for key, on in config.items() if key.startswith("pooling_mode_") and on is True]
+    unknown = [key for key in unknown if key not in _POOLING_FLAGS]
+    if "pooling_mode" in config:
+        modes = [_POOLING_NAMES.get(config["pooling_mode"], "")]
+    if len(modes) != 1 or unknown or not modes[0]:
+        raise ValueError(f"{path}: expected exactly one pooling mode of cls, mean, last; give pooling=...")
+    return modes[0]
+
+
+def _normalize(folder: Path, modules: dict[str, Path]) -> bool:
     """False only for a folder that names dot products and has no module that normalises.
 
     Most folders without that module are compared by cosines all the same, which need no module for that.
     """
-    kinds = [module.get("type", "").rsplit(".", 1)[-1] for module in _read_json(folder / "modules.json") or []]
     named = _read_json_object(folder / "config_sentence_transformers.json").get("similarity_fn_name")
-    return named != "dot" or "Normalize" in kinds
+    return named != "dot" or "Normalize" in modules
 
 
 def _prompts(folder: Path) -> tuple[str, str]:
@@ -316,11 +362,15 @@ def _max_length(config: dict, model_type: str) -> int | None:
     return None if positions is None else max(1, positions - _position_offset(config, model_type))
 
 
-def _default_length(folder: Path) -> int | None:
+def _default_length(folder: Path, tokenizer_folder: Path) -> int | None:
+    """sentence-transformers' own limit, or, where today's versions keep it, the tokenizer's."""
     path = folder / "sentence_bert_config.json"
     length = _read_json_object(path).get("max_seq_length")
     if length is not None and (type(length) is not int or not 0 < length < 1 << 31):
         raise ValueError(f"{path}: max_seq_length is {length!r}; expected a positive whole number")
+    if length is None:
+        limit = _read_json_object(tokenizer_folder / "tokenizer_config.json").get("model_max_length")
+        length = limit if type(limit) is int and 0 < limit < 1 << 31 else None  # 1e30 stands for none
     return length
 
 

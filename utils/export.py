@@ -74,8 +74,9 @@ def write_tokenizer(checkpoint: Checkpoint, folder: Path, for_torch: bool) -> No
 
 
 def write_config(checkpoint: Checkpoint, folder: Path) -> None:
-    """The base model's configuration: training changes weights only."""
-    _write_json(folder / "config.json", checkpoint.config)
+    """The base model's configuration: training changes weights only, which are written in float32."""
+    stored = {name: "float32" for name in ("dtype", "torch_dtype") if name in checkpoint.config}
+    _write_json(folder / "config.json", checkpoint.config | stored)
 
 
 def check_torch_weights(model: "nn.Layer", checkpoint: Checkpoint) -> None:

@@ -15,16 +15,12 @@ class Qwen3Model(nn.Layer):
     """Token ids to the last layer's states.
 
     Args:
-        config: PaddleNLP's configuration object, of a Qwen3 ``config.json``.
-
-    Raises:
-        ValueError: attention looks back over a window only.
+        config: PaddleNLP's configuration object, of a Qwen3 ``config.json``; ``checkpoint`` has seen to it that
+            attention is full.
     """
 
     def __init__(self, config):
         super().__init__()
-        if getattr(config, "use_sliding_window", False):
-            raise ValueError("use_sliding_window is true; expected full attention, the only kind supported")
         self.config = config
         self.enable_recompute = False
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)

@@ -78,10 +78,13 @@ def torch_names(model: "nn.Layer") -> dict[str, tuple[str, bool]]:
         return names
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
-    return {
+    names = {
         mapping.target_name: (mapping.source_name, mapping.action == "transpose")
         for mapping in type(model)._get_name_mappings(config)
     }
+    # PaddleNLP's RoBERTa leaves its pooler out.
+    rest = {name: bert_names.to_torch(name) for name in model.state_dict() if name not in names}
+    return names | {name: found for name, found in rest.items() if found is not None}
 
 
 def to_torch(model: "nn.Layer", state: dict[str, "Tensor"]) -> dict[str, np.ndarray]:
