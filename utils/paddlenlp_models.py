@@ -104,4 +104,6 @@ def import_paddlenlp():
         from paddlenlp.utils.log import logger
 
     logger.set_level("ERROR")
+    # Such as of functions that Paddle will rename: for PaddleNLP's authors, and not for its users.
+    warnings.filterwarnings("ignore", module=r"paddlenlp\.")
     return transformers
