@@ -1,14 +1,15 @@
 import json
 import os
+import re
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import pytest
 from conftest import ROOT
 
-from utils import bundled_model
+from utils import argument_parsing, bundled_model
 from utils.arguments import (
     DEFAULT_MODEL,
     ArgumentError,
@@ -20,7 +21,10 @@ from utils.arguments import (
     check,
     option,
     parse,
+    training_arguments,
 )
+
+SCRIPTS = (CleanArguments, MiningArguments, EvaluateArguments, training_arguments())
 
 
 @dataclass
@@ -94,13 +98,86 @@ def test_a_default_file_is_read_unless_one_is_named_or_a_flag_forbids_it(tmp_pat
         (MiningArguments, "query_instruction_for_retrieval", "query_template"),
         (TrainArguments, "train_data", "dataset_name_or_path"),
         (CleanArguments, "input_file", "input_data_path"),
+        (CleanArguments, "batch_size", "batch_tokens, a number of tokens"),
+        (MiningArguments, "range_max", "range_for_sampling"),
+        (EvaluateArguments, "embedder_query_max_length", "max_src_len"),
+        (TrainArguments, "query_max_length", "max_query_len"),
+        (TrainArguments, "gradient_checkpointing", "recompute"),
+        (TrainArguments, "same_dataset_within_batch", "group_by_source"),
+        (TrainArguments, "lr", "learning_rate"),
+        (TrainArguments, "epochs", "num_train_epochs"),
+        (TrainArguments, "batch_size", "per_device_train_batch_size"),
+        (TrainArguments, "knowledge_distillation", "loss_type kl"),
+        (TrainArguments, "use_mrl", "embedding_matryoshka_dims"),
+        (TrainArguments, "negatives_x_device", "embedding_negatives_cross_device"),
     ],
 )
-def test_names_of_other_toolkits_are_known(cls, given, meant):
-    with pytest.raises(ArgumentError, match=f"did you mean --{meant}"):
-        parse(cls, [f"--{given}", "3"], "")
-    with pytest.raises(ArgumentError, match=f"did you mean {meant}"):
+def test_names_of_other_toolkits_are_known_to_flags_and_json_alike(tmp_path, cls, given, meant):
+    for name in (given, given.replace("_", "-")):
+        with pytest.raises(ArgumentError, match=re.escape(f"unknown argument --{name}; did you mean --{meant}?")):
+            parse(cls, [f"--{name}", "3"], "")
+    with pytest.raises(ArgumentError, match=re.escape(f"unknown argument {given!r}; did you mean {meant}?")):
         build(cls, **{given: 3})
+    (tmp_path / "a.json").write_text(json.dumps({given: 3}))
+    with pytest.raises(ArgumentError, match=re.escape(f"a.json: unknown argument {given!r}; did you mean {meant}?")):
+        parse(cls, [str(tmp_path / "a.json")], "")
+
+
+def test_both_lengths_are_named_with_their_dashes():
+    with pytest.raises(ArgumentError, match="did you mean --max_query_len and --max_passage_len"):
+        parse(TrainArguments, ["--max_seq_length", "64"], "")
+
+
+@pytest.mark.parametrize("cls", SCRIPTS)
+@pytest.mark.parametrize(
+    "name",
+    ["deepspeed", "fsdp", "use_inbatch_neg", "use_gpu_for_searching", "cache_path", "cache_dir", "small_threshold",
+     "dataloader_persistent_workers", "dataloader_pin_memory", "devices", "peft_model_path", "save_merged_lora_model"],
+)  # fmt: skip
+def test_names_without_a_counterpart_get_no_hint(cls, name):
+    with pytest.raises(ArgumentError) as caught:
+        parse(cls, [f"--{name}", "3"], "")
+    assert str(caught.value) == f"unknown argument --{name}"
+    with pytest.raises(ArgumentError) as caught:
+        build(cls, **{name: 3})
+    assert str(caught.value) == f"unknown argument {name!r}"
+
+
+def test_every_hint_names_an_argument_of_some_script():
+    known = {f.name for cls in SCRIPTS for f in fields(cls)}
+    meant = {re.match(r"\w+", hint)[0] for hints in argument_parsing._ELSEWHERE_CALLED.values() for hint in hints}
+    assert meant <= known
+
+
+def test_all_unknown_names_are_in_one_line(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text('{"cuont": 3, "rate": 1, "deepspeed": null, "epochs": 1, "flga": true}')
+    with pytest.raises(ArgumentError) as caught:
+        parsed(str(path))
+    expected = "unknown arguments 'cuont' (did you mean count?), 'deepspeed', 'epochs', 'flga' (did you mean flag?)"
+    assert str(caught.value) == f"{path}: {expected}"
+    with pytest.raises(ArgumentError) as caught:
+        parsed(str(path), "--cuont", "3", "--rate", "1", "--deepspeed=a", "b", "--flga", "--cuont", "-4")
+    assert str(caught.value) == (
+        "unknown arguments --cuont (did you mean --count?), --deepspeed, --flga (did you mean --flag?)"
+    )
+    with pytest.raises(ArgumentError) as caught:
+        build(Example, cuont=3, deepspeed=None)
+    assert str(caught.value) == "unknown arguments 'cuont' (did you mean count?), 'deepspeed'"
+
+
+def test_what_is_left_over_without_an_unknown_flag_is_refused():
+    with pytest.raises(ArgumentError, match=r"^unknown arguments 'b\.json', 'count' \(did you mean --count\?\)$"):
+        parsed("a.json", "b.json", "count")
+    with pytest.raises(ArgumentError, match=r"^unknown argument -count; did you mean --count\?$"):
+        parsed("-count", "3")
+
+
+def test_a_file_of_data_makes_no_endless_line(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(dict.fromkeys(map(str, range(2000)))))
+    with pytest.raises(ArgumentError, match=r"'49' and 1,950 more$"):
+        parsed(str(path))
 
 
 def test_rows_where_arguments_are_expected(tmp_path):

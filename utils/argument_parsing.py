@@ -1,7 +1,7 @@
 """Dataclass fields as keyword arguments, JSON keys and command-line flags.
 
 A field's metadata holds its help text and its limits; ``check`` applies them wherever the values came
-from. Unknown names are refused with the nearest known one. A JSON ``null`` is None where an argument takes
+from. Unknown names are refused with the nearest known ones. A JSON ``null`` is None where an argument takes
 None, and stands for the default where it does not.
 """
 
@@ -12,9 +12,11 @@ import json
 import math
 import numbers
 import os
+import re
 import sys
 import types
 import typing
+from collections.abc import Iterable
 from dataclasses import field
 from typing import Any, NoReturn, TypeVar
 
@@ -22,33 +24,81 @@ from typing import Any, NoReturn, TypeVar
 ELSEWHERE = "see PaddleNLP's Trainer"
 # Arguments that name rows.
 _DATA = ("input_data_path", "dev_path", "dataset_name_or_path")
-# What FlagEmbedding and sentence-transformers call an argument that has another name here.
-_ELSEWHERE_CALLED = {
+# What FlagEmbedding and sentence-transformers call an argument that has another name here. The first that the script
+# knows is meant; words after it are part of the hint.
+_ELSEWHERE_CALLED: dict[str, tuple[str, ...]] = {
     "negative_number": ("num_negatives",),
     "range_for_negatives": ("range_for_sampling",),
     "input_file": ("input_data_path",),
     "output_file": ("output_data_path",),
     "input_path": ("input_data_path",),
-    "output_path": ("output_data_path",),
+    "output_path": ("output_data_path", "output_dir"),
+    "output_dir": ("output_data_path",),
     "train_data": ("dataset_name_or_path",),
     "eval_data": ("dev_path", "dev_dataset_path"),
     "embedder_name_or_path": ("model_path", "model_name_or_path"),
     "model_name_or_path": ("model_path",),
     "model_path": ("model_name_or_path",),
+    "tokenizer_name": ("tokenizer_path", "tokenizer_name_or_path"),
+    "tokenizer_name_or_path": ("tokenizer_path",),
+    "tokenizer_path": ("tokenizer_name_or_path",),
     "reranker_name_or_path": ("reranker_path",),
     "query_instruction_for_retrieval": ("query_template",),
     "query_instruction_for_model": ("query_template",),
+    "query_instruction_format": ("query_template",),
+    "query_instruction_format_for_retrieval": ("query_template",),
+    "query_prompt": ("query_template",),
     "passage_instruction_for_retrieval": ("passage_template",),
+    "passage_instruction_format": ("passage_template",),
+    "corpus_prompt": ("passage_template",),
+    "prompts": ("query_template and passage_template",),
     "sentence_pooling_method": ("pooling",),
     "pooling_method": ("pooling",),
     "normalize_embeddings": ("normalize",),
     "normlized": ("normalize",),
     "temperature": ("embedding_temperature",),
     "train_group_size": ("group_size",),
-    "query_max_len": ("max_query_len",),
-    "passage_max_len": ("max_passage_len",),
-    "max_length": ("max_src_len",),
+    "query_max_len": ("max_query_len", "max_src_len"),
+    "query_max_length": ("max_query_len", "max_src_len"),
+    "embedder_query_max_length": ("max_query_len", "max_src_len"),
+    "passage_max_len": ("max_passage_len", "max_src_len"),
+    "passage_max_length": ("max_passage_len", "max_src_len"),
+    "embedder_passage_max_length": ("max_passage_len", "max_src_len"),
+    "max_length": ("max_src_len", "max_query_len and max_passage_len"),
+    "max_seq_length": ("max_src_len", "max_query_len and max_passage_len"),
+    "max_src_len": ("max_query_len and max_passage_len",),
     "negatives_cross_device": ("embedding_negatives_cross_device",),
+    "negatives_x_device": ("embedding_negatives_cross_device",),
+    "gather_across_devices": ("embedding_negatives_cross_device",),
+    "scale": ("embedding_temperature, which is 1 / scale",),
+    "triplet_margin": ("margin",),
+    "knowledge_distillation": ("loss_type kl",),
+    "kd_loss_type": ("loss_type kl",),
+    "use_mrl": ("embedding_matryoshka_dims",),
+    "mrl_dims": ("embedding_matryoshka_dims",),
+    "matryoshka_dims": ("embedding_matryoshka_dims",),
+    "matryoshka_weights": ("embedding_matryoshka_weights",),
+    "truncate_dim": ("dimension",),
+    "same_dataset_within_batch": ("group_by_source",),
+    "gradient_checkpointing": ("recompute",),
+    "use_lora": ("lora",),
+    "use_flash_attn": ("use_flash_attention",),
+    "lr": ("learning_rate",),
+    "epochs": ("num_train_epochs",),
+    "num_epochs": ("num_train_epochs",),
+    "batch_size": ("per_device_train_batch_size", "batch_tokens, a number of tokens"),
+    "train_batch_size": ("per_device_train_batch_size",),
+    "per_gpu_train_batch_size": ("per_device_train_batch_size",),
+    "eval_batch_size": ("per_device_eval_batch_size", "batch_tokens, a number of tokens"),
+    "embedder_batch_size": ("batch_tokens, a number of tokens",),
+    "per_device_eval_batch_size": ("batch_tokens, a number of tokens",),
+    "eval_strategy": ("evaluation_strategy",),
+    "evaluation_steps": ("eval_steps",),
+    "use_fp16": ("fp16", "dtype float16"),
+    "fp16": ("fp16", "dtype float16"),
+    "use_bf16": ("bf16", "dtype bfloat16"),
+    "bf16": ("bf16", "dtype bfloat16"),
+    "torch_dtype": ("dtype",),
     "sub_batch_size": ("gradcache_chunk_size",),
     "mini_batch_size": ("gradcache_chunk_size",),
     "threshold": ("similarity_threshold",),
@@ -56,8 +106,29 @@ _ELSEWHERE_CALLED = {
     "absolute_score_margin": ("absolute_margin",),
     "margin": ("relative_margin",),
     "candidate_pool_path": ("candidate_pool",),
+    "cross_encoder": ("reranker_path",),
     "search_top_k": ("range_for_sampling",),
-}
+    "range_min": ("range_for_sampling",),
+    "range_max": ("range_for_sampling",),
+    "sample_range": ("range_for_sampling",),
+    "eval_metrics": ("metrics",),
+    "corpus_embd_save_dir": ("embedding_cache",),
+    "cache_folder": ("embedding_cache",),
+    # These have no counterpart, whatever is spelt alike.
+    **dict.fromkeys(
+        (
+            "cache_dir", "cache_path", "dataloader_persistent_workers", "dataloader_pin_memory",
+            "dataloader_prefetch_factor", "deepspeed", "devices", "fsdp", "fsdp_config", "learning_rate_mapping",
+            "mp_parameters", "parallelism_config", "peft_model_path", "reranker_batch_size", "reranker_peft_path",
+            "unified_finetuning", "use_gpu_for_searching", "use_inbatch_neg", "write_csv",
+        ),
+        (),
+    ),
+}  # fmt: skip
+# How much a name must be like a known one, to be taken for a slip: less, and strangers get hints that mislead.
+_ALIKE = 0.75
+# As many unknown names are listed; a file of data may hold any number.
+_MOST_LISTED = 50
 
 
 class ArgumentError(ValueError):
@@ -105,9 +176,9 @@ def parse(
         alone = {"nargs": "?", "const": "true"} if bool in _alternatives(types_[f.name]) else {}
         parser.add_argument(*names, dest=f.name, default=argparse.SUPPRESS, help=text, metavar=metavar, **alone)
     given, unknown = parser.parse_known_args(argv)
-    known = [f"--{f.name}" for f in dataclasses.fields(cls)]
-    for name in unknown:
-        raise ArgumentError(f"unknown argument {name}{nearest(name.split('=')[0], known)}")
+    # Where flags are unknown, what else is left over is taken for their values.
+    flags = [text.split("=")[0] for text in unknown if re.match("--?[A-Za-z]", text)]
+    _refuse(flags or unknown, cls)
     values = vars(given)
     path = values.pop("config")
     if path is None and values.get(unless) in (None, getattr(cls, unless, None)):
@@ -134,9 +205,7 @@ def build(cls: type[Arguments], **values) -> Arguments:
         ArgumentError: an unknown name, a wrong type, or a value out of range.
     """
     known = {f.name for f in dataclasses.fields(cls)}
-    for name in values:
-        if name not in known:
-            raise ArgumentError(f"unknown argument {name!r}{nearest(name, known)}")
+    _refuse([name for name in values if name not in known], cls)
     types_ = typing.get_type_hints(cls)
     arguments = cls(**{name: v for name, v in values.items() if v is not None or _takes_none(types_[name])})
     check(arguments)
@@ -292,9 +361,7 @@ def _read_json(path: str, cls: type) -> dict:
     if not isinstance(values, dict):
         raise ArgumentError(f"{path}: expected one JSON object of arguments")
     known = {f.name for f in dataclasses.fields(cls)}
-    for name in values:
-        if name not in known:
-            raise ArgumentError(f"{path}: unknown argument {name!r}{nearest(name, known)}")
+    _refuse([name for name in values if name not in known], cls, f"{path}: ")
     return values
 
 
@@ -342,14 +409,37 @@ def _default(f: dataclasses.Field):
     return f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
 
 
-def nearest(name, known) -> str:
-    """The end of an error line: "; did you mean ...?", or nothing if no known name comes near."""
-    names = [str(k) for k in known]
-    bare = str(name).lstrip("-")
-    dashes = str(name)[: len(str(name)) - len(bare)]
-    close = [dashes + own for own in _ELSEWHERE_CALLED.get(bare.replace("-", "_"), ()) if dashes + own in names]
-    close = close or difflib.get_close_matches(str(name), names, n=1)
+def nearest(value, known) -> str:
+    """The end of an error line: "; did you mean ...?", or nothing if no known value comes near."""
+    close = difflib.get_close_matches(str(value), [str(k) for k in known], n=1)
     return f"; did you mean {close[0]}?" if close else ""
+
+
+def _refuse(unknown: Iterable[str], cls: type, where: str = "") -> None:
+    """Raise for all unknown names in one line: of keywords, of JSON keys, or of flags with their dashes."""
+    known = [f.name for f in dataclasses.fields(cls)]
+    unknown = list(dict.fromkeys(unknown))
+    parts = []
+    for name in unknown[:_MOST_LISTED]:
+        meant = _meant(name, known)
+        alone, among = (f"; {meant}", f" ({meant})") if meant else ("", "")
+        shown = name if re.fullmatch("--?[A-Za-z][A-Za-z0-9_-]*", name) else repr(name)
+        parts.append(shown + (alone if len(unknown) == 1 else among))
+    if unknown:
+        more = f" and {len(unknown) - _MOST_LISTED:,} more" if len(unknown) > _MOST_LISTED else ""
+        raise ArgumentError(f"{where}unknown argument{'s' * (len(unknown) > 1)} {', '.join(parts)}{more}")
+
+
+def _meant(name: str, known: list[str]) -> str:
+    """What an unknown name may stand for, "did you mean ...?", or nothing. A flag's name has its dashes."""
+    bare = name.lstrip("-").replace("-", "_")
+    dashes = "--" if name.startswith("-") or bare in known else ""
+    if bare in _ELSEWHERE_CALLED:
+        meant = [hint for hint in _ELSEWHERE_CALLED[bare] if re.match(r"\w+", hint)[0] in known][:1]
+    else:
+        meant = difflib.get_close_matches(bare, known, n=1, cutoff=_ALIKE)
+    dashed = [re.sub(r"\w+", lambda word: dashes * (word[0] in known) + word[0], hint) for hint in meant]
+    return f"did you mean {dashed[0]}?" if dashed else ""
 
 
 class _HelpFormatter(argparse.HelpFormatter):
