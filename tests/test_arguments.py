@@ -180,6 +180,22 @@ def test_a_file_of_data_makes_no_endless_line(tmp_path):
         parsed(str(path))
 
 
+@pytest.mark.parametrize(
+    ("cls", "name"),
+    [(CleanArguments, "template"), (TrainArguments, "query_template"), (CleanArguments, "passage_template")],
+)
+def test_backslash_n_is_a_new_line_in_a_template_given_as_a_flag(tmp_path, cls, name):
+    text = "Instruct: a\\nQuery: {text}"
+    assert getattr(parse(cls, [f"--{name}", text], ""), name) == "Instruct: a\nQuery: {text}"
+    assert getattr(build(cls, **{name: text}), name) == text
+    (tmp_path / "a.json").write_text(json.dumps({name: text}))
+    assert getattr(parse(cls, [str(tmp_path / "a.json")], ""), name) == text
+
+
+def test_backslash_n_stays_in_a_path_given_as_a_flag():
+    assert parse(CleanArguments, ["--input_data_path", "a\\new.json"], "").input_data_path == "a\\new.json"
+
+
 def test_rows_where_arguments_are_expected(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"query": "a"}\n{"query": "b"}\n')

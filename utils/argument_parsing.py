@@ -24,6 +24,8 @@ from typing import Any, NoReturn, TypeVar
 ELSEWHERE = "see PaddleNLP's Trainer"
 # Arguments that name rows.
 _DATA = ("input_data_path", "dev_path", "dataset_name_or_path")
+# Arguments that hold a text's template.
+_TEMPLATES = ("template", "query_template", "passage_template")
 # What FlagEmbedding and sentence-transformers call an argument that has another name here. The first that the script
 # knows is meant; words after it are part of the hint.
 _ELSEWHERE_CALLED: dict[str, tuple[str, ...]] = {
@@ -184,6 +186,9 @@ def parse(
     if path is None and values.get(unless) in (None, getattr(cls, unless, None)):
         path = config
     merged = _read_json(path, cls) if path is not None else {}
+    for name in _TEMPLATES:
+        if name in values:
+            values[name] = values[name].replace("\\n", "\n")  # shells pass the two characters on
     merged |= {name: _from_text(name, text, types_[name]) for name, text in values.items()}
     arguments = build(cls, **merged)
     output = getattr(arguments, "output_data_path", None)
@@ -224,7 +229,7 @@ def check(arguments) -> None:
         setattr(arguments, f.name, value)
         for item in value if isinstance(value, list) else [value]:
             _check_limits(f, item)
-    for name in ("template", "query_template", "passage_template"):
+    for name in _TEMPLATES:
         template = getattr(arguments, name, None)
         if template is not None and template.count("{text}") != 1:
             raise ArgumentError(f'{name} is {template!r}; expected exactly one "{{text}}" in it')

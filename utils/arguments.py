@@ -15,6 +15,8 @@ __all__ = ["ArgumentError", "build", "check", "option", "parse", "text_values"]
 DEFAULT_MODEL = "multilingual-e5-small"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 POOLINGS = ("cls", "mean", "last")
+# Of templates. JSON has it anyway.
+_NEW_LINE = r"; in a flag, \n is a new line"
 # What NumPy and Paddle take alike.
 _LARGEST_SEED = 2**32 - 1
 
@@ -28,9 +30,11 @@ class ModelArguments:
         "the model: the bundled one by name, a local folder (PaddleNLP or Hugging Face layout), or a hub name",
     )
     tokenizer_path: str | None = option(None, "the tokenizer, if it is not in the model's folder")
-    template: str | None = option(None, 'for queries and passages alike, such as "query: {text}"')
-    query_template: str | None = option(None, "for queries; default: the model's own prompt, if it has one")
-    passage_template: str | None = option(None, "for passages; default: the model's own prompt, if it has one")
+    template: str | None = option(None, 'for queries and passages alike, such as "query: {text}"' + _NEW_LINE)
+    query_template: str | None = option(None, "for queries; default: the model's own prompt, if it has one" + _NEW_LINE)
+    passage_template: str | None = option(
+        None, "for passages; default: the model's own prompt, if it has one" + _NEW_LINE
+    )
     dimension: int | None = option(
         None, "keep this many leading dimensions (Matryoshka); default: the model's width", at_least=1
     )
@@ -382,8 +386,10 @@ class TrainArguments:
         "error", "error: stop at the first bad row; skip: leave bad rows out and count them", choices=("error", "skip")
     )
     output_dir: str = option("./output/embedding", "where checkpoints and the trained model go")
-    query_template: str | None = option(None, "for queries; default: the model's own prompt, if it has one")
-    passage_template: str | None = option(None, "for passages; default: the model's own prompt, if it has one")
+    query_template: str | None = option(None, "for queries; default: the model's own prompt, if it has one" + _NEW_LINE)
+    passage_template: str | None = option(
+        None, "for passages; default: the model's own prompt, if it has one" + _NEW_LINE
+    )
     max_query_len: int = option(64, "longest query in tokens", at_least=4, at_most=1 << 20)
     max_passage_len: int = option(512, "longest passage in tokens", at_least=4, at_most=1 << 20)
     pooling: str | None = option(None, "how token vectors become one; default: as the model says", choices=POOLINGS)
