@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from utils import arguments, runtime
+from utils.training_arguments import training_arguments
 
 # What a run without an argument file starts from: the settings that suit the bundled model, unless another is named.
 DEFAULT_CONFIG = str(Path(__file__).parent / "config" / "multilingual-e5-small" / "emb_argument.json")
@@ -25,9 +26,7 @@ _DESCRIPTION = (
 
 def main() -> None:
     runtime.prepare(trains=True)
-    given = arguments.parse(
-        arguments.training_arguments(), sys.argv[1:], _DESCRIPTION, DEFAULT_CONFIG, "model_name_or_path"
-    )
+    given = arguments.parse(training_arguments(), sys.argv[1:], _DESCRIPTION, DEFAULT_CONFIG, "model_name_or_path")
     from utils import report, training
 
     report.set_up_logging()

@@ -11,6 +11,8 @@ FORBIDDEN = {
     "records": HEAVY,
     "arguments": HEAVY,
     "argument_parsing": HEAVY | {"arguments"},
+    "other_names": HEAVY | {"arguments", "argument_parsing"},
+    "training_arguments": HEAVY,
     "outputs": HEAVY,
     "runtime": HEAVY - {"paddle"} | {"records", "outputs"},
     "distributed": {"faiss", "paddlenlp", "records", "search", "encoder"},

@@ -9,20 +9,19 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from utils import argument_parsing, bundled_model
+from utils import bundled_model, other_names
 from utils.arguments import (
     DEFAULT_MODEL,
     ArgumentError,
     CleanArguments,
     EvaluateArguments,
     MiningArguments,
-    TrainArguments,
     build,
     check,
     option,
     parse,
-    training_arguments,
 )
+from utils.training_arguments import TrainArguments, training_arguments
 
 SCRIPTS = (CleanArguments, MiningArguments, EvaluateArguments, training_arguments())
 
@@ -145,7 +144,7 @@ def test_names_without_a_counterpart_get_no_hint(cls, name):
 
 def test_every_hint_names_an_argument_of_some_script():
     known = {f.name for cls in SCRIPTS for f in fields(cls)}
-    meant = {re.match(r"\w+", hint)[0] for hints in argument_parsing._ELSEWHERE_CALLED.values() for hint in hints}
+    meant = {re.match(r"\w+", hint)[0] for hints in other_names.CALLED_ELSEWHERE.values() for hint in hints}
     assert meant <= known
 
 

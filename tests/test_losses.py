@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from utils import losses
-from utils.arguments import LOSS_TYPES
 from utils.losses import LOSSES, Targets, objective
+from utils.training_arguments import LOSS_TYPES
 
 N, G, D, T, MARGIN = 5, 3, 7, 0.3, 0.4
 

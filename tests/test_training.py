@@ -14,7 +14,6 @@ from conftest import ROOT, make_rows, read_jsonl, run_script, write_jsonl
 from thread_ranks import on_ranks
 
 from utils import (
-    arguments,
     bert_names,
     checkpoint,
     matmul,
@@ -31,6 +30,7 @@ from utils.embedding import build_encoders
 from utils.encoder import pooling_weights
 from utils.gradients import GradientStep
 from utils.trainable import TrainableEncoder
+from utils.training_arguments import _REPORTS, training_arguments
 from utils.training_data import Collator
 
 TEXTS = ["my old card is lost", "how do i open the list", "train"]
@@ -59,7 +59,7 @@ def run(tiny_model, data, tmp_path):
             "max_query_len": 16, "max_passage_len": 32, "evaluation_strategy": "no", "save_strategy": "steps",
             "save_steps": 3, "pooling": "mean", "report_to": "none",
         }  # fmt: skip
-        return training.train(build(arguments.training_arguments(), **given | options))
+        return training.train(build(training_arguments(), **given | options))
 
     return train
 
@@ -780,7 +780,7 @@ def test_ranks_that_have_read_different_files_do_not_train(tiny_model, data, tmp
     shutil.copytree(data, tmp_path / "data")
     corpus = write_jsonl(tmp_path / "data" / "corpus.json", [{"text": "an answer"}])
     given = build(
-        arguments.training_arguments(), model_name_or_path=str(tmp_path / "model"),
+        training_arguments(), model_name_or_path=str(tmp_path / "model"),
         dataset_name_or_path=str(tmp_path / "data"), dev_corpus_path=corpus,
     )  # fmt: skip
     here = training._Inputs.read(given)
@@ -849,7 +849,8 @@ FAILS_ON_ONE_RANK = """
             return add(self, number, *args, **kwargs)
 
         gradients.GradientStep.__call__, trainer.reduce, trainer.Journal.add = stepped, reduced, added
-        training.train(arguments.parse(arguments.training_arguments(), [sys.argv[1]], ""))
+        from utils.training_arguments import training_arguments
+        training.train(arguments.parse(training_arguments(), [sys.argv[1]], ""))
 
     runtime.prepare()
     runtime.run(main)
@@ -884,7 +885,7 @@ def test_what_goes_wrong_on_one_rank_is_told_in_one_line(tiny_model, data, tmp_p
 
 @pytest.mark.parametrize("path", sorted((ROOT / "config").glob("*/emb_argument.json")), ids=lambda p: p.parent.name)
 def test_every_shipped_config_is_accepted(path):
-    parse(arguments.training_arguments(), [str(path)], "")
+    parse(training_arguments(), [str(path)], "")
 
 
 PADDLENLP = {
@@ -903,7 +904,7 @@ PADDLENLP = {
 
 def test_paddlenlps_own_keys_are_taken(tiny_model, data, tmp_path):
     paths = {"model_name_or_path": tiny_model, "dataset_name_or_path": data, "output_dir": str(tmp_path / "out")}
-    result = training.train(build(arguments.training_arguments(), **PADDLENLP | paths))
+    result = training.train(build(training_arguments(), **PADDLENLP | paths))
     assert result.steps == 2
 
 
@@ -941,15 +942,15 @@ def test_do_eval_without_dev_rows_evaluates_nothing(run, data, strategy):
     ],
 )
 def test_bad_arguments(options, message, monkeypatch):
-    monkeypatch.setitem(arguments._REPORTS, "missing", "no_such_package")
+    monkeypatch.setitem(_REPORTS, "missing", "no_such_package")
     with pytest.raises(ArgumentError) as caught:
-        build(arguments.training_arguments(), **options)
+        build(training_arguments(), **options)
     assert message in str(caught.value)
 
 
 def test_null_is_none_for_paddlenlps_arguments(tmp_path):
     (tmp_path / "a.json").write_text('{"eval_steps": null, "save_total_limit": null, "run_name": null}')
-    given = parse(arguments.training_arguments(), [str(tmp_path / "a.json")], "")
+    given = parse(training_arguments(), [str(tmp_path / "a.json")], "")
     assert given.save_total_limit is None and given.trainer_options() == {}
 
 

@@ -7,7 +7,6 @@ None, and stands for the default where it does not.
 
 import argparse
 import dataclasses
-import difflib
 import json
 import math
 import numbers
@@ -20,115 +19,14 @@ from collections.abc import Iterable
 from dataclasses import field
 from typing import Any, NoReturn, TypeVar
 
+from utils.other_names import meant_by, nearest
+
 # The help text of an argument that PaddleNLP's Trainer documents.
 ELSEWHERE = "see PaddleNLP's Trainer"
 # Arguments that name rows.
 _DATA = ("input_data_path", "dev_path", "dataset_name_or_path")
 # Arguments that hold a text's template.
 _TEMPLATES = ("template", "query_template", "passage_template")
-# What FlagEmbedding and sentence-transformers call an argument that has another name here. The first that the script
-# knows is meant; words after it are part of the hint.
-_ELSEWHERE_CALLED: dict[str, tuple[str, ...]] = {
-    "negative_number": ("num_negatives",),
-    "range_for_negatives": ("range_for_sampling",),
-    "input_file": ("input_data_path",),
-    "output_file": ("output_data_path",),
-    "input_path": ("input_data_path",),
-    "output_path": ("output_data_path", "output_dir"),
-    "output_dir": ("output_data_path",),
-    "train_data": ("dataset_name_or_path",),
-    "eval_data": ("dev_path", "dev_dataset_path"),
-    "embedder_name_or_path": ("model_path", "model_name_or_path"),
-    "model_name_or_path": ("model_path",),
-    "model_path": ("model_name_or_path",),
-    "tokenizer_name": ("tokenizer_path", "tokenizer_name_or_path"),
-    "tokenizer_name_or_path": ("tokenizer_path",),
-    "tokenizer_path": ("tokenizer_name_or_path",),
-    "reranker_name_or_path": ("reranker_path",),
-    "query_instruction_for_retrieval": ("query_template",),
-    "query_instruction_for_model": ("query_template",),
-    "query_instruction_format": ("query_template",),
-    "query_instruction_format_for_retrieval": ("query_template",),
-    "query_prompt": ("query_template",),
-    "passage_instruction_for_retrieval": ("passage_template",),
-    "passage_instruction_format": ("passage_template",),
-    "corpus_prompt": ("passage_template",),
-    "prompts": ("query_template and passage_template",),
-    "sentence_pooling_method": ("pooling",),
-    "pooling_method": ("pooling",),
-    "normalize_embeddings": ("normalize",),
-    "normlized": ("normalize",),
-    "temperature": ("embedding_temperature",),
-    "train_group_size": ("group_size",),
-    "query_max_len": ("max_query_len", "max_src_len"),
-    "query_max_length": ("max_query_len", "max_src_len"),
-    "embedder_query_max_length": ("max_query_len", "max_src_len"),
-    "passage_max_len": ("max_passage_len", "max_src_len"),
-    "passage_max_length": ("max_passage_len", "max_src_len"),
-    "embedder_passage_max_length": ("max_passage_len", "max_src_len"),
-    "max_length": ("max_src_len", "max_query_len and max_passage_len"),
-    "max_seq_length": ("max_src_len", "max_query_len and max_passage_len"),
-    "max_src_len": ("max_query_len and max_passage_len",),
-    "negatives_cross_device": ("embedding_negatives_cross_device",),
-    "negatives_x_device": ("embedding_negatives_cross_device",),
-    "gather_across_devices": ("embedding_negatives_cross_device",),
-    "scale": ("embedding_temperature, which is 1 / scale",),
-    "triplet_margin": ("margin",),
-    "knowledge_distillation": ("loss_type kl",),
-    "kd_loss_type": ("loss_type kl",),
-    "use_mrl": ("embedding_matryoshka_dims",),
-    "mrl_dims": ("embedding_matryoshka_dims",),
-    "matryoshka_dims": ("embedding_matryoshka_dims",),
-    "matryoshka_weights": ("embedding_matryoshka_weights",),
-    "truncate_dim": ("dimension",),
-    "same_dataset_within_batch": ("group_by_source",),
-    "gradient_checkpointing": ("recompute",),
-    "use_lora": ("lora",),
-    "use_flash_attn": ("use_flash_attention",),
-    "lr": ("learning_rate",),
-    "epochs": ("num_train_epochs",),
-    "num_epochs": ("num_train_epochs",),
-    "batch_size": ("per_device_train_batch_size", "batch_tokens, a number of tokens"),
-    "train_batch_size": ("per_device_train_batch_size",),
-    "per_gpu_train_batch_size": ("per_device_train_batch_size",),
-    "eval_batch_size": ("per_device_eval_batch_size", "batch_tokens, a number of tokens"),
-    "embedder_batch_size": ("batch_tokens, a number of tokens",),
-    "per_device_eval_batch_size": ("batch_tokens, a number of tokens",),
-    "eval_strategy": ("evaluation_strategy",),
-    "evaluation_steps": ("eval_steps",),
-    "use_fp16": ("fp16", "dtype float16"),
-    "fp16": ("fp16", "dtype float16"),
-    "use_bf16": ("bf16", "dtype bfloat16"),
-    "bf16": ("bf16", "dtype bfloat16"),
-    "torch_dtype": ("dtype",),
-    "sub_batch_size": ("gradcache_chunk_size",),
-    "mini_batch_size": ("gradcache_chunk_size",),
-    "threshold": ("similarity_threshold",),
-    "num_hard_negatives": ("num_negatives",),
-    "absolute_score_margin": ("absolute_margin",),
-    "margin": ("relative_margin",),
-    "candidate_pool_path": ("candidate_pool",),
-    "cross_encoder": ("reranker_path",),
-    "search_top_k": ("range_for_sampling",),
-    "range_min": ("range_for_sampling",),
-    "range_max": ("range_for_sampling",),
-    "sample_range": ("range_for_sampling",),
-    "eval_metrics": ("metrics",),
-    "corpus_embd_save_dir": ("embedding_cache",),
-    "cache_folder": ("embedding_cache",),
-    # These have no counterpart, whatever is spelt alike.
-    **dict.fromkeys(
-        (
-            "cache_dir", "cache_path", "dataloader_persistent_workers", "dataloader_pin_memory",
-            "dataloader_prefetch_factor", "deepspeed", "devices", "fsdp", "fsdp_config", "learning_rate_mapping",
-            "mp_parameters", "parallelism_config", "peft_model_path", "reranker_batch_size", "reranker_peft_path",
-            "unified_finetuning", "use_gpu_for_searching", "use_inbatch_neg", "write_csv",
-        ),
-        (),
-    ),
-}  # fmt: skip
-# How much a name must be like a known one, to be taken for a slip: less, and strangers get hints that mislead.
-_ALIKE = 0.75
 # As many unknown names are listed; a file of data may hold any number.
 _MOST_LISTED = 50
 
@@ -414,37 +312,19 @@ def _default(f: dataclasses.Field):
     return f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
 
 
-def nearest(value, known) -> str:
-    """The end of an error line: "; did you mean ...?", or nothing if no known value comes near."""
-    close = difflib.get_close_matches(str(value), [str(k) for k in known], n=1)
-    return f"; did you mean {close[0]}?" if close else ""
-
-
 def _refuse(unknown: Iterable[str], cls: type, where: str = "") -> None:
     """Raise for all unknown names in one line: of keywords, of JSON keys, or of flags with their dashes."""
     known = [f.name for f in dataclasses.fields(cls)]
     unknown = list(dict.fromkeys(unknown))
     parts = []
     for name in unknown[:_MOST_LISTED]:
-        meant = _meant(name, known)
+        meant = meant_by(name, known)
         alone, among = (f"; {meant}", f" ({meant})") if meant else ("", "")
         shown = name if re.fullmatch("--?[A-Za-z][A-Za-z0-9_-]*", name) else repr(name)
         parts.append(shown + (alone if len(unknown) == 1 else among))
     if unknown:
         more = f" and {len(unknown) - _MOST_LISTED:,} more" if len(unknown) > _MOST_LISTED else ""
         raise ArgumentError(f"{where}unknown argument{'s' * (len(unknown) > 1)} {', '.join(parts)}{more}")
-
-
-def _meant(name: str, known: list[str]) -> str:
-    """What an unknown name may stand for, "did you mean ...?", or nothing. A flag's name has its dashes."""
-    bare = name.lstrip("-").replace("-", "_")
-    dashes = "--" if name.startswith("-") or bare in known else ""
-    if bare in _ELSEWHERE_CALLED:
-        meant = [hint for hint in _ELSEWHERE_CALLED[bare] if re.match(r"\w+", hint)[0] in known][:1]
-    else:
-        meant = difflib.get_close_matches(bare, known, n=1, cutoff=_ALIKE)
-    dashed = [re.sub(r"\w+", lambda word: dashes * (word[0] in known) + word[0], hint) for hint in meant]
-    return f"did you mean {dashed[0]}?" if dashed else ""
 
 
 class _HelpFormatter(argparse.HelpFormatter):

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from utils import engines, losses, runtime
-from utils.arguments import TrainArguments
 from utils.dev_evaluation import METRICS
 from utils.distributed import through_gloo
 from utils.gradients import GradientStep, reduce
@@ -25,6 +24,7 @@ from utils.outputs import described, remove, write_whole
 from utils.paddlenlp_models import import_paddlenlp
 from utils.report import Progress
 from utils.trainable import TrainableEncoder, can_multiply_in_bfloat16
+from utils.training_arguments import TrainArguments
 from utils.training_data import Loader
 from utils.training_folder import Journal, checkpoint_of, is_checkpoint, remove_old
 

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from utils import checkpoint, engines, export, losses, report, tokenizing, trainer, training_data, training_rows
-from utils.arguments import TrainArguments
 from utils.batch_plan import Plan
 from utils.checkpoint import WEIGHT_PATTERNS, Checkpoint
 from utils.dev_evaluation import METRICS, DevSet
@@ -16,6 +15,7 @@ from utils.encoder import Encoder, EncoderSettings
 from utils.outputs import LOCK_PATIENCE_S, described, remove, take_lock, write_whole
 from utils.paddlenlp_models import import_paddlenlp
 from utils.trainable import TrainableEncoder, TrainableEngine, can_multiply_in_bfloat16, merged_state
+from utils.training_arguments import TrainArguments
 from utils.training_data import Collator, Preflight
 from utils.training_folder import checkpoints, not_leading_to, put_into
 from utils.training_rows import TrainingRows

@@ -1,0 +1,126 @@
+"""What a name that is unknown here may stand for: a slip, or what another toolkit calls an argument."""
+
+import difflib
+import re
+
+# What FlagEmbedding and sentence-transformers call an argument that has another name here. The first that the script
+# knows is meant; words after it are part of the hint.
+CALLED_ELSEWHERE: dict[str, tuple[str, ...]] = {
+    "negative_number": ("num_negatives",),
+    "range_for_negatives": ("range_for_sampling",),
+    "input_file": ("input_data_path",),
+    "output_file": ("output_data_path",),
+    "input_path": ("input_data_path",),
+    "output_path": ("output_data_path", "output_dir"),
+    "output_dir": ("output_data_path",),
+    "train_data": ("dataset_name_or_path",),
+    "eval_data": ("dev_path", "dev_dataset_path"),
+    "embedder_name_or_path": ("model_path", "model_name_or_path"),
+    "model_name_or_path": ("model_path",),
+    "model_path": ("model_name_or_path",),
+    "tokenizer_name": ("tokenizer_path", "tokenizer_name_or_path"),
+    "tokenizer_name_or_path": ("tokenizer_path",),
+    "tokenizer_path": ("tokenizer_name_or_path",),
+    "reranker_name_or_path": ("reranker_path",),
+    "query_instruction_for_retrieval": ("query_template",),
+    "query_instruction_for_model": ("query_template",),
+    "query_instruction_format": ("query_template",),
+    "query_instruction_format_for_retrieval": ("query_template",),
+    "query_prompt": ("query_template",),
+    "passage_instruction_for_retrieval": ("passage_template",),
+    "passage_instruction_format": ("passage_template",),
+    "corpus_prompt": ("passage_template",),
+    "prompts": ("query_template and passage_template",),
+    "sentence_pooling_method": ("pooling",),
+    "pooling_method": ("pooling",),
+    "normalize_embeddings": ("normalize",),
+    "normlized": ("normalize",),
+    "temperature": ("embedding_temperature",),
+    "train_group_size": ("group_size",),
+    "query_max_len": ("max_query_len", "max_src_len"),
+    "query_max_length": ("max_query_len", "max_src_len"),
+    "embedder_query_max_length": ("max_query_len", "max_src_len"),
+    "passage_max_len": ("max_passage_len", "max_src_len"),
+    "passage_max_length": ("max_passage_len", "max_src_len"),
+    "embedder_passage_max_length": ("max_passage_len", "max_src_len"),
+    "max_length": ("max_src_len", "max_query_len and max_passage_len"),
+    "max_seq_length": ("max_src_len", "max_query_len and max_passage_len"),
+    "max_src_len": ("max_query_len and max_passage_len",),
+    "negatives_cross_device": ("embedding_negatives_cross_device",),
+    "negatives_x_device": ("embedding_negatives_cross_device",),
+    "gather_across_devices": ("embedding_negatives_cross_device",),
+    "scale": ("embedding_temperature, which is 1 / scale",),
+    "triplet_margin": ("margin",),
+    "knowledge_distillation": ("loss_type kl",),
+    "kd_loss_type": ("loss_type kl",),
+    "use_mrl": ("embedding_matryoshka_dims",),
+    "mrl_dims": ("embedding_matryoshka_dims",),
+    "matryoshka_dims": ("embedding_matryoshka_dims",),
+    "matryoshka_weights": ("embedding_matryoshka_weights",),
+    "truncate_dim": ("dimension",),
+    "same_dataset_within_batch": ("group_by_source",),
+    "gradient_checkpointing": ("recompute",),
+    "use_lora": ("lora",),
+    "use_flash_attn": ("use_flash_attention",),
+    "lr": ("learning_rate",),
+    "epochs": ("num_train_epochs",),
+    "num_epochs": ("num_train_epochs",),
+    "batch_size": ("per_device_train_batch_size", "batch_tokens, a number of tokens"),
+    "train_batch_size": ("per_device_train_batch_size",),
+    "per_gpu_train_batch_size": ("per_device_train_batch_size",),
+    "eval_batch_size": ("per_device_eval_batch_size", "batch_tokens, a number of tokens"),
+    "embedder_batch_size": ("batch_tokens, a number of tokens",),
+    "per_device_eval_batch_size": ("batch_tokens, a number of tokens",),
+    "eval_strategy": ("evaluation_strategy",),
+    "evaluation_steps": ("eval_steps",),
+    "use_fp16": ("fp16", "dtype float16"),
+    "fp16": ("fp16", "dtype float16"),
+    "use_bf16": ("bf16", "dtype bfloat16"),
+    "bf16": ("bf16", "dtype bfloat16"),
+    "torch_dtype": ("dtype",),
+    "sub_batch_size": ("gradcache_chunk_size",),
+    "mini_batch_size": ("gradcache_chunk_size",),
+    "threshold": ("similarity_threshold",),
+    "num_hard_negatives": ("num_negatives",),
+    "absolute_score_margin": ("absolute_margin",),
+    "margin": ("relative_margin",),
+    "candidate_pool_path": ("candidate_pool",),
+    "cross_encoder": ("reranker_path",),
+    "search_top_k": ("range_for_sampling",),
+    "range_min": ("range_for_sampling",),
+    "range_max": ("range_for_sampling",),
+    "sample_range": ("range_for_sampling",),
+    "eval_metrics": ("metrics",),
+    "corpus_embd_save_dir": ("embedding_cache",),
+    "cache_folder": ("embedding_cache",),
+    # These have no counterpart, whatever is spelt alike.
+    **dict.fromkeys(
+        (
+            "cache_dir", "cache_path", "dataloader_persistent_workers", "dataloader_pin_memory",
+            "dataloader_prefetch_factor", "deepspeed", "devices", "fsdp", "fsdp_config", "learning_rate_mapping",
+            "mp_parameters", "parallelism_config", "peft_model_path", "reranker_batch_size", "reranker_peft_path",
+            "unified_finetuning", "use_gpu_for_searching", "use_inbatch_neg", "write_csv",
+        ),
+        (),
+    ),
+}  # fmt: skip
+# How much a name must be like a known one, to be taken for a slip: less, and strangers get hints that mislead.
+_ALIKE = 0.75
+
+
+def nearest(value, known) -> str:
+    """The end of an error line: "; did you mean ...?", or nothing if no known value comes near."""
+    close = difflib.get_close_matches(str(value), [str(k) for k in known], n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def meant_by(name: str, known: list[str]) -> str:
+    """What an unknown name may stand for, "did you mean ...?", or nothing. A flag's name has its dashes."""
+    bare = name.lstrip("-").replace("-", "_")
+    dashes = "--" if name.startswith("-") or bare in known else ""
+    if bare in CALLED_ELSEWHERE:
+        meant = [hint for hint in CALLED_ELSEWHERE[bare] if re.match(r"\w+", hint)[0] in known][:1]
+    else:
+        meant = difflib.get_close_matches(bare, known, n=1, cutoff=_ALIKE)
+    dashed = [re.sub(r"\w+", lambda word: dashes * (word[0] in known) + word[0], hint) for hint in meant]
+    return f"did you mean {dashed[0]}?" if dashed else ""
