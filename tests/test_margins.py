@@ -83,6 +83,20 @@ def counted_one_by_one(problem, neighbors, lowest, background, answers, n_bands)
     return [wrong, below, above]
 
 
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+def test_what_margins_are_measured_from_equals_brute_force(dtype):
+    rng = np.random.default_rng(6)
+    sizes = [0, 1, 2, 3, 28, 0, 0, 5, 4, 1, 0]
+    groups, values = Groups.cut(sizes, np.arange(sum(sizes))), rng.standard_normal(sum(sizes)).astype(dtype)
+    values[5:7] = values[4]  # equal scores
+    parts = np.split(values.astype(np.float64), groups.lims[1:-1])
+    for which, of in (("lowest", np.min), ("median", np.median), ("highest", np.max)):
+        expected = [of(part) if len(part) else np.inf for part in parts]
+        assert groups.one_of_each(values, which).tolist() == expected
+        nothing = Groups.cut([0, 0], np.zeros(0, np.int64)).one_of_each(values[:0], which)
+        assert nothing.tolist() == [np.inf, np.inf]
+
+
 def measured(problem: Problem, n_neighbors: int = 25, depth: int = 20) -> float:
     scores = problem.positive_scores()
     lowest, (background, _) = problem.positives.lowest(scores), margins.measure_background(problem, scores)

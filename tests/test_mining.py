@@ -219,6 +219,39 @@ def test_a_search_killed_between_lists_of_two_lengths_goes_on(mine, tmp_path, mo
     assert Path(out).read_bytes() == whole
 
 
+def graded_rows() -> list[dict]:
+    """Queries, each of which has a positive that is as near to another query as can be."""
+    rows = make_rows(60, seed=4)
+    for i, row in enumerate(rows):
+        row["pos_passage"].append(rows[(i + 7) % 60]["pos_passage"][0] + " as well")
+    return rows
+
+
+def test_the_positive_that_margins_are_measured_from(mine, tmp_path, caplog):
+    source = write_jsonl(tmp_path / "graded.json", graded_rows())
+    wanted = {"input_data_path": source, "positive_similarity": None}
+    bare, measured = [], []
+    for which in ("lowest", "median", "highest"):
+        caplog.clear()
+        result, _ = mine(**wanted, relative_margin=0.25, margin_positive=which)
+        assert result.report["counts"]["searched"] == (0 if bare else result.report["counts"]["queries"])
+        bare.append(result.report["counts"]["without_negatives"])
+        higher = {"lowest": "median or highest", "median": "highest"}.get(which)
+        advice = f"margin_positive {higher} ({bare[-1]} of them have several positives)"
+        assert (advice in caplog.text) == (3 * bare[-1] > 60 and higher is not None)
+        auto, _ = mine(**wanted, margin_positive=which)
+        measured.append(auto.report["relative_margin"]["counted"])
+    assert bare[0] > 20 and bare[0] > bare[1] > bare[2]
+    assert measured[0] != measured[1] != measured[2] != measured[0]
+    rows = [row | {"query": f"{row['query']} {i}"} for i, row in enumerate(make_rows(60, seed=4))]  # none twice
+    single = write_jsonl(tmp_path / "single.json", rows)
+    caplog.clear()
+    results = [mine(input_data_path=single, margin_positive=which)[0] for which in ("lowest", "median", "highest")]
+    assert results[0].negatives == results[1].negatives == results[2].negatives
+    mine(input_data_path=single, relative_margin=1.0)
+    assert "have no negative at all" in caplog.text and "margin_positive" not in caplog.text
+
+
 def test_short_rows(mine, tmp_path):
     strict = {"relative_margin": 0.6, "num_negatives": 30}
     kept, out = mine(**strict)
@@ -311,6 +344,7 @@ def test_a_corpus_smaller_than_what_is_asked_for(mine, tmp_path):
         ({"relative_margn": 0.5}, "did you mean relative_margin?"),
         ({"candidate_pool_only": True}, "candidate_pool_only needs candidate_pool"),
         ({"min_score": 0.9, "max_score": 0.1}, "min_score is 0.9, above max_score"),
+        ({"margin_positive": "meddian"}, "did you mean median?"),
         ({"temperature": 0.0}, "expected more than 0.0"),
         ({"output_format": "triplets"}, "did you mean triplet?"),
     ],

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from utils import negatives
+from utils.arguments import MARGIN_POSITIVES
 from utils.margins import Background, measure_background
 from utils.mining_problem import Groups, Problem
 from utils.negatives import Negative, Rules, choose, screen
@@ -61,7 +62,8 @@ def by_the_book(problem: Problem, rules: Rules, background: Background, depth: i
     result = []
     for query in problem.query_of_row:
         own = problem.positives[query]
-        lowest = min(pair_scores(problem.query_vectors[[query]], problem.passage_vectors[[p]])[0] for p in own)
+        scores = [pair_scores(problem.query_vectors[[query]], problem.passage_vectors[[p]])[0] for p in own]
+        start = {"lowest": min, "median": np.median, "highest": max}[rules.margin_positive](scores)
         chosen, rank = [], -1
         for passage, score in zip(neighbors.rows[query], neighbors.scores[query], strict=True):
             if passage in problem.forbidden[query]:
@@ -70,10 +72,10 @@ def by_the_book(problem: Problem, rules: Rules, background: Background, depth: i
             rank += 1
             if not rules.window[0] <= rank < rules.window[1]:
                 continue
-            limit = lowest - (rules.relative_margin or 0) * abs(lowest - background.pairs)
+            limit = start - (rules.relative_margin or 0) * abs(start - background.pairs)
             if rules.relative_margin is not None and score > limit:
                 drops["relative_margin"] += 1
-            elif rules.absolute_margin is not None and score > lowest - rules.absolute_margin:
+            elif rules.absolute_margin is not None and score > start - rules.absolute_margin:
                 drops["absolute_margin"] += 1
             elif rules.max_score is not None and score > rules.max_score:
                 drops["max_score"] += 1
@@ -102,6 +104,10 @@ def by_the_book(problem: Problem, rules: Rules, background: Background, depth: i
         {"relative_margin": 0.2, "positive_similarity": 0.7, "negative_similarity": 0.9},
         {"relative_margin": 0.0, "window": (5, 30), "negative_similarity": 0.6},
         {"absolute_margin": 0.1, "max_score": 0.7, "min_score": 0.0},
+        {"relative_margin": 0.3, "margin_positive": "median", "parts": (("top", 40),)},
+        {"relative_margin": 0.3, "margin_positive": "highest", "parts": (("top", 40),)},
+        {"absolute_margin": 0.2, "margin_positive": "median", "parts": (("top", 40),)},
+        {"absolute_margin": 0.2, "margin_positive": "highest", "parts": (("top", 40),)},
         {"positive_similarity": 0.5, "negative_similarity": 0.5, "parts": (("top", 30),)},
     ],
 )
@@ -188,7 +194,39 @@ def random_rules(seed: int) -> Rules:
         temperature=float(rng.uniform(0.01, 2)),
         seed=seed,
         backfill=bool(rng.random() < 0.6),
+        margin_positive=str(rng.choice(MARGIN_POSITIVES)),
     )
+
+
+@pytest.mark.parametrize("margin", ["relative_margin", "absolute_margin"])
+def test_a_higher_positive_drops_fewer_and_a_single_one_is_all_three(margin):
+    problem = make_problem()
+    single = replace(
+        problem, positives=Groups.of([own[:1].tolist() for own in map(problem.positives.__getitem__, range(60))])
+    )
+    several, alone = (
+        [mine(given, Rules((0, 150), margin_positive=which, **{margin: 0.2}), 200)[0] for which in MARGIN_POSITIVES]
+        for given in (problem, single)
+    )
+    dropped = [result.drops_by_reason[margin] for result in several]
+    assert dropped[0] > dropped[1] > dropped[2] > 0
+    assert alone[0].drops_by_reason[margin] > 0
+    for result in alone[1:]:
+        assert result.negatives == alone[0].negatives and result.drops_by_reason == alone[0].drops_by_reason
+
+
+def test_a_reranker_s_margin_is_measured_from_the_same_positive():
+    problem, rules = make_problem(), Rules()
+    _, screened, _ = mine(problem, rules)
+    rng = np.random.default_rng(8)
+    logits, own = rng.standard_normal(len(screened.left.rows)), rng.standard_normal(len(problem.positives.rows))
+    groups = np.split(own, problem.positives.lims[1:-1])
+    query = np.repeat(np.arange(60), screened.left.sizes())
+    for which, of in (("lowest", min), ("median", np.median), ("highest", max)):
+        kept = np.array([logit <= of(groups[i]) - 0.5 for i, logit in zip(query, logits, strict=True)])
+        found = negatives.apply_reranker(problem, screened, logits, own, 0.5, which)
+        assert found.left.rows.tolist() == screened.left.rows[kept].tolist()
+        assert found.by_margin.tolist() == [bool((~kept[query == i]).any()) for i in range(60)]
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -178,6 +178,7 @@ class EvaluateArguments(ModelArguments, InputArguments):
 
 
 STRATEGIES = ("top", "random", "easy")
+MARGIN_POSITIVES = ("lowest", "median", "highest")
 FORMATS = ("list", "flagembedding", "triplet", "n-tuple", "labeled-list", "context_qa")
 _MOST_NEGATIVES = 1_000_000
 # What users call the strategies in a mix.
@@ -218,8 +219,9 @@ class MiningArguments(ModelArguments, InputArguments):
     )
     seed: int = option(0, "of random, easy and backfill", at_least=0, at_most=LARGEST_SEED)
     relative_margin: float | Literal["auto"] | None = option(
-        "auto", "drop candidates that score within this share of the way from the query's lowest positive down to the"
-        " background; auto: 0.25, or less where the scores show that few of those are answers; null: no such test",
+        "auto", "drop candidates that score within this share of the way from the query's lowest positive (see"
+        " margin_positive) down to the background; auto: 0.25, or less where the scores show that few of those are"
+        " answers; null: no such test",
         at_least=0.0, at_most=1.0,
     )  # fmt: skip
     score_baseline: float | None = option(
@@ -229,6 +231,10 @@ class MiningArguments(ModelArguments, InputArguments):
     absolute_margin: float | None = option(
         None, "drop candidates that score within this much of the query's lowest positive", at_least=0.0
     )
+    margin_positive: str = option(
+        "lowest", "which of a query's positives all margins are measured from, where it has several: median or highest"
+        " drop fewer candidates", choices=MARGIN_POSITIVES,
+    )  # fmt: skip
     max_score: float | None = option(None, "drop candidates that score more")
     min_score: float | None = option(None, "drop candidates that score less")
     positive_similarity: float | None = option(
@@ -249,7 +255,8 @@ class MiningArguments(ModelArguments, InputArguments):
     )
     reranker_margin: float = option(
         3.0,
-        "with reranker_path: drop candidates whose logit is within this much of the lowest positive's",
+        "with reranker_path: drop candidates whose logit is within this much of the lowest positive's (see"
+        " margin_positive)",
     )
     reranker_max_len: int = option(512, "with reranker_path: longest pair in tokens", at_least=8)
     dense: bool = option(True, "candidates are the model's nearest passages; false: only those of run_path or lexical")

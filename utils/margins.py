@@ -58,18 +58,18 @@ def measure_background(problem: Problem, positives: np.ndarray) -> tuple[Backgro
     return Background(centre, between, spread), about
 
 
-def score_limit(lowest_positive: np.ndarray, margin: float, background: Background) -> np.ndarray:
-    """The highest score that the relative margin allows each query's candidates, float64.
+def score_limit(positive: np.ndarray, margin: float, background: Background) -> np.ndarray:
+    """The highest score that the relative margin allows each query's candidates, float64 like ``positive``.
 
     ``background + (1 - margin) * (positive - background)``; where a positive scores below the
     background the margin is still taken downwards, or it would let through what outscores the positive.
     """
-    gap = np.abs(lowest_positive - background.pairs)
-    return lowest_positive - margin * np.where(np.isfinite(gap), gap, 0.0)
+    gap = np.abs(positive - background.pairs)
+    return positive - margin * np.where(np.isfinite(gap), gap, 0.0)
 
 
 def measure_margin(
-    problem: Problem, rankings: Rankings, lowest_positive: np.ndarray, depth: int, background: Background
+    problem: Problem, rankings: Rankings, positive: np.ndarray, depth: int, background: Background
 ) -> tuple[float, list[dict]]:
     """The smallest relative margin beyond which most candidates cannot be answers; see ``WIDEST_MARGIN``.
 
@@ -83,8 +83,8 @@ def measure_margin(
     hence the least margin, of one step.
 
     Args:
-        lowest_positive: float64 [queries]. With several positives there is more above the lowest of them, which makes
-            the margin wider.
+        positive: float64 [queries], the score that margins are measured from. With several positives there is more
+            above the lowest of them, which makes the margin wider, and less above the highest.
         depth: how many of a query's candidates are looked at.
 
     Returns:
@@ -98,12 +98,12 @@ def measure_margin(
     for start in range(0, len(asked), _BLOCK_ROWS):
         for some, (scores, rows) in rankings.parts(asked[start : start + _BLOCK_ROWS]):
             queries = asked[start + some]
-            positive = lowest_positive[queries][:, None]
+            own = positive[queries][:, None]
             open_ = problem.in_window(queries, rows, (0, depth))[0]
             # The margin's own scale, with the two in either order.
-            unit = np.maximum(scores, positive) - background.pairs
+            unit = np.maximum(scores, own) - background.pairs
             counted = open_ & np.isfinite(unit) & (unit > 0)
-            distance = np.divide(scores - positive, unit, out=np.zeros_like(unit), where=counted) / MARGIN_STEP
+            distance = np.divide(scores - own, unit, out=np.zeros_like(unit), where=counted) / MARGIN_STEP
             for band in range(n_bands):
                 below[band] += (counted & (distance <= 0) & (-distance >= band) & (-distance < band + 1)).sum()
                 of_each = (counted & (distance > 0) & (distance >= band) & (distance < band + 1)).sum(axis=1)

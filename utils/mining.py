@@ -201,7 +201,7 @@ def _rerank(
     logits = logits[which]
     n_left = len(left.rows)
     job.screened = negatives.apply_reranker(
-        job.problem, job.screened, logits[:n_left], logits[n_left:], given.reranker_margin
+        job.problem, job.screened, logits[:n_left], logits[n_left:], given.reranker_margin, given.margin_positive
     )
 
 
@@ -226,6 +226,7 @@ def _rules(
         window=given.window,
         parts=tuple(given.parts),
         absolute_margin=given.absolute_margin,
+        margin_positive=given.margin_positive,
         max_score=given.max_score,
         min_score=given.min_score,
         positive_similarity=given.positive_similarity,
@@ -235,8 +236,8 @@ def _rules(
         backfill=given.short_rows == "backfill",
     )
     if given.relative_margin == "auto":
-        lowest = problem.positives.lowest(positives)
-        margin, counted = margins.measure_margin(problem, rankings, lowest, rules.window[1], background)
+        reference = problem.positives.one_of_each(positives, rules.margin_positive)
+        margin, counted = margins.measure_margin(problem, rankings, reference, rules.window[1], background)
         run.results["relative_margin"] = {"measured": margin, "counted": counted}
         return replace(rules, relative_margin=margin)
     return replace(rules, relative_margin=given.relative_margin)
@@ -281,11 +282,12 @@ def _write(
         _write_ids(outputs, ".queries.jsonl", inputs.query_ids, inputs.queries)
     run.counts = _counts(inputs, screened, result, dropped, n_lines) | run.counts
     if run.counts["without_negatives"]:
+        drops = given.short_rows == "drop"
         logger.warning(
             "%d of %d rows have no negative at all%s: the nearest passages were all dropped as likely answers; a wider"
-            " range_for_sampling, a smaller relative_margin, or short_rows backfill%s",
-            run.counts["without_negatives"], run.counts["input"],
-            *((" and were dropped", "") if given.short_rows == "drop" else ("", " or drop")),
+            " range_for_sampling, a smaller relative_margin%s, or short_rows backfill%s",
+            run.counts["without_negatives"], run.counts["input"], " and were dropped" if drops else "",
+            _advice_on_positives(given, inputs, screened, result), "" if drops else " or drop",
         )  # fmt: skip
     run.results["drops_by_reason"] = result.drops_by_reason
     found = result.negatives
@@ -295,6 +297,16 @@ def _write(
         stream.write(run.to_json())
     outputs.commit()
     result.report = run.as_dict()
+
+
+def _advice_on_positives(given: MiningArguments, inputs: Inputs, screened: Screened, result: MiningResult) -> str:
+    """Names margin_positive if margins leave nothing to over a third of the rows, and some have several positives."""
+    bare = (result.negatives.sizes() == 0) & screened.by_margin[inputs.query_of_row]
+    several = int((inputs.positives.sizes()[inputs.query_of_row[bare]] > 1).sum())
+    if 3 * bare.sum() <= len(bare) or not several or given.margin_positive == "highest":
+        return ""
+    higher = "median or highest" if given.margin_positive == "lowest" else "highest"
+    return f", margin_positive {higher} ({several} of them have several positives)"
 
 
 def _write_ids(outputs: Outputs, suffix: str, ids: dict[str, int], texts: list[str]) -> None:

@@ -69,6 +69,28 @@ class Groups(NamedTuple):
             lowest[filled] = np.minimum.reduceat(values, self.lims[filled])
         return lowest
 
+    def highest(self, values: np.ndarray) -> np.ndarray:
+        """As ``lowest``, the highest of each group's values; infinity where a group is empty."""
+        highest = np.full(len(self.lims) - 1, np.inf)
+        filled = np.flatnonzero(self.sizes())
+        if len(filled):
+            highest[filled] = np.maximum.reduceat(values, self.lims[filled])
+        return highest
+
+    def median(self, values: np.ndarray) -> np.ndarray:
+        """As ``lowest``, the median of each group's values: the mean of the middle two where their number is even."""
+        sizes = self.sizes()
+        median = np.full(len(sizes), np.inf)
+        filled = np.flatnonzero(sizes)
+        ascending = values[np.lexsort((values, np.repeat(np.arange(len(sizes)), sizes)))].astype(np.float64)
+        first, size = self.lims[filled], sizes[filled]
+        median[filled] = (ascending[first + (size - 1) // 2] + ascending[first + size // 2]) / 2
+        return median
+
+    def one_of_each(self, values: np.ndarray, which: str) -> np.ndarray:
+        """``lowest``, ``median`` or ``highest``, by name: what margins are measured from, float64 [groups]."""
+        return {"lowest": self.lowest, "median": self.median, "highest": self.highest}[which](values)
+
 
 @dataclass(frozen=True)
 class Problem:

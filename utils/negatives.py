@@ -23,6 +23,8 @@ REASONS = (
     "forbidden", "relative_margin", "absolute_margin", "max_score", "min_score", "positive_similarity",
     "reranker_margin", "negative_similarity",
 )  # fmt: skip
+# Those that hang on a positive's score, the one that margin_positive names.
+MARGINS = ("relative_margin", "absolute_margin", "reranker_margin")
 
 _BLOCK_ROWS = 1024
 # Pairs of a candidate and a positive that are compared at a time.
@@ -94,6 +96,7 @@ class Rules:
     parts: tuple[tuple[str, int], ...] = (("top", 15),)
     relative_margin: float | None = None
     absolute_margin: float | None = None
+    margin_positive: str = "lowest"
     max_score: float | None = None
     min_score: float | None = None
     positive_similarity: float | None = None
@@ -135,12 +138,14 @@ class Screened:
         presumed: passages that backfill may not draw: dropped as too near a positive or, where there is to be any
             backfill, nearer than the window's first.
         drops, n_window: how many were dropped, and looked at, counted once for each row that asks the query.
+        by_margin: bool [queries], whether a margin dropped any of a query's.
     """
 
     left: Candidates
     presumed: Groups
     drops: dict[str, int]
     n_window: int
+    by_margin: np.ndarray
 
 
 def screen(
@@ -157,9 +162,10 @@ def screen(
         rankings: each query's candidates, best first; scores are canonical, row -1 is none.
         positives: from ``problem.positive_scores``.
     """
-    lowest = problem.positives.lowest(positives)
+    reference = problem.positives.one_of_each(positives, rules.margin_positive)
     drops = dict.fromkeys(REASONS, 0)
     times = problem.times_asked()
+    by_margin = np.zeros(len(times), bool)
     asked = np.flatnonzero(times)
     left = _Growing(len(asked), len(asked) * min(problem.n_candidates, rules.window[1] - rules.window[0]))
     n_near, rows_near = [], []
@@ -176,10 +182,12 @@ def screen(
             n_window += int(open_.sum(axis=1) @ weight)
             # What the user's window passes over is as likely an answer as what it begins with, or likelier.
             too_near = (rank >= 0) & (rank < rules.window[0]) if rules.backfill else np.zeros_like(open_)
-            for reason, fails in _tests(problem, queries, rows, scores, lowest, rules, background):
+            for reason, fails in _tests(problem, queries, rows, scores, reference, rules, background):
                 failing = open_ & fails(open_)
                 drops[reason] += int(failing.sum(axis=1) @ weight)
                 open_ &= ~failing
+                if reason in MARGINS:
+                    by_margin[queries] |= failing.any(axis=1)
                 if reason != "min_score":
                     too_near |= failing
             passed.append((place[np.nonzero(open_)[0]], rows[open_], scores[open_], rank[open_]))
@@ -193,7 +201,7 @@ def screen(
     lims, *columns = left.columns()
     n_left[asked], n_presumed[asked] = np.diff(lims), np.concatenate(n_near)
     presumed = Groups.cut(n_presumed, np.concatenate(rows_near))
-    return Screened(Candidates(Groups.cut(n_left, columns[0]).lims, *columns), presumed, drops, n_window)
+    return Screened(Candidates(Groups.cut(n_left, columns[0]).lims, *columns), presumed, drops, n_window, by_margin)
 
 
 def _by_place(parts: list[tuple[np.ndarray, ...]], n: int) -> tuple[np.ndarray, ...]:
@@ -239,16 +247,20 @@ def _tests(
     queries: np.ndarray,
     rows: np.ndarray,
     scores: np.ndarray,
-    lowest: np.ndarray,
+    reference: np.ndarray,
     rules: Rules,
     background: Background,
 ) -> Iterator[tuple[str, Callable[[np.ndarray], np.ndarray]]]:
-    """(reason, test) in order; a test gets the candidates still open, bool [b, k], and says which fail."""
+    """(reason, test) in order; a test gets the candidates still open, bool [b, k], and says which fail.
+
+    Args:
+        reference: float64 [all queries], the positive's score that margins are measured from.
+    """
     if rules.relative_margin is not None:
-        limit = score_limit(lowest[queries], rules.relative_margin, background)
+        limit = score_limit(reference[queries], rules.relative_margin, background)
         yield "relative_margin", lambda open_: scores > limit[:, None]
     if rules.absolute_margin is not None:
-        yield "absolute_margin", lambda open_: scores > (lowest[queries] - rules.absolute_margin)[:, None]
+        yield "absolute_margin", lambda open_: scores > (reference[queries] - rules.absolute_margin)[:, None]
     if rules.max_score is not None:
         yield "max_score", lambda open_: scores > rules.max_score
     if rules.min_score is not None:
@@ -272,9 +284,14 @@ def _near_a_positive(
 
 
 def apply_reranker(
-    problem: Problem, screened: Screened, logits: np.ndarray, positive_logits: np.ndarray, margin: float
+    problem: Problem,
+    screened: Screened,
+    logits: np.ndarray,
+    positive_logits: np.ndarray,
+    margin: float,
+    margin_positive: str = "lowest",
 ) -> Screened:
-    """Drop the candidates whose logit is within ``margin`` of their query's lowest positive's.
+    """Drop the candidates whose logit is within ``margin`` of their query's lowest, median or highest positive's.
 
     Args:
         logits: float [candidates], in the order of ``screened.left``.
@@ -283,11 +300,12 @@ def apply_reranker(
     left, times = screened.left, problem.times_asked()
     n = len(times)
     query = np.repeat(np.arange(n), left.sizes())
-    near = logits > problem.positives.lowest(positive_logits)[query] - margin
+    near = logits > problem.positives.one_of_each(positive_logits, margin_positive)[query] - margin
     before = np.repeat(np.arange(n), screened.presumed.sizes()), screened.presumed.rows
     presumed = Groups.cut(*_by_place([before, (query[near], left.rows[near])], n))
     drops = screened.drops | {"reranker_margin": int(times[query[near]].sum())}
-    return Screened(left.keep(~near), presumed, drops, screened.n_window)
+    by_margin = screened.by_margin | (np.bincount(query[near], minlength=n) > 0)
+    return Screened(left.keep(~near), presumed, drops, screened.n_window, by_margin)
 
 
 def choose(
@@ -310,7 +328,7 @@ def choose(
     chosen = _Growing(n_rows, int(np.minimum(most, rules.wanted).sum()))
     short = []
     copies = _Copies(problem, rules, background)
-    lowest = problem.positives.lowest(positives)
+    reference = problem.positives.one_of_each(positives, rules.margin_positive)
     for row, query in enumerate(problem.query_of_row.tolist()):
         part = slice(left.lims[query], left.lims[query + 1])
         picked, too_alike = _draw(row, left.rows[part], left.scores[part], rules, background, copies)
@@ -319,7 +337,7 @@ def choose(
         if len(picked) < rules.wanted:
             short.append(row)
             if rules.backfill:
-                more = _backfill(problem, row, screened, rows, lowest, rules, background)
+                more = _backfill(problem, row, screened, rows, reference, rules, background)
                 rows, scores = np.concatenate([rows, more[0]]), np.concatenate([scores, more[1]])
                 ranks = np.concatenate([ranks, np.full(len(more[0]), -1)])
         chosen.add([len(rows)], rows, scores, ranks)
@@ -411,7 +429,7 @@ def _backfill(
     row: int,
     screened: Screened,
     taken: np.ndarray,
-    lowest: np.ndarray,
+    reference: np.ndarray,
     rules: Rules,
     background: Background,
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -428,7 +446,7 @@ def _backfill(
     for some in _draws(np.random.default_rng([rules.seed, _BACKFILL, row]), problem.n_candidates, need, banned):
         scores = scores_of(problem.query_vectors, np.full(len(some), query), problem.passage_vectors, some)
         passes = np.ones((1, len(some)), bool)
-        for reason, fails in _tests(problem, asked, some[None], scores[None], lowest, rules, background):
+        for reason, fails in _tests(problem, asked, some[None], scores[None], reference, rules, background):
             if reason != "min_score":
                 passes &= ~fails(passes)
         found.append(some[passes[0]])
