@@ -268,6 +268,52 @@ def test_short_rows(mine, tmp_path):
     assert filled.report["counts"]["backfilled"] > 0
 
 
+@pytest.mark.parametrize("name", arguments.FORMATS)
+def test_rows_that_other_tools_cannot_take_are_set_aside(mine, tmp_path, caplog, name):
+    rows = [row | {"answer": "yes"} for row in mining_rows()]
+    source = write_jsonl(tmp_path / "qa.json", rows)
+    strict = {"input_data_path": source, "relative_margin": 0.6, "num_negatives": 12}
+    kept, out = mine(**strict)
+    sizes, plain, side = kept.negatives.sizes(), read_jsonl(out), Path(out + ".short.jsonl")
+    assert 0 < (sizes == 0).sum() < (sizes < 12).sum() < 90 == len(plain) and not side.exists()
+
+    caplog.clear()
+    result, _ = mine(**strict, output_format=name)
+    needed = {"list": 0, "context_qa": 0, "n-tuple": 12}.get(name, 1)
+    aside, counts = [i for i in range(90) if sizes[i] < needed], result.report["counts"]
+    assert (counts["dropped_short"], counts["written"]) == (len(aside), 90 - len(aside))
+    warnings = [record.getMessage() for record in caplog.records if " rows have " in record.getMessage()]
+    what = "fewer than 12 negatives" if name == "n-tuple" else "no negative at all"
+    told = f"{len(aside)} of 90 rows have {what} and went to {side}, as tools that read {name} cannot take them: "
+    assert len(warnings) == 1 and warnings[0].startswith(told) == (needed > 0)
+    assert side.exists() == bool(aside) and (not aside or read_jsonl(side) == [plain[i] for i in aside])
+    whole = [row for i, row in enumerate(plain) if sizes[i] >= needed]
+    lines = read_jsonl(out)
+    if name == "flagembedding":
+        assert [row["neg"] for row in lines] == [row["neg_passage"] for row in whole] and all(r["neg"] for r in lines)
+    elif name == "n-tuple":
+        columns = {"anchor", "positive", *(f"negative_{i}" for i in range(1, 13))}
+        assert len(lines) == sum(len(row["pos_passage"]) for row in whole) and all(set(r) == columns for r in lines)
+    elif name == "labeled-list":
+        assert [row["query"] for row in lines] == [row["query"] for row in whole]
+        assert all(0 in row["labels"] for row in lines)
+    elif name == "triplet":
+        assert len(lines) == sum(len(row["pos_passage"]) * len(row["neg_passage"]) for row in whole)
+    else:
+        assert {row.get("query", row.get("question")) for row in lines} == {row["query"] for row in rows}
+
+    for short_rows, n_aside in (("keep", 0), ("drop", int((sizes < 12).sum()))):  # what is asked for is done
+        result, _ = mine(**strict, output_format=name, short_rows=short_rows)
+        assert result.report["counts"]["dropped_short"] == n_aside
+        assert len(read_jsonl(side)) == n_aside if n_aside else not side.exists()
+
+
+def test_nothing_is_set_aside_where_every_row_has_negatives(mine):
+    loose = {"relative_margin": None, "positive_similarity": None, "negative_similarity": None}
+    result, out = mine(**loose, output_format="n-tuple")
+    assert result.report["counts"]["dropped_short"] == 0 and not Path(out + ".short.jsonl").exists()
+
+
 def test_output_formats(mine, tmp_path):
     rows = mining_rows()
     for row in rows:

@@ -245,9 +245,10 @@ class MiningArguments(ModelArguments, InputArguments):
         0.9, "drop near-copies of a negative already chosen, on the same scale; null: no such test",
         above=0.0, at_most=1.0,
     )  # fmt: skip
-    short_rows: str = option(
-        "keep", "rows with too few candidates: keep them with fewer negatives, backfill with random passages (marked),"
-        " or drop them into a side file", choices=("keep", "backfill", "drop"),
+    short_rows: str | None = option(
+        None, "rows with too few candidates: keep them with fewer negatives, backfill with random passages (marked), or"
+        " drop them into <output>.short.jsonl; default: keep; for other tools' formats, set aside in that file the rows"
+        " without any negative (n-tuple: with fewer than num_negatives)", choices=("keep", "backfill", "drop"),
     )  # fmt: skip
 
     reranker_path: str | None = option(
@@ -321,6 +322,16 @@ class MiningArguments(ModelArguments, InputArguments):
     def negatives_a_row(self) -> int:
         """How many negatives a full row has."""
         return sum(count for _, count in self.parts)
+
+    @property
+    def negatives_needed(self) -> int:
+        """With fewer negatives, a row is written to the side file instead."""
+        if self.short_rows == "drop":
+            return self.negatives_a_row
+        if self.short_rows is not None:
+            return 0
+        # context_qa has a line for each passage, and no reader who misses one.
+        return {"list": 0, "context_qa": 0, "n-tuple": self.negatives_a_row}.get(self.output_format, 1)
 
     def check(self) -> None:
         """Rules that tie fields together."""

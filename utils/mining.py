@@ -73,7 +73,7 @@ def summary(result: MiningResult) -> str:
 
 _RARE = {
     "rejected": "rejected", "short": "short of negatives", "without_negatives": "without any negative",
-    "dropped_short": "dropped as short", "backfilled": "random negatives (backfill)",
+    "dropped_short": "set aside as short", "backfilled": "random negatives (backfill)",
 }  # fmt: skip
 
 
@@ -261,9 +261,7 @@ def _write(
     result: MiningResult,
 ) -> None:
     """The mined rows, the side files and the report; then let them appear together."""
-    short = np.zeros(len(inputs.query_of_row), bool)
-    short[result.short_queries] = True
-    dropped = short & (given.short_rows == "drop")
+    dropped = result.negatives.sizes() < given.negatives_needed
     shape = mining_formats.writer(given.output_format, given.output_scores, given.answer_key, given.no_answer_text)
     n_lines = 0
     with outputs.stage() as stream:
@@ -271,7 +269,7 @@ def _write(
             for row in shape(mined):
                 stream.write(to_line(row))
                 n_lines += 1
-    if given.short_rows == "drop":
+    if given.short_rows == "drop" or dropped.any():
         with outputs.stage(".short.jsonl") as stream:
             for mined in _mined_rows(inputs, positives, result, dropped):
                 stream.write(to_line(mining_formats.as_list(mined)))
@@ -281,14 +279,7 @@ def _write(
         _write_ids(outputs, ".corpus.jsonl", inputs.passage_ids, inputs.passages)
         _write_ids(outputs, ".queries.jsonl", inputs.query_ids, inputs.queries)
     run.counts = _counts(inputs, screened, result, dropped, n_lines) | run.counts
-    if run.counts["without_negatives"]:
-        drops = given.short_rows == "drop"
-        logger.warning(
-            "%d of %d rows have no negative at all%s: the nearest passages were all dropped as likely answers; a wider"
-            " range_for_sampling, a smaller relative_margin%s, or short_rows backfill%s",
-            run.counts["without_negatives"], run.counts["input"], " and were dropped" if drops else "",
-            _advice_on_positives(given, inputs, screened, result), "" if drops else " or drop",
-        )  # fmt: skip
+    _warn_of_short_rows(given, inputs, run.counts, screened, result)
     run.results["drops_by_reason"] = result.drops_by_reason
     found = result.negatives
     mined_scores = found.scores[(found.ranks >= 0) & ~np.repeat(dropped, found.sizes())]
@@ -297,6 +288,31 @@ def _write(
         stream.write(run.to_json())
     outputs.commit()
     result.report = run.as_dict()
+
+
+def _warn_of_short_rows(
+    given: MiningArguments, inputs: Inputs, counts: dict[str, int], screened: Screened, result: MiningResult
+) -> None:
+    """One line on the rows without negatives, or on those that were set aside though nobody asked for it."""
+    set_aside = given.short_rows is None and counts["dropped_short"] > 0
+    n_rows = counts["dropped_short"] if set_aside else counts["without_negatives"]
+    if n_rows == 0:
+        return
+    what, others = "no negative at all", "backfill or drop"
+    why = "the nearest passages were all dropped as likely answers; "
+    if given.short_rows == "drop":
+        what, others = what + " and were dropped", "backfill"
+    elif set_aside:
+        if given.negatives_needed > 1:
+            what = f"fewer than {given.negatives_needed} negatives"
+            why = "too many of the nearest passages were dropped as likely answers; a smaller num_negatives, "
+        side_file = f"{given.output_data_path}.short.jsonl"
+        what += f" and went to {side_file}, as tools that read {given.output_format} cannot take them"
+        others = "backfill or keep"
+    logger.warning(
+        "%d of %d rows have %s: %sa wider range_for_sampling, a smaller relative_margin%s, or short_rows %s",
+        n_rows, counts["input"], what, why, _advice_on_positives(given, inputs, screened, result), others,
+    )  # fmt: skip
 
 
 def _advice_on_positives(given: MiningArguments, inputs: Inputs, screened: Screened, result: MiningResult) -> str:
