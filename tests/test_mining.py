@@ -645,6 +645,9 @@ def test_a_reranker_has_the_last_word(mine, tiny_model, tmp_path, monkeypatch):
         logits = scorer.score([(row["query"], text) for text in texts])
         n = len(row["pos_passage"])
         assert len(texts) == n or logits[n:].max() <= logits[:n].min() + 1e-4
+    higher, _ = mine(reranker_path=str(folder), reranker_margin=0.0, margin_positive="highest", relative_margin=None)
+    lower, _ = mine(reranker_path=str(folder), reranker_margin=0.0, relative_margin=None)
+    assert 0 < higher.drops_by_reason["reranker_margin"] < lower.drops_by_reason["reranker_margin"]
     assert not list(folder.glob("*.pdparams"))  # nothing is left in the user's folder
     with pytest.raises(ValueError, match="expected a reranker with one logit"):
         mine(reranker_path=tiny_model)
