@@ -4,10 +4,11 @@
     python benchmarks/processes.py --processes 2 --jobs search --rounds 5
 
 The jobs are those of `make bench`, without rivals: `encode` made-up texts with the bundled model, `search` for
-queries in passages, `clean` vectors. Every process has one thread, and N of them are kept on N cores. The
-runs take turns, and a ratio is the one's seconds by the others' of the same round. The clock starts when the
-processes have met and loops are compiled, and stops when rank 0 has the result, so that sending vectors round
-counts. Ends with an error if the results differ by a bit.
+queries in passages, `clean` vectors. `limit` comes first, matrix products that need nothing of each other: cores of a
+machine that others work on, too, do not give twice as much when two are asked. Every process has one thread, and N of
+them are kept on N cores. The runs take turns, and a ratio is the one's seconds by the others' of the same round. The
+clock starts when the processes have met and loops are compiled, and stops when rank 0 has the result, so that sending
+vectors round counts. Ends with an error if the results differ by a bit.
 """
 
 import argparse
@@ -34,6 +35,7 @@ runtime.prepare()
 import numpy as np  # noqa: E402
 from compare import DEPTH, DIM, THRESHOLD, made_up_queries, made_up_texts, made_up_vectors  # noqa: E402
 
+from utils import matmul  # noqa: E402
 from utils.arguments import ModelArguments, build  # noqa: E402
 from utils.dedup import remove_near_duplicates  # noqa: E402
 from utils.distributed import Ranks  # noqa: E402
@@ -42,6 +44,8 @@ from utils.search import ShardedIndex  # noqa: E402
 
 # A smaller job of the same kind comes first, of a fifth: it compiles the loops and opens the connections.
 WARM_UP = 5
+# The products of the job that measures the machine.
+_PRODUCTS, _SIZE = 3000, 1024
 
 
 def encode(folder: Path, ranks: Ranks) -> Callable[[int], np.ndarray | None]:
@@ -82,7 +86,22 @@ def clean(folder: Path, ranks: Ranks) -> Callable[[int], np.ndarray]:
     return work
 
 
-JOBS = {"encode": encode, "search": search, "clean": clean}
+def limit(folder: Path, ranks: Ranks) -> Callable[[int], np.ndarray]:
+    """Makes matrix products that the processes share out and tell nobody of: what the cores give side by side."""
+    kind = np.uint16 if matmul.bfloat16_is_fast() else np.float32
+    left, result = matmul.empty((_SIZE, _SIZE), kind), matmul.empty((_SIZE, _SIZE), np.float32)
+    left[:] = 0
+
+    def work(share: int) -> np.ndarray:
+        for _ in range(_PRODUCTS // share // ranks.size):
+            matmul.matmul(left, left, result)
+        ranks.gather_object(None)
+        return result
+
+    return work
+
+
+JOBS = {"limit": limit, "encode": encode, "search": search, "clean": clean}
 
 
 def _first(ranks: Ranks, path: Path) -> np.ndarray | None:
