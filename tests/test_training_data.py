@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import make_rows, write_jsonl
 
-from utils import hard_batches, seeding, training_data
+from utils import hard_batches, training_data
 from utils.batch_plan import Example, Plan
 from utils.number_lists import NumberLists
 from utils.records import RecordError
@@ -172,15 +172,6 @@ def test_number_lists():
     assert [own.tolist() for own in held] == lists and held.lengths.tolist() == [2, 0, 1, 3]
     assert [own.tolist() for own in held.take(np.array([3, 1, 0, 3]))] == [lists[i] for i in (3, 1, 0, 3)]
     assert list(NumberLists.of([]).take(np.zeros(0, np.int64))) == []
-
-
-def test_seeded_generators_are_numpys():
-    words = np.random.default_rng(0).integers(0, 2**32, (40, 4), dtype=np.uint32)
-    words[0], words[1] = 0, 2**32 - 1
-    for own, rng in zip(words.tolist(), seeding.generators(words), strict=True):
-        expected = np.random.default_rng(own)
-        assert rng.bit_generator.state == expected.bit_generator.state
-        assert rng.integers(1000, size=3).tolist() == expected.integers(1000, size=3).tolist()
 
 
 def test_duplicates_do_not_meet_in_a_batch(tmp_path):

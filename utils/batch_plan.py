@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from utils import hard_batches, seeding
+from utils import hard_batches
 from utils.training_rows import TrainingRows
 
 # Entries put aside for a later batch that are looked at again for the next one, in batches.
@@ -144,10 +144,9 @@ class Plan:
     def _draw(self, number: int, entries: np.ndarray) -> np.ndarray:
         """The passages of an epoch's (row, copy) pairs, int64 [n, group_size], drawn from each pair's own seed."""
         all_positives, all_negatives = self.rows.positives, self.rows.negatives
-        words = np.empty((len(entries), 4), np.uint32)
-        words[:, :2], words[:, 2:] = (self.seed, number), entries
         passages, wanted = np.empty((len(entries), self.group_size), np.int64), self.group_size - 1
-        for row, group, rng in zip(entries[:, 0].tolist(), passages, seeding.generators(words), strict=True):
+        for (row, copy), group in zip(entries.tolist(), passages, strict=True):
+            rng = np.random.default_rng([self.seed, number, row, copy])
             positives = all_positives[row]
             group[0] = positives[rng.integers(len(positives)) if len(positives) > 1 else 0]
             if not wanted:
