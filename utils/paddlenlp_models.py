@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from utils import runtime
+from utils import pdparams, runtime
 from utils.checkpoint import Checkpoint
 
 
@@ -73,11 +73,7 @@ def read_torch_file(path: Path) -> dict[str, np.ndarray]:
     from paddlenlp.utils.serialization import load_torch
 
     with one_line(f"{path}: no weights of PyTorch's, or a damaged file"):
-        state = {name: values for name, values in load_torch(str(path)).items() if isinstance(values, np.ndarray)}
-    for name, values in state.items():
-        if values.dtype == np.uint16:  # what PaddleNLP gives for bfloat16
-            state[name] = (values.astype(np.uint32) << 16).view(np.float32)
-    return {name: values.astype(np.float32, copy=False) for name, values in state.items() if values.dtype.kind == "f"}
+        return pdparams.floats(load_torch(str(path)))
 
 
 @contextlib.contextmanager

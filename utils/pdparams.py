@@ -28,7 +28,12 @@ def read(path: Path) -> dict[str, np.ndarray]:
         raise ValueError(f"{path}: no weights of Paddle's, or a damaged file ({reason})") from None
     # Paddle 2.1 and later keep a tensor as (its variable's name, its values).
     arrays = {name: kept[1] if isinstance(kept, tuple) and len(kept) == 2 else kept for name, kept in state.items()}
-    weights = {name: values for name, values in arrays.items() if isinstance(values, np.ndarray)}
+    return floats(arrays)
+
+
+def floats(state: dict) -> dict[str, np.ndarray]:
+    """The floating-point arrays of a file that Paddle or PaddleNLP has read, as float32."""
+    weights = {name: values for name, values in state.items() if isinstance(values, np.ndarray)}
     for name, values in weights.items():
         if values.dtype == np.uint16:  # how Paddle keeps bfloat16 in NumPy
             weights[name] = (values.astype(np.uint32) << 16).view(np.float32)

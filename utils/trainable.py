@@ -71,16 +71,12 @@ class TrainableEncoder:
         self._lean = LeanForward(self.model, checkpoint) if onednn.supports(checkpoint) else None
 
     def freeze(self, layers: int = 0) -> None:
-        """Train neither the word embeddings nor, if ``layers`` is not 0, any embeddings and that many lowest layers.
-
-        Raises:
-            ValueError: the model has no more layers than that.
+        """Train neither the word embeddings nor, if ``layers`` is not 0, any embeddings and that many lowest layers,
+        of which the model must have more.
         """
         from paddle import nn
 
         n_layers = self.checkpoint.config["num_hidden_layers"]
-        if layers >= n_layers:
-            raise ValueError(f"freeze_layers is {layers}; {self.checkpoint.folder} has only {n_layers} layers to train")
         frozen = [self.model.get_input_embeddings()]
         if layers:
             stacks = (s for s in self.model.sublayers() if isinstance(s, nn.LayerList) and len(s) == n_layers)

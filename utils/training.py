@@ -75,7 +75,7 @@ class _Inputs:
         if dims and max(dims) > base.hidden_size:
             raise ValueError(f"embedding_matryoshka_dims has {max(dims)}; {base.folder} has only {base.hidden_size}")
         n_layers = base.config.get("num_hidden_layers")
-        if n_layers is not None and given.freeze_layers >= n_layers > 0:
+        if given.freeze_layers and (n_layers is None or given.freeze_layers >= n_layers):
             raise ValueError(
                 f"freeze_layers is {given.freeze_layers}; {base.folder} has only {n_layers} layers to train"
             )
