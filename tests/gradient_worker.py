@@ -26,6 +26,7 @@ class Case:
     chunk: int | None = None
     dropout: bool = False
     shared: bool = True
+    precision: str = "highest"
 
 
 CASES = {
@@ -35,6 +36,7 @@ CASES = {
     "cached": Case(chunk=2),
     "dropout": Case(chunk=2, dropout=True),
     "alone": Case(shared=False),
+    "high": Case(chunk=2, dropout=True, precision="high"),
 }
 
 
@@ -54,7 +56,7 @@ def gradients(model_folder: str, rows_path: str, case: Case, ranks: Ranks, drop_
     collate = training_data.Collator(
         rows, GROUP, (tokenizer, tokenizer), templates, ranks.rank, ranks.size, shared=case.shared
     )
-    encoder = TrainableEncoder(base, "mean")
+    encoder = TrainableEncoder(base, "mean", precision=case.precision)
     encoder.model.train() if case.dropout else encoder.model.eval()
     step = GradientStep(
         encoder,

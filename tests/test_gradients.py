@@ -38,10 +38,15 @@ def relative_error(found: dict, expected: dict) -> float:
     return float(np.sqrt(difference / sum(np.square(g, dtype=np.float64).sum() for g in expected.values())))
 
 
+needs_bfloat16 = pytest.mark.skipif(not matmul.bfloat16_is_fast(), reason="no bfloat16 products here")
+
+
 @pytest.mark.parametrize("short", [0, 1])
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.shared])
 def test_ranks_give_the_gradients_of_one_process(launched, tiny_model, rows_path, name, short):
     n_ranks, folder = launched
+    if CASES[name].precision != "highest" and not matmul.bfloat16_is_fast():
+        pytest.skip("no bfloat16 products here")
     if CASES[name].dropout and (short or BATCH // n_ranks % CASES[name].chunk):
         pytest.skip("dropout is drawn by chunk, so chunks must fall alike")
     expected, loss = gradients(tiny_model, rows_path, CASES[name], Ranks(), short)
@@ -82,11 +87,20 @@ def test_a_loss_that_is_no_number_on_one_rank_is_none_on_all():
     assert all(np.isnan(outcome.loss) for outcome in found(np.nan))
 
 
-def test_the_cache_changes_nothing(tiny_model, rows_path):
-    expected, _ = gradients(tiny_model, rows_path, Case(), Ranks())
+@pytest.mark.parametrize("precision", ["highest", pytest.param("high", marks=needs_bfloat16)])
+def test_the_cache_changes_nothing(tiny_model, rows_path, precision):
+    expected, _ = gradients(tiny_model, rows_path, Case(precision=precision), Ranks())
     for chunk in (1, 5, BATCH):
-        found, _ = gradients(tiny_model, rows_path, Case(chunk=chunk), Ranks())
+        found, _ = gradients(tiny_model, rows_path, Case(chunk=chunk, precision=precision), Ranks())
         assert relative_error(found, expected) < TOLERANCE
+
+
+@needs_bfloat16
+def test_high_precision_is_nearly_the_highest(tiny_model, rows_path):
+    exact, near, low = (
+        gradients(tiny_model, rows_path, Case(precision=name), Ranks())[0] for name in ("highest", "high", "medium")
+    )
+    assert 0 < relative_error(near, exact) < 5e-5 and relative_error(low, exact) > 1e-3
 
 
 def test_the_cache_replays_dropout(tiny_model, rows_path):
@@ -246,14 +260,13 @@ def test_the_rounded_attention_is_nearly_the_other():
     np.testing.assert_array_equal(dropped.numpy(), same.numpy())
 
 
+@needs_bfloat16
 @pytest.mark.parametrize("n", [1, 130, 700, 2300])
 def test_a_bfloat16_layer_multiplies_what_it_rounds(n):
     import paddle
 
     from utils import cpu_layers
 
-    if not matmul.bfloat16_is_fast():
-        pytest.skip("this processor has no bfloat16 products")
     rng = np.random.default_rng(n)
     x, weight, gradient = (rng.standard_normal(shape).astype(np.float32) for shape in ((n, 48), (48, 40), (n, 40)))
 
@@ -261,7 +274,7 @@ def test_a_bfloat16_layer_multiplies_what_it_rounds(n):
         return (matmul.to_bfloat16(values).astype(np.uint32) << 16).view(np.float32).astype(np.float64)
 
     tensors = [paddle.to_tensor(values, stop_gradient=False) for values in (x, weight)]
-    result = cpu_layers.linear(*tensors)
+    result = cpu_layers.linear(*tensors, 1)
     result.backward(paddle.to_tensor(gradient))
     x, weight, gradient = map(rounded, (x, weight, gradient))
     for found, left, right in (
@@ -270,7 +283,27 @@ def test_a_bfloat16_layer_multiplies_what_it_rounds(n):
         bound = np.abs(left) @ np.abs(right) * (left.shape[1] + 2) * 2.0**-24
         assert (np.abs(found.numpy() - left @ right) <= bound).all()
     tensors[1].stop_gradient = True
-    cpu_layers.linear(*tensors).sum().backward()
+    cpu_layers.linear(*tensors, 1).sum().backward()
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("n", [1, 130, 700, 2300])
+def test_two_bfloat16_are_as_good_as_one_of_twice_the_digits(n):
+    import paddle
+
+    from utils import cpu_layers
+
+    rng = np.random.default_rng(n)
+    x, weight, gradient = (rng.standard_normal(shape).astype(np.float32) for shape in ((n, 48), (48, 40), (n, 40)))
+    tensors = [paddle.to_tensor(values, stop_gradient=False) for values in (x, weight)]
+    result = cpu_layers.linear(*tensors, 2)
+    result.backward(paddle.to_tensor(gradient))
+    x, weight, gradient = (values.astype(np.float64) for values in (x, weight, gradient))
+    for found, left, right in (
+        (result, x, weight), (tensors[0].grad, gradient, weight.T), (tensors[1].grad, x.T, gradient),
+    ):  # fmt: skip
+        bound = np.abs(left) @ np.abs(right) * (3 * 2.0**-17 + (3 * left.shape[1] + 2) * 2.0**-24)
+        assert (np.abs(found.numpy() - left @ right) <= bound).all()
 
 
 def test_cpu_dropout_draws_evenly():

@@ -19,6 +19,7 @@ from utils import (
     matmul,
     onednn,
     paddlenlp_models,
+    runtime,
     trainer,
     training,
     training_data,
@@ -304,6 +305,15 @@ def test_bf16_on_a_cpu_multiplies_in_it_where_that_is_fast(run, tmp_path, monkey
         for name in ("plain", "low")
     ]
     np.testing.assert_allclose(*losses, rtol=0.02)
+
+
+@pytest.mark.skipif(not runtime.cpu_has("amx_bf16"), reason="this processor has no matrix instructions")
+def test_two_bfloat16_for_each_number_train_nearly_the_same(run, tmp_path):
+    for precision in ("highest", "high"):
+        run(precision, num_train_epochs=1, save_strategy="no", float32_matmul_precision=precision)
+    exact, near = (weights(tmp_path / name) for name in ("highest", "high"))
+    differences = [np.abs(exact[name] - near[name]).max() for name in exact]
+    assert 0 < max(differences) < 1e-3
 
 
 def test_a_model_of_dot_products_says_so(run, tiny_model, tmp_path):

@@ -3,7 +3,7 @@
 A batch's texts stand one after another in one array of tokens. Products and norms do not care where a
 text ends; ``cpu_attention`` does.
 
-Matrix products are Paddle's, which run at the machine's peak; in bfloat16, ``linear`` makes them. All that lies
+Matrix products are Paddle's, which run at the machine's peak; by bfloat16, ``linear`` makes them. All that lies
 between two products is one pass over memory on all cores (``cpu_kernels``); Paddle's own operators take several, on
 one core.
 """
@@ -14,17 +14,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from utils import matmul
 from utils.cpu_attention import Attention, RoundedAttention, can_round
-from utils.cpu_blocks import Drop, in_blocks, product, product_over_rows, rounded
+from utils.cpu_blocks import Drop, Parts, in_blocks, product, product_over_rows
 
 if TYPE_CHECKING:
     from paddle import Tensor
 
 
-def linear(x: "Tensor", weight: "Tensor") -> "Tensor":
-    """x [n, in] times weight [in, out], both rounded to bfloat16, as are the gradients that come back."""
-    return _layers().Linear.apply(x, weight)
+def linear(x: "Tensor", weight: "Tensor", n_parts: int) -> "Tensor":
+    """x [n, in] times weight [in, out], both as sums of 1 or 2 bfloat16, as are the gradients that come back."""
+    return _layers().Linear.apply(x, weight, n_parts)
 
 
 def dropout(x: "Tensor", drop: Drop) -> "Tensor":
@@ -111,15 +110,16 @@ def _layers():
     class Layers:
         class Linear(PyLayer):
             @staticmethod
-            def forward(ctx, x, weight):
-                ctx.needed, ctx.n = _needed(x, weight), len(x)
-                ctx.left, ctx.right = rounded(_array(x)), matmul.to_bfloat16(_array(weight))
+            def forward(ctx, x, weight, n_parts):
+                ctx.needed, ctx.n, ctx.n_parts = _needed(x, weight), len(x), n_parts
+                ctx.left, ctx.right = (Parts.of(_array(tensor), n_parts) for tensor in (x, weight))
+                ctx.right = ctx.right[: len(weight)]
                 return _tensor(product(ctx.left, ctx.right)[: ctx.n])
 
             @staticmethod
             def backward(ctx, gradient):
-                own, (wants_x, wants_weight) = rounded(_array(gradient)), ctx.needed
-                d_x = product(own, ctx.right.T)[: ctx.n] if wants_x else None
+                own, (wants_x, wants_weight) = Parts.of(_array(gradient), ctx.n_parts), ctx.needed
+                d_x = product(own, ctx.right.transposed)[: ctx.n] if wants_x else None
                 d_weight = product_over_rows(ctx.left, own) if wants_weight else None
                 return _gradients((d_x, d_weight), ctx.needed)
 

@@ -28,9 +28,13 @@ _ADAPTED = (
 )  # fmt: skip
 
 
-def can_multiply_in_bfloat16(checkpoint: Checkpoint) -> bool:
-    """True if ``TrainableEncoder(bfloat16=True)`` is for this checkpoint, and faster on this processor."""
-    return engines.device() == "cpu" and onednn.supports(checkpoint) and matmul.bfloat16_is_fast()
+def faster_precision(checkpoint: Checkpoint, wanted: str) -> str:
+    """The precision wanted, if ``TrainableEncoder`` is faster by it with this checkpoint here; or else ``highest``.
+
+    Three products for one are faster only where the processor has matrix instructions.
+    """
+    by_ours = engines.device() == "cpu" and onednn.supports(checkpoint) and matmul.bfloat16_is_fast()
+    return wanted if by_ours and (wanted == "medium" or runtime.cpu_has("amx_bf16")) else "highest"
 
 
 class TrainableEncoder:
@@ -41,7 +45,9 @@ class TrainableEncoder:
         recompute: recompute activations in the backward pass.
         lora: rank and alpha of low-rank adapters, which then are all that is trained.
         dropout: instead of the checkpoint's own shares.
-        bfloat16: multiply in bfloat16 on the CPU; see ``can_multiply_in_bfloat16``.
+        precision: how a CPU multiplies in linear layers, by PyTorch's names: ``highest``, in float32; ``high``, each
+            float32 as the sum of two bfloat16; ``medium``, each rounded to one, attention too where nothing is dropped.
+            See ``faster_precision``.
     """
 
     def __init__(
@@ -52,10 +58,10 @@ class TrainableEncoder:
         flash_attention: bool = False,
         lora: tuple[int, int] | None = None,
         dropout: float | None = None,
-        bfloat16: bool = False,
+        precision: str = "highest",
     ):
         self.checkpoint, self.pooling, self.recompute = checkpoint, pooling, recompute
-        self.bfloat16 = bfloat16
+        self.precision = precision
         paddle = runtime.import_paddle()
         paddle.set_device(engines.device())
         if engines.device() == "cpu":
@@ -113,7 +119,7 @@ class TrainableEncoder:
             packed = np.zeros((len(ids), int(mask.sum())), np.float32)
             packed[np.nonzero(mask)[0], np.arange(packed.shape[1])] = shares[mask]
             return paddle.matmul(
-                paddle.to_tensor(packed), self._lean(PackedBatch(ids, mask, self.bfloat16), self.recompute)
+                paddle.to_tensor(packed), self._lean(PackedBatch(ids, mask, self.precision), self.recompute)
             )
         if self._lean is not None:
             hidden = self._lean(PaddedBatch(ids, mask), self.recompute)
@@ -189,7 +195,8 @@ class TrainableEngine:
         return {
             "engine": self.name,
             "device": engines.device(),
-            "dtype": "bfloat16" if self._encoder.bfloat16 else "float32",
+            "dtype": "bfloat16" if self._encoder.precision == "medium" else "float32",
+            "matmul_precision": self._encoder.precision,
         }
 
     def loaded(self) -> "TrainableEngine":

@@ -23,7 +23,7 @@ from utils.losses import Targets
 from utils.outputs import described, remove, write_whole
 from utils.paddlenlp_models import import_paddlenlp
 from utils.report import Progress
-from utils.trainable import TrainableEncoder, can_multiply_in_bfloat16
+from utils.trainable import TrainableEncoder, faster_precision
 from utils.training_arguments import TrainArguments
 from utils.training_data import Loader
 from utils.training_folder import Journal, checkpoint_of, is_checkpoint, remove_old
@@ -52,9 +52,10 @@ def make(job: "Job"):
     paddle.seed(given.seed)
     lora = (given.lora_rank, given.lora_alpha) if given.lora else None
     flash_attention = bool(given.use_flash_attention) and engines.device() == "gpu"
-    bfloat16 = bool(getattr(given, "bf16", None)) and can_multiply_in_bfloat16(job.base)
+    wanted = "medium" if getattr(given, "bf16", None) else given.float32_matmul_precision
     job.encoder = TrainableEncoder(
-        job.base, job.pooling, given.recompute, flash_attention, lora, given.dropout, bfloat16
+        job.base, job.pooling, given.recompute, flash_attention, lora, given.dropout,
+        faster_precision(job.base, wanted),
     )  # fmt: skip
     ranks.on_first(job.check_export)
     if given.word_embeddings == "freeze" or given.freeze_layers:

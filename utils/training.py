@@ -14,7 +14,7 @@ from utils.distributed import Ranks
 from utils.encoder import Encoder, EncoderSettings
 from utils.outputs import LOCK_PATIENCE_S, described, remove, take_lock, write_whole
 from utils.paddlenlp_models import import_paddlenlp
-from utils.trainable import TrainableEncoder, TrainableEngine, can_multiply_in_bfloat16, merged_state
+from utils.trainable import TrainableEncoder, TrainableEngine, faster_precision, merged_state
 from utils.training_arguments import TrainArguments
 from utils.training_data import Collator, Preflight
 from utils.training_folder import checkpoints, not_leading_to, put_into
@@ -361,7 +361,7 @@ class Job:
         for name in ("bf16", "fp16"):
             if options.get(name) and not on_gpu:
                 options[name] = False  # the Trainer's way is a GPU's
-                if name == "fp16" or not can_multiply_in_bfloat16(self.base):
+                if name == "fp16" or faster_precision(self.base, "medium") != "medium":
                     logger.info("%s is of no use here; training in float32", name)
         if options.pop("sharding", None) and self.ranks.size > 1:
             logger.info("sharding saves memory only and is not used: every rank keeps the whole optimizer")
