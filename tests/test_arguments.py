@@ -130,8 +130,8 @@ def test_both_lengths_are_named_with_their_dashes():
 @pytest.mark.parametrize("cls", SCRIPTS)
 @pytest.mark.parametrize(
     "name",
-    ["deepspeed", "fsdp", "use_inbatch_neg", "use_gpu_for_searching", "cache_path", "cache_dir", "small_threshold",
-     "dataloader_persistent_workers", "dataloader_pin_memory", "devices", "peft_model_path", "save_merged_lora_model"],
+    ["deepspeed", "fsdp", "use_inbatch_neg", "cache_path", "cache_dir", "small_threshold", "peft_model_path",
+     "save_merged_lora_model"],
 )  # fmt: skip
 def test_names_without_a_counterpart_get_no_hint(cls, name):
     with pytest.raises(ArgumentError) as caught:
@@ -140,6 +140,16 @@ def test_names_without_a_counterpart_get_no_hint(cls, name):
     with pytest.raises(ArgumentError) as caught:
         build(cls, **{name: 3})
     assert str(caught.value) == f"unknown argument {name!r}"
+
+
+@pytest.mark.parametrize("cls", SCRIPTS)
+def test_names_that_need_no_argument_are_told_why(cls):
+    known = {f.name for f in fields(cls)}
+    for name, why in other_names.NOT_NEEDED.items():
+        if name not in known:
+            with pytest.raises(ArgumentError, match=re.escape(f"unknown argument --{name}; not needed: {why}")):
+                parse(cls, [f"--{name}", "3"], "")
+    assert not set(other_names.NOT_NEEDED) & set(other_names.CALLED_ELSEWHERE)
 
 
 def test_every_hint_names_an_argument_of_some_script():

@@ -14,7 +14,18 @@ CALLED_ELSEWHERE: dict[str, tuple[str, ...]] = {
     "output_path": ("output_data_path", "output_dir"),
     "output_dir": ("output_data_path",),
     "train_data": ("dataset_name_or_path",),
+    "train_dataset": ("dataset_name_or_path",),
     "eval_data": ("dev_path", "dev_dataset_path"),
+    "eval_dataset": ("dev_dataset_path", "dev_path"),
+    "input": ("input_data_path", "dev_path"),
+    "output": ("output_data_path", "output_dir"),
+    "queries_path": ("dev_path", "input_data_path"),
+    "corpus": ("corpus_path", "candidate_pool"),
+    "top_k": ("k_values", "range_for_sampling"),
+    "as_triplets": ("output_format triplet",),
+    "lexical": ("run_path",),
+    "loss": ("loss_type",),
+    "batch_sampler": ("hard_batches",),
     "embedder_name_or_path": ("model_path", "model_name_or_path"),
     "model_name_or_path": ("model_path",),
     "model_path": ("model_name_or_path",),
@@ -96,14 +107,31 @@ CALLED_ELSEWHERE: dict[str, tuple[str, ...]] = {
     # These have no counterpart, whatever is spelt alike.
     **dict.fromkeys(
         (
-            "cache_dir", "cache_path", "dataloader_persistent_workers", "dataloader_pin_memory",
-            "dataloader_prefetch_factor", "deepspeed", "devices", "fsdp", "fsdp_config", "learning_rate_mapping",
-            "mp_parameters", "parallelism_config", "peft_model_path", "reranker_batch_size", "reranker_peft_path",
-            "unified_finetuning", "use_gpu_for_searching", "use_inbatch_neg", "write_csv",
+            "cache_dir", "cache_path", "deepspeed", "fsdp", "fsdp_config", "learning_rate_mapping", "mp_parameters",
+            "parallelism_config", "peft_model_path", "reranker_peft_path", "unified_finetuning", "use_inbatch_neg",
+            "use_self_distill", "write_csv",
         ),
         (),
     ),
 }  # fmt: skip
+# And what needs no argument here.
+_BY_ITSELF = "a batch is as large as its memory allows"
+_DATALOADER = "tokens are ready before training begins"
+NOT_NEEDED: dict[str, str] = {
+    "use_gpu_for_searching": "GPUs that the process may use are searched on",
+    "use_faiss": "index_factory names a FAISS index; without it, search is exact",
+    "search_batch_size": _BY_ITSELF,
+    "faiss_batch_size": _BY_ITSELF,
+    "corpus_chunk_size": _BY_ITSELF,
+    "reranker_batch_size": _BY_ITSELF,
+    "devices": "paddle.distributed.launch --devices chooses them",
+    "target_devices": "paddle.distributed.launch --devices chooses them",
+    "trust_remote_code": "no code of a model's is run",
+    "pad_to_multiple_of": "nothing is padded on a CPU, and texts of like lengths are batched",
+    "dataloader_persistent_workers": _DATALOADER,
+    "dataloader_pin_memory": _DATALOADER,
+    "dataloader_prefetch_factor": _DATALOADER,
+}
 # How much a name must be like a known one, to be taken for a slip: less, and strangers get hints that mislead.
 _ALIKE = 0.75
 
@@ -115,8 +143,13 @@ def nearest(value, known) -> str:
 
 
 def meant_by(name: str, known: list[str]) -> str:
-    """What an unknown name may stand for, "did you mean ...?", or nothing. A flag's name has its dashes."""
+    """What an unknown name may stand for, "did you mean ...?", or why it is not needed, or nothing.
+
+    A flag's name has its dashes.
+    """
     bare = name.lstrip("-").replace("-", "_")
+    if bare in NOT_NEEDED:
+        return f"not needed: {NOT_NEEDED[bare]}"
     dashes = "--" if name.startswith("-") or bare in known else ""
     if bare in CALLED_ELSEWHERE:
         meant = [hint for hint in CALLED_ELSEWHERE[bare] if re.match(r"\w+", hint)[0] in known][:1]
