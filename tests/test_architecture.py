@@ -107,6 +107,7 @@ FORBIDDEN = {
     "lean_forward": {"faiss", "paddlenlp", "records", "distributed", "training", "trainable", "weights"},
     "export": {"paddlenlp", "faiss", "records", "distributed", "encoder", "training"},
     "evaluation_outputs": {"paddle", "paddlenlp", "faiss", "encoder", "engines", "search", "evaluation"},
+    "evaluation_rankings": HEAVY - {"numpy"} | {"distributed", "search", "encoder"},
     "evaluation_tables": HEAVY | {"records", "collection", "evaluation"},
     "cleaning": {"paddle", "paddlenlp", "faiss", "mining", "evaluation", "training"},
     "mining": {"paddle", "paddlenlp", "faiss", "cleaning", "evaluation", "training"},

@@ -59,6 +59,63 @@ def expected_ranking(tiny_model, queries, corpus, **options):
     return np.argsort(-scores, axis=1, kind="stable"), scores
 
 
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_bm25_is_judged_instead_of_a_model(tiny_model, tmp_path, dev, nproc):
+    """And its own run file, read again, gives the same values; also of queries in another order, and of others."""
+    from utils.candidates import Bm25
+
+    options = {**paths(dev), "ignore_identical": True}
+    names = [f"--{name}={value}" for name, value in {**options, "lexical": True, "write_trec": True}.items()]
+    done = run_script("embedding_evaluate.py", *names, f"--output_data_path={tmp_path / 'bm25'}", nproc=nproc)
+    assert done.returncode == 0, done.stderr
+    positives: dict[str, set] = {}
+    for row in dev["rows"]:
+        positives.setdefault(row["query"], set()).update(row["pos_passage"])
+    ranked = Bm25(dev["corpus"]).search(list(positives), len(dev["corpus"]))
+    found = read_jsonl(tmp_path / "bm25")
+    for entry, rows, (query, wanted) in zip(found, ranked, positives.items(), strict=True):
+        texts = [dev["corpus"][row] for row in rows if row >= 0 and dev["corpus"][row] != query]
+        ranks = [rank for rank, text in enumerate(texts[:10], 1) if text in wanted]
+        assert entry["mrr@10"] == (1 / ranks[0] if ranks else 0.0)
+        assert [passage["text"] for passage in entry["passages"]] == texts[:3]
+    run = (tmp_path / "bm25.run.trec").read_text().splitlines()
+    lines = [f"{line}\n" for line in ["q9999 Q0 d1 1 0.5 x", *sorted(run, key=lambda line: line[::-1])]]
+    (tmp_path / "run").write_text("".join(lines))
+    again = evaluation(
+        tiny_model, tmp_path, **options, run_path=str(tmp_path / "run"), compare_with=tiny_model
+    ).evaluate()
+    report = json.loads((tmp_path / "bm25.report.json").read_text())
+    assert dict(again) == {name: values["value"] for name, values in report["metrics"].items()}
+    assert "encoder" not in report and again.report["comparison"]["with"] == tiny_model
+    alone = evaluation(tiny_model, tmp_path, **options).evaluate()
+    assert again.report["comparison"]["metrics"]["ndcg@10"]["other"] == alone["ndcg@10"]
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("q1 Q0 d1 1 x y", "run:1: the score is 'x'; expected a number"),
+        ("q1 Q0 none 1 2 y", "run:1: unknown passage id 'none'; expected one such as 'd1'"),
+        ("none Q0 d1 1 2 y", "run: no line is of a query of .*; expected ids as 'q1'"),
+        ("", "run: the file is empty"),
+    ],
+)
+def test_a_run_that_cannot_be_judged_is_refused(tiny_model, tmp_path, dev, line, expected):
+    (tmp_path / "run").write_text(line and f"{line}\n")
+    with pytest.raises(ValueError, match=expected):
+        evaluation(tiny_model, tmp_path, **paths(dev), run_path=str(tmp_path / "run")).evaluate()
+    assert not (tmp_path / "out" / "eval.jsonl").exists()
+
+
+def test_what_stands_in_for_a_model_stands_alone(tiny_model, tmp_path):
+    for options, expected in (
+        ({"lexical": True, "run_path": "run"}, "lexical and run_path are both given"),
+        ({"lexical": True, "dimension": [8]}, "dimension is given with lexical, which has no vectors"),
+    ):
+        with pytest.raises(arguments.ArgumentError, match=expected):
+            evaluation(tiny_model, tmp_path, dev_path="dev.json", **options)
+
+
 def paths(dev: dict) -> dict:
     return {name: dev[name] for name in ("dev_path", "neg_path")}
 

@@ -137,6 +137,8 @@ class EvaluateArguments(ModelArguments, InputArguments):
     compare_with: str | None = option(
         None, "a second model, or the per-query file of an earlier evaluation: differences with p-values"
     )
+    lexical: bool = option(False, "judge BM25 instead of a model, Chinese split into words")
+    run_path: str | None = option(None, "judge the rankings of a TREC run file instead of a model's")
     n_changes: int = option(10, "queries to list that won most, and that lost most, in a comparison", at_least=0)
     confidence: float = option(0.95, "of the intervals", at_least=0.5, at_most=0.999)
     resamples: int = option(2000, "draws of the bootstrap; the randomisation test takes five times as many",
@@ -161,12 +163,28 @@ class EvaluateArguments(ModelArguments, InputArguments):
             raise ArgumentError("query_embeddings_path and passage_embeddings_path: expected both or neither")
         if self.query_embeddings_path is not None and self.on_bad_row == "skip":
             raise ArgumentError("on_bad_row is 'skip' with your own vectors, which would no longer match the rows")
+        self._check_rankings()
         for name in ("metrics", "k_values", "dimension"):
             values = getattr(self, name)
             if values is not None and not values:
                 raise ArgumentError(f"{name} is an empty list; expected at least one")
             if values is not None:
                 setattr(self, name, list(dict.fromkeys(values)))
+
+    def _check_rankings(self) -> None:
+        """What stands in for a model stands alone."""
+        if self.lexical and self.run_path is not None:
+            raise ArgumentError("lexical and run_path are both given; expected one of them")
+        for name in ("query_embeddings_path", "dimension"):
+            if self.judges_rankings and getattr(self, name) is not None:
+                raise ArgumentError(
+                    f"{name} is given with {'lexical' if self.lexical else 'run_path'}, which has no vectors"
+                )
+
+    @property
+    def judges_rankings(self) -> bool:
+        """True if no model is judged, but ``lexical`` or ``run_path``."""
+        return self.lexical or self.run_path is not None
 
     def metric_names(self) -> list[str]:
         """What is computed, such as ``ndcg@10``, in the order of the results."""

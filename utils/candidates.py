@@ -25,6 +25,7 @@ def read_run(
     passages: dict[str, int],
     n_candidates: int,
     rejected: list[RecordError] | None = None,
+    passes_unknown_queries: bool = False,
 ) -> list[list[int]]:
     """The passages that a TREC run lists for each query, best score first, equal scores in file order.
 
@@ -32,6 +33,7 @@ def read_run(
         queries, passages: rows by their ids.
         n_candidates: passages from this row on are known, but may not be mined, and are left out.
         rejected: collects bad lines, if given.
+        passes_unknown_queries: lines of other queries are passed over, as trec_eval does.
 
     Raises:
         RecordError: a line that is not ``query Q0 passage rank score tag``, or an id that is unknown.
@@ -41,14 +43,20 @@ def read_run(
     for raw in read_lines(path):
         n_lines += 1
         try:
-            query, passage, score = _run_line(raw.content, path, raw.number, queries, passages)
+            name, passage, score = _run_line(raw.content, path, raw.number, passages)
+            if name not in queries:
+                if passes_unknown_queries:
+                    continue
+                example = next(iter(queries))
+                reason = f"unknown query id {name!r:.80}; expected one such as {example!r}"
+                raise RecordError(path, raw.number, reason)
         except RecordError as error:
             if rejected is None:
                 raise
             rejected.append(error)
             continue
         if passage < n_candidates:
-            found.setdefault(query, {}).setdefault(passage, score)
+            found.setdefault(queries[name], {}).setdefault(passage, score)
     if n_lines == 0:
         raise ValueError(f"{path}: the file is empty; expected lines of query id, Q0, passage id, rank, score, tag")
     lists: list[list[int]] = [[] for _ in range(max(queries.values()) + 1)]
@@ -57,9 +65,8 @@ def read_run(
     return lists
 
 
-def _run_line(
-    content: bytes, path: str, line: int, queries: dict[str, int], passages: dict[str, int]
-) -> tuple[int, int, float]:
+def _run_line(content: bytes, path: str, line: int, passages: dict[str, int]) -> tuple[str, int, float]:
+    """The query's id, the passage's row, and the score."""
     try:
         columns = content.decode().split()
     except UnicodeDecodeError:
@@ -74,12 +81,10 @@ def _run_line(
         value = np.nan
     if not np.isfinite(value):
         raise RecordError(path, line, f"the score is {score!r:.40}; expected a number")
-    if query not in queries:
-        raise RecordError(path, line, f"unknown query id {query!r:.80}; expected one such as {next(iter(queries))!r}")
     if passage not in passages:
         example = next(iter(passages))
         raise RecordError(path, line, f"unknown passage id {passage!r:.80}; expected one such as {example!r}")
-    return queries[query], passages[passage], value
+    return query, passages[passage], value
 
 
 def padded(lists: Sequence[Sequence[int]], depth: int) -> np.ndarray:

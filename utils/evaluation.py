@@ -17,6 +17,7 @@ from utils.distributed import Ranks
 from utils.embedding import build_encoders, embed
 from utils.embedding_store import derive, read_user_vectors
 from utils.evaluation_outputs import SUFFIXES, QueryWriter
+from utils.evaluation_rankings import GivenRankings
 from utils.evaluation_tables import tables
 from utils.metrics import Relevance
 from utils.outputs import Outputs, write_rejected
@@ -27,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 # Queries, and neighbours, that are searched, judged and written at a time.
 _QUERY_BLOCK, _BLOCK_NEIGHBORS = 16384, 1 << 22
+# The same where one process ranks them.
+_RANKED = 256
 # What a text costs beside itself: its places in lists and tables, its id and its judgments.
 _OVERHEAD = 300
 
@@ -54,7 +57,10 @@ def evaluate(given: EvaluateArguments) -> EvaluationResult:
     try:
         with run.stage("read"):
             inputs = ranks.start(lambda: _Inputs.read(given, outputs))
-        by_dimension = _evaluate_model(given, _model(given), ranks, run, inputs, outputs)
+        if given.judges_rankings:
+            by_dimension = ranks.on_first(lambda: _evaluate_rankings(given, run, inputs, outputs)) or {}
+        else:
+            by_dimension = _evaluate_model(given, _model(given), ranks, run, inputs, outputs)
         other = None
         if ranks.broadcast_object(inputs.other_model if inputs else None) is not None:
             values = _evaluate_model(given, _other_model(given), ranks, run, inputs, outputs, is_other=True)
@@ -90,6 +96,7 @@ class _Inputs:
     passage_vectors: np.ndarray | None = None
     earlier: np.ndarray | None = None
     other_model: ModelArguments | None = None
+    rankings: GivenRankings | None = None
 
     @classmethod
     def read(cls, given: EvaluateArguments, outputs: Outputs) -> "_Inputs":
@@ -105,8 +112,11 @@ class _Inputs:
             else:
                 inputs.other_model = _other_model(given)
         inputs._read_vectors(given)
+        if given.judges_rankings:
+            inputs.rankings = GivenRankings(given, collection)
         largest = max(given.dimension) if given.dimension else None
-        for model in ([_model(given)] if inputs.query_vectors is None else []) + [inputs.other_model]:
+        has_model = inputs.query_vectors is None and inputs.rankings is None
+        for model in ([_model(given)] if has_model else []) + [inputs.other_model]:
             if model is not None:
                 build_encoders(replace(model, dimension=largest))
         outputs.open_work(text_values(given, but="output_data_path"))
@@ -150,6 +160,22 @@ def _describe(collection: Collection, given: EvaluateArguments) -> None:
         )  # fmt: skip
 
 
+def _evaluate_rankings(
+    given: EvaluateArguments, run: report.RunReport, inputs: _Inputs | None, outputs: Outputs
+) -> dict[None, np.ndarray]:
+    """Per-query values of what is judged instead of a model, on rank 0; writes the per-query and the TREC files."""
+    assert inputs is not None and inputs.rankings is not None
+    judge = _Judge(given, inputs.collection)
+    n = len(inputs.collection.queries)
+    with run.stage("search"), ExitStack() as stack, report.Progress("search", n, "queries") as progress:
+        judge.writer = QueryWriter(given, inputs.collection, outputs, stack)
+        for start in range(0, n, _RANKED):
+            stop = min(start + _RANKED, n)
+            judge(start, inputs.rankings.search(start, stop, judge.depth))
+            progress.update(stop - start)
+    return {None: judge.values}
+
+
 def _evaluate_model(
     given: EvaluateArguments,
     model: ModelArguments,
@@ -163,7 +189,6 @@ def _evaluate_model(
 
     Writes the per-query file and the TREC files for the largest dimension, unless this is the second model.
     """
-    names = given.metric_names()
     queries, passages, normalized = _vectors(given, model, ranks, run, inputs, outputs.work, is_other)
     width = ranks.broadcast_object(queries.shape[1] if queries is not None else None)
     dimensions = sorted(given.dimension or [width], reverse=True)
@@ -174,7 +199,7 @@ def _evaluate_model(
             if inputs is not None and dim == dimensions[0] and not is_other:
                 writer = QueryWriter(given, inputs.collection, outputs, stack)
             cut = ranks.on_first(lambda dim=dim: _cut(normalized, queries, passages, dim, outputs.work))
-            values[dim] = _measure(given, names, ranks, inputs, *(cut or (None, None)), dim, writer)
+            values[dim] = _measure(given, ranks, inputs, *(cut or (None, None)), dim, writer)
     return values
 
 
@@ -233,7 +258,6 @@ def _user_vectors(given: EvaluateArguments, inputs: _Inputs | None, work: Path) 
 
 def _measure(
     given: EvaluateArguments,
-    names: list[str],
     ranks: Ranks,
     inputs: _Inputs | None,
     queries: np.ndarray | None,
@@ -242,34 +266,44 @@ def _measure(
     writer: QueryWriter | None,
 ) -> np.ndarray | None:
     """Search and judge, block by block: float64 [queries, metrics] on rank 0, None elsewhere."""
-    collection = inputs.collection if inputs is not None else None
-    deepest = max(given.top_passages, *(k for _, k in map(metrics.split_name, names)))
-    sizes = None
-    if collection is not None:
-        most_ignored = max(map(len, collection.ignored.values()), default=0)
-        sizes = len(collection.queries), collection.n_corpus, most_ignored
-    n, n_corpus, most_ignored = ranks.broadcast_object(sizes)
-    depth = min(deepest + most_ignored, n_corpus)
-    _log_memory(n, n_corpus, dim, depth, len(names), ranks)
+    judge = _Judge(given, inputs.collection, writer) if inputs is not None else None
+    sizes = (len(judge.values), judge.collection.n_corpus, judge.depth) if judge is not None else None
+    n, n_corpus, depth = ranks.broadcast_object(sizes)
+    _log_memory(n, n_corpus, dim, depth, len(given.metric_names()), ranks)
     index = ShardedIndex.of(ranks, passages, n_corpus, dim, engines.device())
-    values = np.empty((n, len(names)), np.float64) if collection is not None else None
-
-    def judge(start: int, found: Neighbors) -> None:
-        assert collection is not None and values is not None
-        found = _without_ignored(found, collection, start, deepest)
-        relevance = _relevance(collection, start, found.rows, deepest)
-        part = slice(start, start + len(found.rows))
-        values[part] = metrics.per_query(relevance, names)
-        if writer is not None:
-            writer.write(start, found, relevance, values[part], names)
-
     with report.Progress("search", n, "queries") as progress:
         for start in range(0, n, _block(depth)):
             size = min(_block(depth), n - start)
             found = index.search_all(queries[start : start + size] if queries is not None else None, size, depth)
             ranks.on_first(lambda start=start, found=found: judge(start, found))
             progress.update(size)
-    return values
+    return judge.values if judge is not None else None
+
+
+class _Judge:
+    """Judges rankings, a block of queries at a time, and writes them if it has a writer.
+
+    Attributes:
+        values: float64 [queries, metrics].
+        depth: how many passages a ranking must have, so that enough are left without those to be ignored.
+    """
+
+    def __init__(self, given: EvaluateArguments, collection: Collection, writer: QueryWriter | None = None):
+        self.collection, self.writer = collection, writer
+        self._names = given.metric_names()
+        self._deepest = max(given.top_passages, *(k for _, k in map(metrics.split_name, self._names)))
+        most_ignored = max(map(len, collection.ignored.values()), default=0)
+        self.depth = min(self._deepest + most_ignored, collection.n_corpus)
+        self.values = np.empty((len(collection.queries), len(self._names)), np.float64)
+
+    def __call__(self, start: int, found: Neighbors) -> None:
+        """Of the queries from ``start`` on."""
+        found = _without_ignored(found, self.collection, start, self._deepest)
+        relevance = _relevance(self.collection, start, found.rows, self._deepest)
+        part = slice(start, start + len(found.rows))
+        self.values[part] = metrics.per_query(relevance, self._names)
+        if self.writer is not None:
+            self.writer.write(start, found, relevance, self.values[part], self._names)
 
 
 def _block(depth: int) -> int:
@@ -316,7 +350,7 @@ def _finish(
     given: EvaluateArguments,
     outputs: Outputs,
     inputs: _Inputs | None,
-    by_dimension: dict[int, np.ndarray | None],
+    by_dimension: dict[int | None, np.ndarray | None],
     other: np.ndarray | None,
     run: report.RunReport,
 ) -> EvaluationResult:
@@ -332,7 +366,8 @@ def _finish(
         ends = zip(names, low.tolist(), high.tolist(), strict=True)
         summaries[dim] = {name: {"value": means[name], "low": lower, "high": upper} for name, lower, upper in ends}
     largest = next(iter(by_dimension))
-    run.results["dimension"] = largest
+    if largest is not None:
+        run.results["dimension"] = largest
     run.results["metrics"] = summaries[largest]
     if len(summaries) > 1:
         run.results["dimensions"] = {str(dim): summary for dim, summary in summaries.items()}

@@ -45,7 +45,8 @@ def _comparison_tables(done: dict) -> list[str]:
             f"  {c['other']:.3f} -> {c['this']:.3f}  {shortened(c['query'], _QUERY_WIDTH)}" for c in compared[title]
         ]
         if changes:
-            lines.append("\n".join([title.replace("_", " "), *changes]))
+            heading = f"{title.replace('_', ' ')} ({compared['changes_by']}: other -> this)"
+            lines.append("\n".join([heading, *changes]))
     return lines
 
 

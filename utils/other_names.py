@@ -23,7 +23,6 @@ CALLED_ELSEWHERE: dict[str, tuple[str, ...]] = {
     "corpus": ("corpus_path", "candidate_pool"),
     "top_k": ("k_values", "range_for_sampling"),
     "as_triplets": ("output_format triplet",),
-    "lexical": ("run_path",),
     "loss": ("loss_type",),
     "batch_sampler": ("hard_batches",),
     "embedder_name_or_path": ("model_path", "model_name_or_path"),

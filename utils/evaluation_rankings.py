@@ -1,0 +1,50 @@
+"""Rankings that are judged instead of a model's: BM25's, or those of a TREC run file."""
+
+import logging
+
+import numpy as np
+
+from utils import candidates
+from utils.arguments import EvaluateArguments
+from utils.collection import Collection
+from utils.scores import Neighbors
+
+logger = logging.getLogger(__name__)
+
+
+class GivenRankings:
+    """One ranking of the corpus for each query of a collection.
+
+    Raises:
+        OSError, ValueError: a run file that cannot be used.
+    """
+
+    def __init__(self, given: EvaluateArguments, collection: Collection):
+        self._queries = collection.queries
+        self._bm25, self._lists = None, []
+        if given.lexical:
+            self._bm25 = candidates.Bm25(collection.corpus)
+            return
+        assert given.run_path is not None
+        passages = {collection.passage_id(row): row for row in range(collection.n_corpus)}
+        queries = {name: number for number, name in enumerate(collection.query_ids)}
+        run = candidates.read_run(
+            given.run_path, queries, passages, collection.n_corpus,
+            collection.rejected if given.on_bad_row == "skip" else None, passes_unknown_queries=True,
+        )  # fmt: skip
+        if not any(run):
+            example = next(iter(queries))
+            raise ValueError(
+                f"{given.run_path}: no line is of a query of {given.dev_path}; expected ids as {example!r}"
+            )
+        self._lists = run + [[]] * (len(queries) - len(run))
+        if n := sum(not ranking for ranking in self._lists):
+            logger.warning("%s ranks nothing for %d of %d queries, which count 0", given.run_path, n, len(queries))
+
+    def search(self, start: int, stop: int, depth: int) -> Neighbors:
+        """The first ``depth`` passages for some queries, [stop - start, depth]; a passage's score is 1 / its rank."""
+        if self._bm25 is not None:
+            rows = self._bm25.search(self._queries[start:stop], depth)
+        else:
+            rows = candidates.padded(self._lists[start:stop], depth)
+        return Neighbors(np.where(rows >= 0, 1.0 / np.arange(1, depth + 1), -np.inf), rows)
