@@ -44,15 +44,13 @@ class Progress:
         self.done += count
         if self._bar is not None:
             self._bar.update(count)
-        elif runtime.rank() == 0 and time.monotonic() >= self._line_due:
+        elif runtime.rank() == 0 and time.monotonic() >= self._line_due and self.done < self.total:
             self._line_due = time.monotonic() + _LINE_EVERY_S
             rate = (self.done - self._already) / (time.monotonic() - self._started)
             left = (self.total - self.done) / rate if rate else float("inf")
-            print(
-                f"{self.what}: {self.done:,} of {self.total:,} {self.unit}, {rate:,.0f}/s, about {left:,.0f} s left",
-                file=sys.stderr,
-                flush=True,
-            )
+            speed = f"{rate:,.0f}/s" if rate >= 10 else f"{rate:,.2g}/s"
+            line = f"{self.what}: {self.done:,} of {self.total:,} {self.unit}, {speed}, about {left:,.0f} s left"
+            print(line, file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Take the bar away."""
