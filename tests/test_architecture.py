@@ -18,6 +18,8 @@ FORBIDDEN = {
     "distributed": {"faiss", "paddlenlp", "records", "search", "encoder"},
     "bundled_model": {"paddle", "paddlenlp", "faiss", "arguments"},
     "checkpoint": {"numpy", "paddle", "faiss", "records", "distributed"},
+    "config_files": HEAVY | {"records", "outputs", "checkpoint"},
+    "sentence_transformers_folder": HEAVY | {"records", "outputs", "checkpoint"},
     "encoder": {"faiss", "records", "distributed", "search"},
     "engines": {"faiss", "records", "distributed", "search"},
     "tokenizing": {"faiss", "records", "distributed", "encoder"},

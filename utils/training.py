@@ -6,7 +6,18 @@ import os
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-from utils import checkpoint, engines, export, losses, report, tokenizing, trainer, training_data, training_rows
+from utils import (
+    checkpoint,
+    engines,
+    export,
+    losses,
+    report,
+    sentence_transformers_folder,
+    tokenizing,
+    trainer,
+    training_data,
+    training_rows,
+)  # fmt: skip
 from utils.batch_plan import Plan
 from utils.checkpoint import WEIGHT_PATTERNS, Checkpoint
 from utils.dev_evaluation import METRICS, DevSet
@@ -347,7 +358,9 @@ class Job:
         export.write_tokenizer(self.base, folder, for_torch)
         # Not the length trained with: every script here encodes up to 512 tokens unless told otherwise.
         longest = min(self.base.max_length or _UNCUT, max(512, *self.limits))
-        export.write_description(folder, self.base, self.pooling, self.normalize, self.templates, longest)
+        sentence_transformers_folder.write(
+            folder, self.base.hidden_size, self.pooling, self.normalize, self.templates, longest
+        )
 
     def trainer_arguments(self):
         """PaddleNLP's TrainingArguments."""
