@@ -17,7 +17,7 @@ FORBIDDEN = {
     "runtime": HEAVY - {"paddle"} | {"records", "outputs"},
     "distributed": {"faiss", "paddlenlp", "records", "search", "encoder"},
     "bundled_model": {"paddle", "paddlenlp", "faiss", "arguments"},
-    "checkpoint": {"numpy", "paddle", "faiss", "records", "distributed"},
+    "checkpoint": {"numpy", "paddle", "paddlenlp", "faiss", "records", "distributed"},
     "config_files": HEAVY | {"records", "outputs", "checkpoint"},
     "sentence_transformers_folder": HEAVY | {"records", "outputs", "checkpoint"},
     "encoder": {"faiss", "records", "distributed", "search"},

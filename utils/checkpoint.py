@@ -4,11 +4,9 @@ Knows the layouts of Hugging Face, sentence-transformers and PaddleNLP. Only sma
 here, so that a wrong option is refused before any weight is loaded.
 """
 
-import contextlib
 import difflib
 import functools
 import hashlib
-import io
 import json
 import logging
 import os
@@ -262,32 +260,15 @@ def _folder(name: str) -> Path:
     looks_local = name.startswith((".", "/", "~")) or os.path.exists(name) or not _HUB_NAME.fullmatch(name)
     if looks_local or os.path.isdir(os.path.dirname(name)):  # such as output/modle
         raise FileNotFoundError(f"{name}: no such model folder; expected a folder, a hub name or {bundled_model.NAME}")
-    return _download(name)
-
-
-def _download(name: str) -> Path:
-    """A hub name's folder, fetched by PaddleNLP into its own cache."""
-    from utils.paddlenlp_models import import_paddlenlp
+    from utils.paddlenlp_models import download
 
     try:
-        transformers = import_paddlenlp()
-        from paddlenlp.utils.env import MODEL_HOME
-
-        folder = Path(MODEL_HOME) / name
-        if (folder / "config.json").is_file() and _weight_files(folder):
-            return folder  # fetched by an earlier run
-        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
-            transformers.AutoTokenizer.from_pretrained(name)
-            transformers.AutoModel.from_pretrained(name)
-        if (folder / "config.json").is_file():
-            return folder
-        reason = f"PaddleNLP left no model in {folder}"
-    except Exception as error:  # noqa: BLE001 - PaddleNLP raises whatever its download library does
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-    raise FileNotFoundError(
-        f"{name}: not a local folder, and the hub could not supply it ({reason}); "
-        f"give a local folder, or {bundled_model.NAME}, which is bundled"
-    )
+        return download(name, WEIGHT_PATTERNS)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{name}: not a local folder, and the hub could not supply it ({error}); "
+            f"give a local folder, or {bundled_model.NAME}, which is bundled"
+        ) from None
 
 
 def _position_offset(config: dict, model_type: str) -> int:

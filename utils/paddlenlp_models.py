@@ -3,16 +3,19 @@
 import contextlib
 import io
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from utils import pdparams, runtime
-from utils.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from utils.checkpoint import Checkpoint
 
 
-def new_model(model: Checkpoint, dtype: str, **config):
+def new_model(model: "Checkpoint", dtype: str, **config):
     """A model of the checkpoint's configuration, with fresh weights.
 
     Args:
@@ -30,7 +33,7 @@ def new_model(model: Checkpoint, dtype: str, **config):
         )
 
 
-def _new_qwen3(model: Checkpoint, dtype: str, **config):
+def _new_qwen3(model: "Checkpoint", dtype: str, **config):
     import paddle
 
     from utils.qwen3 import Qwen3Model
@@ -44,7 +47,7 @@ def _new_qwen3(model: Checkpoint, dtype: str, **config):
         paddle.set_default_dtype(before)
 
 
-def _rotations(model: Checkpoint) -> dict:
+def _rotations(model: "Checkpoint") -> dict:
     """How fast a decoder's positions are rotated: PaddleNLP looks in one place only, and else assumes a value."""
     return {"rope_theta": model.config["rope_theta"]} if "rope_theta" in model.config else {}
 
@@ -74,6 +77,33 @@ def read_torch_file(path: Path) -> dict[str, np.ndarray]:
 
     with one_line(f"{path}: no weights of PyTorch's, or a damaged file"):
         return pdparams.floats(load_torch(str(path)))
+
+
+def download(name: str, weights: Sequence[str]) -> Path:
+    """The folder of a model with a hub's name, which PaddleNLP fetches into its own cache unless it is there.
+
+    Args:
+        weights: patterns of the names that files of weights have.
+
+    Raises:
+        FileNotFoundError: it could not be fetched; the message is the reason alone.
+    """
+    try:
+        transformers = import_paddlenlp()
+        from paddlenlp.utils.env import MODEL_HOME
+
+        folder = Path(MODEL_HOME) / name
+        if (folder / "config.json").is_file() and any(any(folder.glob(kind)) for kind in weights):
+            return folder
+        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+            transformers.AutoTokenizer.from_pretrained(name)
+            transformers.AutoModel.from_pretrained(name)
+        if (folder / "config.json").is_file():
+            return folder
+        reason = f"PaddleNLP left no model in {folder}"
+    except Exception as error:  # noqa: BLE001 - PaddleNLP raises whatever its download library does
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    raise FileNotFoundError(reason)
 
 
 @contextlib.contextmanager
