@@ -52,7 +52,7 @@ def make(job: "Job"):
     paddle.seed(given.seed)
     lora = (given.lora_rank, given.lora_alpha) if given.lora else None
     flash_attention = bool(given.use_flash_attention) and engines.device() == "gpu"
-    wanted = "medium" if getattr(given, "bf16", None) else given.float32_matmul_precision
+    wanted = "medium" if given.bf16 else given.float32_matmul_precision
     job.encoder = TrainableEncoder(
         job.base, job.pooling, given.recompute, flash_attention, lora, given.dropout,
         faster_precision(job.base, wanted),

@@ -18,6 +18,7 @@ from utils import (
     training_data,
     training_rows,
 )  # fmt: skip
+from utils.argument_parsing import ELSEWHERE
 from utils.batch_plan import Plan
 from utils.checkpoint import WEIGHT_PATTERNS, Checkpoint
 from utils.dev_evaluation import METRICS, DevSet
@@ -233,7 +234,7 @@ class Job:
             n_ranks=ranks.size,
             group_by_source=given.group_by_source,
             hard_batches=given.hard_batches,
-            drop_last=bool(getattr(given, "dataloader_drop_last", None)),
+            drop_last=bool(given.dataloader_drop_last),
             multiple=given.gradient_accumulation_steps,
         )
         self.collate = Collator(
@@ -300,7 +301,7 @@ class Job:
         for stale in folder.glob("checkpoint-*.work"):
             remove(stale)
         found = checkpoints(self.given.output_dir)
-        asked = getattr(self.given, "resume_from_checkpoint", None)
+        asked = self.given.resume_from_checkpoint
         own = json.loads(json.dumps(self.fingerprint())) | {_RESUMED: asked and os.path.realpath(asked)}
         record = folder / "run.json"
         anew = asked is None and self.given.overwrite_output_dir
@@ -368,8 +369,9 @@ class Job:
         from paddlenlp.trainer import TrainingArguments
 
         given, options = self.given, self.given.trainer_options()
-        shared = {f.name for f in fields(TrainingArguments)} & {f.name for f in fields(TrainArguments)}
-        options = {name: getattr(given, name) for name in shared} | options
+        theirs = {f.name for f in fields(TrainingArguments)}
+        ours = {f.name for f in fields(TrainArguments) if f.metadata["help"] != ELSEWHERE}
+        options = {name: getattr(given, name) for name in theirs & ours} | options
         on_gpu = engines.device() == "gpu"
         for name in ("bf16", "fp16"):
             if options.get(name) and not on_gpu:
