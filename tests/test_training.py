@@ -248,18 +248,18 @@ def test_a_kill_never_leaves_one_models_weights_with_anothers_description(tmp_pa
     def write(folder: Path, model: str) -> None:
         for name in models[model]:
             (folder / name).mkdir() if name[0].isdigit() else (folder / name).write_text(model)
-        (folder / training._WEIGHTS).write_text(model)
+        (folder / training_folder.WEIGHTS).write_text(model)
 
     def put(folder: Path) -> None:
-        earlier = ("huggingface", training._WEIGHTS, *checkpoint.DESCRIPTION)
+        earlier = ("huggingface", training_folder.WEIGHTS, *checkpoint.DESCRIPTION)
         with training_folder.put_into(folder, "the model", earlier) as work:
             write(work, "new")
 
     def found(folder: Path) -> str | None:
-        if not (folder / training._WEIGHTS).exists():
+        if not (folder / training_folder.WEIGHTS).exists():
             return None
-        model = (folder / training._WEIGHTS).read_text()
-        assert {path.name for path in folder.iterdir()} - {"model.work"} == models[model] | {training._WEIGHTS}
+        model = (folder / training_folder.WEIGHTS).read_text()
+        assert {path.name for path in folder.iterdir()} - {"model.work"} == models[model] | {training_folder.WEIGHTS}
         assert (folder / "config.json").read_text() == model
         return model
 
@@ -677,8 +677,8 @@ class Scaler:
 def test_an_fp16_step_without_a_loss_is_passed_over(run, tmp_path, monkeypatch, accumulated):
     make, step, scaler, found = trainer.make, GradientStep.__call__, Scaler(), []
 
-    def scaled(job):
-        loop = make(job)
+    def scaled(*args):
+        loop = make(*args)
         loop.args.fp16 = loop.do_grad_scaling = True
         loop.scaler = scaler
         return loop

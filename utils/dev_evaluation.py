@@ -20,6 +20,11 @@ METRICS = ("ndcg@10", "mrr@10", "hit_rate@1", "hit_rate@10", "recall@10")
 _DEEPEST = 10
 
 
+def judging_metric(name: str | None) -> str:
+    """The dev metric that decides which checkpoint is best, by its name here, or PaddleNLP's; None for the default."""
+    return (name or METRICS[0]).removeprefix("eval_")
+
+
 @dataclass
 class DevSet:
     """Queries, the corpus, and each query's relevant passages, by number.

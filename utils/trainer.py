@@ -13,23 +13,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
-from utils import engines, losses, runtime
-from utils.dev_evaluation import METRICS
-from utils.distributed import through_gloo
+from utils.distributed import Ranks, through_gloo
 from utils.gradients import GradientStep, reduce
-from utils.losses import Targets
+from utils.losses import LossFunction, Targets
 from utils.outputs import described, remove, write_whole
-from utils.paddlenlp_models import import_paddlenlp
 from utils.report import Progress
-from utils.trainable import TrainableEncoder, faster_precision
+from utils.trainable import TrainableEncoder
 from utils.training_arguments import TrainArguments
 from utils.training_data import Loader
-from utils.training_folder import Journal, checkpoint_of, is_checkpoint, remove_old
+from utils.training_folder import WEIGHTS, Journal, checkpoint_of, is_checkpoint, remove_old
 
 if TYPE_CHECKING:
-    from utils.training import Job
+    from paddlenlp.trainer import TrainingArguments
 
 logger = logging.getLogger(__name__)
 
@@ -40,44 +37,54 @@ _COLLAPSED_COSINE, _COLLAPSED_STEPS = 0.98, 20
 _SKIPPED_STEPS = 20
 
 
-def make(job: "Job"):
+class Job(Protocol):
+    """What is trained, on what, and what is kept of it.
+
+    ``judged_by`` says what the best checkpoint is the best by: the dev metric, and the digests of the dev rows. It is
+    empty where there are none to evaluate.
+    """
+
+    given: TrainArguments
+    ranks: Ranks
+    encoder: TrainableEncoder
+    objective: LossFunction
+    pad_ids: tuple[int, int]
+    judged_by: list[str]
+
+    def loader(self) -> Loader:
+        """Our part of the batches."""
+
+    def evaluate(self) -> dict[str, float]:
+        """The dev metrics of the model as it is now; every rank calls it."""
+
+    def write_model_files(self, folder: Path) -> None:
+        """The model as it is now, as a folder that can be loaded."""
+
+
+def make(job: Job, arguments: "TrainingArguments"):
     """The Trainer of a job, with the model loaded."""
-    import_paddlenlp()
-    paddle = runtime.import_paddle()
+    import paddle
     from paddlenlp.trainer import Trainer
     from paddlenlp.trainer.trainer_callback import PrinterCallback, TrainerCallback
 
     given, ranks = job.given, job.ranks
-    arguments = job.trainer_arguments()
-    paddle.seed(given.seed)
-    lora = (given.lora_rank, given.lora_alpha) if given.lora else None
-    flash_attention = bool(given.use_flash_attention) and engines.device() == "gpu"
-    wanted = "medium" if given.bf16 else given.float32_matmul_precision
-    job.encoder = TrainableEncoder(
-        job.base, job.pooling, given.recompute, flash_attention, lora, given.dropout,
-        faster_precision(job.base, wanted),
-    )  # fmt: skip
-    ranks.on_first(job.check_export)
-    if given.word_embeddings == "freeze" or given.freeze_layers:
-        job.encoder.freeze(given.freeze_layers)
 
     class EmbeddingTrainer(Trainer):
         def __init__(self) -> None:
-            super().__init__(model=job.encoder.model, args=arguments, train_dataset=job.rows, callbacks=[_Watch()])
+            super().__init__(
+                model=job.encoder.model, args=arguments, train_dataset=job.loader().dataset, callbacks=[_Watch()]
+            )
             self.remove_callback(PrinterCallback)
             self.final_metrics: dict[str, float] = {}
             self._alike = self._skipped = 0
             self._evaluated_at = -1
-            self._standing = _Standing(job.judged_by())
+            self._standing = _Standing(job.judged_by)
             self._journal = Journal(Path(given.output_dir) / "training.jsonl")
             self.step = GradientStep(
                 job.encoder,
-                losses.objective(
-                    job.loss.function, job.normalize, given.embedding_matryoshka_dims,
-                    given.embedding_matryoshka_weights,
-                ),
+                job.objective,
                 Targets(given.group_size, None, given.embedding_temperature, given.margin),
-                (job.tokenizers[0].pad_id, job.tokenizers[1].pad_id),
+                job.pad_ids,
                 given.seed,
                 given.gradcache_chunk_size,
                 ranks.rank,
@@ -94,7 +101,7 @@ def make(job: "Job"):
             """Train, from a checkpoint on if one is given; a training that had ended is not gone on with."""
             step, standing, ended = ranks.broadcast_object(ranks.on_first(lambda: self._begin(resume)))
             if not ended:
-                if job.dev is not None and resume is None:
+                if job.judged_by and resume is None:
                     self._note_where_it_began()
                 with through_gloo():  # the Trainer has collectives of its own
                     self.train(resume_from_checkpoint=resume)
@@ -108,7 +115,7 @@ def make(job: "Job"):
         def _note_where_it_began(self) -> None:
             """The dev metrics of the base model: what training is to better."""
             found = job.evaluate()
-            logger.info("before training: %s %.4f", metric(given), found[metric(given)])
+            logger.info("before training: %s %.4f", job.judged_by[0], found[job.judged_by[0]])
             logs = {f"eval_{name}": value for name, value in found.items()}
             ranks.on_first(lambda: self._journal.add(0, logs, shown=False))
 
@@ -119,7 +126,7 @@ def make(job: "Job"):
                 with _whole(resume):
                     step = json.loads((Path(resume) / "trainer_state.json").read_text())["global_step"]
                     standing = json.loads((Path(resume) / "standing.json").read_text())
-                    before = _Standing.of(standing, job.judged_by())
+                    before = _Standing.of(standing, job.judged_by)
                     ended = before.ends(given.early_stopping_patience) or 0 < self.args.max_steps <= step
             goes_on_here = resume is not None and os.path.samefile(Path(resume).parent, given.output_dir)
             self._journal.cut(step if goes_on_here else None)
@@ -127,7 +134,7 @@ def make(job: "Job"):
 
         def _take_over(self, standing: dict) -> None:
             """A checkpoint's standing. A best step whose checkpoint is not in output_dir cannot be ended with."""
-            self._standing = _Standing.of(standing, job.judged_by())
+            self._standing = _Standing.of(standing, job.judged_by)
             if standing["best_step"] is not None and self._standing.best_step is None:
                 logger.info("the best so far was found on other dev rows, or by another metric: it does not count")
             best = self._standing.best_step
@@ -142,7 +149,7 @@ def make(job: "Job"):
             return self._standing.loss_sum / max(1, self._standing.n_losses)
 
         def get_train_dataloader(self) -> Loader:
-            return Loader(job.plan, job.collate)
+            return job.loader()
 
         def _wrap_model(self, model, training=True):
             # Gradients are summed over ranks by hand, once an update; the ranks need only start alike.
@@ -196,12 +203,12 @@ def make(job: "Job"):
             logs = {f"eval_{name}": value for name, value in self.final_metrics.items()}
             self.log(dict(logs))
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)
-            self._standing.note(self.final_metrics[metric(given)], self.state.global_step)
+            self._standing.note(self.final_metrics[job.judged_by[0]], self.state.global_step)
             if given.load_best_model_at_end and self._standing.best_step == self.state.global_step:
                 self.control.should_save = True  # the best may come at a step that save_steps passes over
             if self._standing.ends(given.early_stopping_patience):
                 logger.info(
-                    "stopping early: no better %s in %d evaluations", metric(given), self._standing.without_gain
+                    "stopping early: no better %s in %d evaluations", job.judged_by[0], self._standing.without_gain
                 )
                 self.control.should_training_stop = True
             return logs
@@ -214,7 +221,7 @@ def make(job: "Job"):
                 self._agree(self.model)
                 logger.info("the best checkpoint is that of step %d", best)
                 self._evaluated_at = -1
-            if job.dev is not None and self._evaluated_at != self.state.global_step:
+            if job.judged_by and self._evaluated_at != self.state.global_step:
                 self.final_metrics = job.evaluate()
 
         def _load_rng_state(self, checkpoint):
@@ -227,7 +234,7 @@ def make(job: "Job"):
         def _load_weights(self, folder: str) -> None:
             """Of a checkpoint, on rank 0: the adapters if there are any, else everything."""
             if ranks.is_first:
-                name = "adapters.pdopt" if given.lora else "model_state.pdparams"
+                name = "adapters.pdopt" if given.lora else WEIGHTS
                 with _whole(folder):
                     self.model.set_state_dict(paddle.load(os.path.join(folder, name), return_numpy=True))
 
@@ -368,8 +375,3 @@ def _renamed(state: dict, names: dict[str, str]) -> dict:
         owner = next((name for name in names if key.startswith(name + "_")), None)
         renamed[key if owner is None else names[owner] + key[len(owner) :]] = value
     return renamed
-
-
-def metric(given: TrainArguments) -> str:
-    """The dev metric that decides which checkpoint is best."""
-    return (given.metric_for_best_model or METRICS[0]).removeprefix("eval_")
