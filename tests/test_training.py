@@ -20,7 +20,7 @@ from utils import (
     onednn,
     paddlenlp_models,
     runtime,
-    trainer,
+    standing,
     training,
     training_data,
     training_folder,
@@ -618,9 +618,9 @@ BEST_BETWEEN = {
 
 def judge_by_step(values: dict[int, float], monkeypatch) -> None:
     """An evaluation finds the value of its step, or 0."""
-    note = trainer._Standing.note
+    note = standing.Standing.note
     monkeypatch.setattr(training.Job, "evaluate", lambda job: dict.fromkeys(training.METRICS, 0.0))
-    monkeypatch.setattr(trainer._Standing, "note", lambda self, _, step: note(self, values.get(step, 0.0), step))
+    monkeypatch.setattr(standing.Standing, "note", lambda self, _, step: note(self, values.get(step, 0.0), step))
 
 
 @pytest.mark.parametrize("killed", [False, True])
@@ -675,13 +675,15 @@ class Scaler:
 
 @pytest.mark.parametrize("accumulated", [1, 2])
 def test_an_fp16_step_without_a_loss_is_passed_over(run, tmp_path, monkeypatch, accumulated):
-    make, step, scaler, found = trainer.make, GradientStep.__call__, Scaler(), []
+    paddlenlp_models.import_paddlenlp()
+    from utils.embedding_trainer import EmbeddingTrainer
 
-    def scaled(*args):
-        loop = make(*args)
-        loop.args.fp16 = loop.do_grad_scaling = True
-        loop.scaler = scaler
-        return loop
+    train, step, scaler, found = EmbeddingTrainer.run, GradientStep.__call__, Scaler(), []
+
+    def scaled(self, resume):
+        self.args.fp16 = self.do_grad_scaling = True
+        self.scaler = scaler
+        train(self, resume)
 
     def overflows(self, batch):
         outcome = step(self, batch)
@@ -690,7 +692,7 @@ def test_an_fp16_step_without_a_loss_is_passed_over(run, tmp_path, monkeypatch, 
         found.append(outcome.loss)
         return outcome
 
-    monkeypatch.setattr(trainer, "make", scaled)
+    monkeypatch.setattr(EmbeddingTrainer, "run", scaled)
     monkeypatch.setattr(GradientStep, "__call__", overflows)
     result = run(
         num_train_epochs=1, save_strategy="no", logging_steps=8 // accumulated, gradient_accumulation_steps=accumulated
@@ -770,7 +772,7 @@ def test_a_journal_that_cannot_be_written_is_named(run, tmp_path, monkeypatch, w
     if when == "before":
         journal.mkdir(parents=True)
     else:
-        monkeypatch.setattr(trainer.Journal, "cut", lambda *args: journal.mkdir())
+        monkeypatch.setattr(training_folder.Journal, "cut", lambda *args: journal.mkdir())
     with pytest.raises(IsADirectoryError, match=r"/out/training\.jsonl: cannot write: Is a directory"):
         run(max_steps=1)
     assert not list((tmp_path / "out").glob("*.part"))
@@ -836,12 +838,12 @@ FAILS_ON_ONE_RANK = """
     import json
     import os
     import sys
-    from utils import arguments, gradients, runtime, trainer, training
+    from utils import arguments, gradients, runtime, training, training_folder
 
     def main():
         rank, what, calls = runtime.rank(), sys.argv[2], []
         os.dup2(os.open(f"{sys.argv[3]}.{rank}", os.O_CREAT | os.O_WRONLY), 2)
-        step, reduce, add = gradients.GradientStep.__call__, gradients.reduce, trainer.Journal.add
+        step, reduce, add = gradients.GradientStep.__call__, gradients.reduce, training_folder.Journal.add
 
         def stepped(self, batch):
             calls.append(1)
@@ -858,7 +860,7 @@ FAILS_ON_ONE_RANK = """
                 raise OSError(28, "No space left on device")
             return add(self, number, *args, **kwargs)
 
-        gradients.GradientStep.__call__, trainer.reduce, trainer.Journal.add = stepped, reduced, added
+        gradients.GradientStep.__call__, gradients.reduce, training_folder.Journal.add = stepped, reduced, added
         from utils.training_arguments import training_arguments
         training.train(arguments.parse(training_arguments(), [sys.argv[1]], ""))
 

@@ -1,4 +1,4 @@
-"""The training job: rows in, a model out. The loop is ``trainer``'s."""
+"""The training job: rows in, a model out. The loop is ``embedding_trainer``'s."""
 
 import logging
 from dataclasses import asdict, dataclass, field
@@ -14,7 +14,6 @@ from utils import (
     runtime,
     sentence_transformers_folder,
     tokenizing,
-    trainer,
     training_data,
     training_rows,
 )  # fmt: skip
@@ -124,7 +123,9 @@ def train(given: TrainArguments) -> TrainingResult:
         with run.stage("train"):
             arguments = trainer_arguments(given, inputs.base, len(job.plan), ranks.size, inputs.dev is not None)
             job.load()
-            loop = trainer.make(job, arguments)
+            from utils.embedding_trainer import EmbeddingTrainer
+
+            loop = EmbeddingTrainer(job, arguments)
             loop.run(resume)
             loop.finish()
         with run.stage("write"):
