@@ -95,6 +95,7 @@ FORBIDDEN = {
     "kernel_maths": HEAVY - {"numpy"} | {"records", "distributed", "cpu_kernels", "encoder_kernels"},
     "encoder_kernels": HEAVY - {"numpy"} | {"records", "distributed", "onednn", "cpu_kernels"},
     "cpu_kernels": HEAVY - {"numpy"} | {"records", "distributed", "trainable", "training"},
+    "cpu_pylayers": {"faiss", "paddlenlp", "records", "distributed", "trainable", "training", "cpu_layers"},
     "cpu_layers": {"faiss", "paddlenlp", "records", "distributed", "trainable", "training"},
     "cpu_attention": {"paddle", "paddlenlp", "faiss", "records", "distributed", "trainable", "training", "cpu_layers"},
     "cpu_blocks": {"paddle", "paddlenlp", "faiss", "records", "distributed", "trainable", "training", "cpu_layers"},
@@ -123,7 +124,7 @@ LAZY = {
     "paddle", "paddlenlp", "faiss", "tqdm", "safetensors", "tokenizers", "sentencepiece", "bm25s", "jieba",
     "amx", "avx512", "amx_matmul", "amx_attention", "amx_attention_gradients", "cpu_kernels",
     "encoder_kernels", "kernel_maths",  # for numba
-    "qwen3", "embedding_trainer",  # for paddle
+    "qwen3", "embedding_trainer", "cpu_pylayers",  # for paddle
 }  # fmt: skip
 COMPILED = {
     "amx",
@@ -135,7 +136,10 @@ COMPILED = {
     "encoder_kernels",
     "kernel_maths",
 }  # and so these may import each other
-PADDLES = {"qwen3": {"paddle"}, "embedding_trainer": {"paddle", "paddlenlp"}}  # these extend Paddle's classes
+# These extend Paddle's classes.
+PADDLES = {
+    "qwen3": {"paddle"}, "cpu_pylayers": {"paddle", "cpu_kernels"}, "embedding_trainer": {"paddle", "paddlenlp"}
+}  # fmt: skip
 
 
 def imported(tree: ast.AST) -> set[str]:
