@@ -120,8 +120,10 @@ def test_every_removed_row_names_a_kept_row_that_reaches_the_threshold(job, rows
 
 
 def test_report_balances_and_says_what_was_done(job, rows):
-    job()
+    result = job()
     report = json.loads((job.output.parent / "clean.json.report.json").read_text())
+    assert report == result.report
+    assert set(report["seconds"]) == {"read", "encode", "dedup", "write", "total"}
     counts = report["counts"]
     assert counts["input"] == len(rows)
     parts = ("kept", "removed_exact", "removed_similar", "removed_leakage", "rejected")

@@ -87,8 +87,8 @@ def clean(given: CleanArguments) -> CleaningResult:
             result, nearest = _decide(given, ranks, run, inputs, vectors, reference)
         del vectors, reference  # memory maps of files that are removed next
         with run.stage("write"):
-            cleaned = ranks.on_first(lambda: _finish(given, outputs, inputs, result, nearest, run))
-        return ranks.broadcast_object(cleaned)
+            cleaned = ranks.on_first(lambda: _write(given, outputs, inputs, result, nearest, run))
+        return ranks.broadcast_object(ranks.on_first(lambda: replace(cleaned, report=run.publish(outputs))))
     except BaseException:
         outputs.abandon()
         raise
@@ -289,7 +289,7 @@ def _account(inputs: _Inputs, result: DedupResult, nearest: Neighbors | None) ->
     return removed
 
 
-def _finish(
+def _write(
     given: CleanArguments,
     outputs: Outputs,
     inputs: _Inputs | None,
@@ -297,7 +297,7 @@ def _finish(
     nearest: Neighbors | None,
     run: report.RunReport,
 ) -> CleaningResult:
-    """Account for every row, write the outputs, and let them appear."""
+    """Account for every row and write the outputs; the result lacks its report."""
     assert inputs is not None
     queries = inputs.queries
     removed = _account(inputs, result, nearest)
@@ -316,15 +316,10 @@ def _finish(
     run.results["similarity_threshold"] = result.threshold
     _write_rows(given, outputs, inputs, {r.row: r for r in removed})
     run.results["closest_removals"] = _closest(inputs, removed)
-    cleaned = CleaningResult(kept, removed, queries.source.rejected, result.threshold, {})
     if given.on_bad_row == "skip":
         rejected = queries.source.rejected + (inputs.reference.source.rejected if inputs.reference else [])
         write_rejected(outputs, rejected)
-    with outputs.stage(".report.json") as stream:
-        stream.write(run.to_json())
-    outputs.commit()
-    cleaned.report = run.as_dict()
-    return cleaned
+    return CleaningResult(kept, removed, queries.source.rejected, result.threshold, {})
 
 
 def _closest(inputs: _Inputs, removed: list[Removed]) -> list[dict]:

@@ -62,8 +62,8 @@ def evaluate(given: EvaluateArguments) -> EvaluationResult:
         elif inputs is not None:
             other = inputs.earlier
         with run.stage("write"):
-            result = ranks.on_first(lambda: _finish(given, outputs, inputs, by_dimension, other, run))
-        return ranks.broadcast_object(result)
+            means = ranks.on_first(lambda: _summarize(given, outputs, inputs, by_dimension, other, run))
+        return ranks.broadcast_object(ranks.on_first(lambda: EvaluationResult(means, run.publish(outputs))))
     except BaseException:
         outputs.abandon()
         raise
@@ -312,15 +312,15 @@ def _relevance(collection: Collection, start: int, rows: np.ndarray, deepest: in
     return Relevance(grades.astype(np.float64), collection.judgments.ideal(start, len(rows), deepest), n_relevant)
 
 
-def _finish(
+def _summarize(
     given: EvaluateArguments,
     outputs: Outputs,
     inputs: _Inputs | None,
     by_dimension: dict[int, np.ndarray | None],
     other: np.ndarray | None,
     run: report.RunReport,
-) -> EvaluationResult:
-    """Means, intervals and the comparison; write the report, and let the outputs appear."""
+) -> dict[str, float]:
+    """Means, intervals and the comparison, for the report; the rejected rows. Returns the largest dimension's means."""
     assert inputs is not None
     names = given.metric_names()
     run.counts = {**_balanced(inputs.collection), **run.counts}
@@ -342,10 +342,7 @@ def _finish(
         run.results["comparison"] = _compare(given, inputs, Comparison(given.compare_with, values, other), names)
     if given.on_bad_row == "skip":
         write_rejected(outputs, inputs.collection.rejected)
-    with outputs.stage(".report.json") as stream:
-        stream.write(run.to_json())
-    outputs.commit()
-    return EvaluationResult({name: summaries[largest][name]["value"] for name in names}, run.as_dict())
+    return {name: summaries[largest][name]["value"] for name in names}
 
 
 def _balanced(collection: Collection) -> dict[str, int]:

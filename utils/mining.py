@@ -211,6 +211,7 @@ def _choose_and_write(outputs: Outputs, run: report.RunReport, inputs: Inputs | 
         result = negatives.choose(job.problem, job.screened, job.positives, job.rules, job.background, progress.update)
     with run.stage("write"):
         _write(job.given, outputs, run, inputs, job.positives, job.screened, result)
+    result.report = run.publish(outputs)
     return result
 
 
@@ -260,7 +261,7 @@ def _write(
     screened: Screened,
     result: MiningResult,
 ) -> None:
-    """The mined rows, the side files and the report; then let them appear together."""
+    """The mined rows and the side files, and what the report says of them."""
     dropped = result.negatives.sizes() < given.negatives_needed
     shape = mining_formats.writer(given.output_format, given.output_scores, given.answer_key, given.no_answer_text)
     n_lines = 0
@@ -284,10 +285,6 @@ def _write(
     found = result.negatives
     mined_scores = found.scores[(found.ranks >= 0) & ~np.repeat(dropped, found.sizes())]
     run.results["scores"] = {"positives": _distribution(positives), "negatives": _distribution(mined_scores)}
-    with outputs.stage(".report.json") as stream:
-        stream.write(run.to_json())
-    outputs.commit()
-    result.report = run.as_dict()
 
 
 def _warn_of_short_rows(

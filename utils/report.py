@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from utils import runtime
+from utils.outputs import Outputs
 
 _PACKAGES = ("paddlepaddle", "paddlepaddle-gpu", "paddlenlp", "faiss-cpu", "faiss-gpu", "numpy", "tokenizers")
 # With output that is not a terminal a bar becomes a line this often.
@@ -101,9 +102,24 @@ class RunReport:
             "versions": versions(),
         }
 
-    def to_json(self) -> bytes:
-        """``as_dict`` as indented UTF-8 JSON."""
-        return (json.dumps(self.as_dict(), ensure_ascii=False, indent=2) + "\n").encode()
+    def publish(self, outputs: Outputs) -> dict:
+        """Write ``as_dict`` to ``<output>.report.json``, let all outputs appear, and return what was written.
+
+        Call it after the last ``stage``, whose seconds count when it ends.
+
+        Raises:
+            OSError: an output cannot be written.
+        """
+        about = self.as_dict()
+        with outputs.stage(".report.json") as stream:
+            stream.write(to_json(about))
+        outputs.commit()
+        return about
+
+
+def to_json(about: dict) -> bytes:
+    """A report as indented UTF-8 JSON."""
+    return (json.dumps(about, ensure_ascii=False, indent=2) + "\n").encode()
 
 
 def versions() -> dict[str, str]:

@@ -122,8 +122,9 @@ def train(given: TrainArguments) -> TrainingResult:
         metrics = loop.final_metrics
         steps, loss = loop.state.global_step, loop.mean_loss()
         run.results |= {"steps": steps, "loss": loss, "metrics": metrics}
-        ranks.on_first(lambda: write_whole(Path(given.output_dir) / "report.json", run.to_json()))
-        return TrainingResult(given.output_dir, steps, loss, metrics, run.as_dict())
+        about = run.as_dict()
+        ranks.on_first(lambda: write_whole(Path(given.output_dir) / "report.json", report.to_json(about)))
+        return TrainingResult(given.output_dir, steps, loss, metrics, about)
     finally:
         if lock is not None:
             lock.close()
