@@ -294,6 +294,27 @@ def test_cosines_are_compared_whether_or_not_vectors_are_normalised(job):
     assert job(normalize=False).kept_rows.tolist() == job().kept_rows.tolist()
 
 
+@pytest.mark.parametrize("with_own_vectors", [True, False])
+def test_a_failure_leaves_embeddings_for_the_next_run_and_nothing_else(
+    with_own_vectors, job, rows, tmp_path, monkeypatch
+):
+    options = {"normalize": False}
+    if with_own_vectors:
+        np.save(tmp_path / "v.npy", np.random.default_rng(0).standard_normal((len(rows), 8)))
+        options = {"embeddings_path": str(tmp_path / "v.npy")}
+
+    def fail(*given):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("utils.dedup.remove_near_duplicates", fail)
+        with pytest.raises(KeyboardInterrupt):
+            job(**options)
+    left = [path.name for path in job.output.parent.rglob("*") if path.is_file()]
+    assert sorted(left) == ([] if with_own_vectors else ["lock", "lock", "vectors"])
+    assert job(**options).report["counts"]["encoded"] == 0
+
+
 def test_merging_changes_only_rows_that_gain_something(tmp_path, tiny_model):
     lines = [
         b'{"query": "old soup",   "n": 1.50}',

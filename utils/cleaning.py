@@ -78,20 +78,16 @@ def clean(given: CleanArguments) -> CleaningResult:
     """
     ranks = Ranks()
     run = report.RunReport("clean_query", asdict(given))
-    outputs = Outputs(given.output_data_path, _SUFFIXES)
-    try:
+    with Outputs(given.output_data_path, _SUFFIXES) as outputs:
         with run.stage("read"):
             inputs = ranks.start(lambda: _Inputs.read(given, outputs))
-        vectors, reference = _vectors(given, ranks, run, inputs, outputs.work)
+        vectors, reference = _vectors(given, ranks, run, inputs, outputs)
         with run.stage("dedup"):
             result, nearest = _decide(given, ranks, run, inputs, vectors, reference)
         del vectors, reference  # memory maps of files that are removed next
         with run.stage("write"):
             cleaned = ranks.on_first(lambda: _write(given, outputs, inputs, result, nearest, run))
         return ranks.broadcast_object(ranks.on_first(lambda: replace(cleaned, report=run.publish(outputs))))
-    except BaseException:
-        outputs.abandon()
-        raise
 
 
 @dataclass
@@ -151,7 +147,7 @@ class _Inputs:
 
 
 def _vectors(
-    given: CleanArguments, ranks: Ranks, run: report.RunReport, inputs: _Inputs | None, work: Path
+    given: CleanArguments, ranks: Ranks, run: report.RunReport, inputs: _Inputs | None, outputs: Outputs
 ) -> tuple[np.ndarray | None, np.ndarray | None]:
     """Vectors of the unique queries, and of the reference file's, on rank 0."""
     run.counts["encoded"] = 0
@@ -160,18 +156,19 @@ def _vectors(
         def chosen() -> np.ndarray:
             assert inputs is not None and inputs.vectors is not None
             rows = inputs.queries.file_rows()[inputs.queries.unique]
-            return derive(inputs.vectors, work / "vectors", rows, given.dimension)
+            return derive(inputs.vectors, outputs.scratch("vectors"), rows, given.dimension)
 
         return ranks.on_first(chosen), None
     encoder, _ = ranks.all_agree(lambda: build_encoders(given))
-    folder = Path(given.embedding_cache) if given.embedding_cache else work
+    folder = Path(given.embedding_cache) if given.embedding_cache else outputs.work
 
     def encode(queries: _Queries | None, what: str) -> np.ndarray | None:
         vectors, encoded = embed(encoder, queries.unique_texts() if queries else None, ranks, folder, what)
         run.counts["encoded"] += encoded
         if encoder.normalize:
             return vectors
-        return ranks.on_first(lambda: derive(vectors, work / f"{what}.unit"))  # the rule compares cosines in any case
+        # The rule compares cosines in any case.
+        return ranks.on_first(lambda: derive(vectors, outputs.scratch(what)))
 
     with run.stage("encode"):
         vectors = encode(inputs.queries if inputs else None, "queries")

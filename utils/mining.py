@@ -38,12 +38,11 @@ def mine(given: MiningArguments) -> MiningResult:
     """
     ranks = Ranks()
     run = report.RunReport("mining_negative_samples", asdict(given))
-    outputs = Outputs(given.output_data_path, _SUFFIXES)
-    try:
+    with Outputs(given.output_data_path, _SUFFIXES) as outputs:
         with run.stage("read"):
             inputs = ranks.start(lambda: _read(given, outputs))
         folder = Path(given.embedding_cache) if given.embedding_cache else outputs.work
-        vectors = _encode(given, ranks, run, inputs, folder, outputs.work)
+        vectors = _encode(given, ranks, run, inputs, folder, outputs)
         with run.stage("search"):
             rankings = find_candidates(given, ranks, run, inputs, vectors, folder)
         job = ranks.on_first(lambda: _screen(given, run, inputs, vectors, rankings))
@@ -52,9 +51,6 @@ def mine(given: MiningArguments) -> MiningResult:
                 _rerank(given, ranks, run, inputs, job, folder)
         result = ranks.on_first(lambda: _choose_and_write(outputs, run, inputs, job))
         return ranks.broadcast_object(result)
-    except BaseException:
-        outputs.abandon()
-        raise
 
 
 def summary(result: MiningResult) -> str:
@@ -108,11 +104,11 @@ def _read(given: MiningArguments, outputs: Outputs) -> Inputs:
 
 
 def _encode(
-    given: MiningArguments, ranks: Ranks, run: report.RunReport, inputs: Inputs | None, folder: Path, work: Path
+    given: MiningArguments, ranks: Ranks, run: report.RunReport, inputs: Inputs | None, folder: Path, outputs: Outputs
 ) -> Vectors:
     run.counts["encoded"] = 0
     if given.embeddings_path:
-        own = ranks.on_first(lambda: _users_vectors(given, inputs, work))
+        own = ranks.on_first(lambda: _users_vectors(given, inputs, outputs))
         return own or Vectors(None, None, given.normalizes_own_vectors)
     query_encoder, passage_encoder = ranks.all_agree(lambda: build_encoders(given))
     with run.stage("encode"):
@@ -130,10 +126,10 @@ def _encode(
     return Vectors(queries, passages, passage_encoder.normalize, keys)
 
 
-def _users_vectors(given: MiningArguments, inputs: Inputs | None, work: Path) -> Vectors:
+def _users_vectors(given: MiningArguments, inputs: Inputs | None, outputs: Outputs) -> Vectors:
     assert inputs is not None and inputs.query_vectors is not None and inputs.passage_vectors is not None
     arrays = [
-        derive(vectors, work / f"output.{name}", rows, given.dimension, given.normalizes_own_vectors)
+        derive(vectors, outputs.scratch(name), rows, given.dimension, given.normalizes_own_vectors)
         for name, vectors, rows in (
             ("queries", inputs.query_vectors, inputs.query_rows), ("passages", inputs.passage_vectors, None)
         )
