@@ -57,7 +57,7 @@ class TextEncoder(Protocol):
 class EncoderSettings:
     """The user's choices; None leaves a choice to the checkpoint. ``template`` holds ``{text}``."""
 
-    template: str | None = None
+    template: str
     dimension: int | None = None
     max_src_len: int | None = None
     pooling: str | None = None
@@ -80,7 +80,6 @@ class Encoder:
         self.dim = settings.dimension or model.hidden_size
         if self.dim > model.hidden_size:
             raise ValueError(f"dimension is {self.dim}; the model {model.folder} has only {model.hidden_size}")
-        self.template = settings.template or model.query_template
         self.pooling = settings.pooling or model.pooling
         self.normalize = model.normalize if settings.normalize is None else settings.normalize
         wanted = settings.max_src_len or min(model.default_length, DEFAULT_LENGTH)
@@ -98,7 +97,6 @@ class Encoder:
         """Everything that a vector depends on, apart from the text, as JSON values."""
         return asdict(self.settings) | {
             "digest": self.model.digest,
-            "template": self.template,
             "pooling": self.pooling,
             "normalize": self.normalize,
             "max_src_len": self.max_length,
@@ -168,7 +166,7 @@ class Encoder:
                 self._remembered = {}
 
     def _filled(self, text: str) -> str:
-        return self.template.replace("{text}", text)
+        return self.settings.template.replace("{text}", text)
 
     def _tokenised(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """Padded ids int64 [b, t] and lengths int64 [b], padding to the right."""

@@ -324,7 +324,7 @@ def _summarize(
     for dim, values in by_dimension.items():
         assert values is not None
         low, high = statistics.metric_interval(values, given.confidence, given.resamples, given.seed)
-        means = metrics.aggregate(values, names).aggregated
+        means = metrics.aggregate(values, names)
         ends = zip(names, low.tolist(), high.tolist(), strict=True)
         summaries[dim] = {name: {"value": means[name], "low": lower, "high": upper} for name, lower, upper in ends}
     largest = next(iter(by_dimension))

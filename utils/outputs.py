@@ -43,7 +43,7 @@ class Outputs:
         self._staged: dict[str, Path] = {}
         self._lock: IO | None = None
 
-    def open_work(self, inputs: Iterable[str | None] = ()) -> Path:
+    def open_work(self, inputs: Iterable[str | None] = ()) -> None:
         """Check every output path, then make and lock the work folder.
 
         Args:
@@ -77,7 +77,6 @@ class Outputs:
             raise described(error, f"{self._given}: cannot write there") from None
         if self._lock is None:
             raise ValueError(f"{self._given}: another run is writing this output; wait for it or give another path")
-        return self.work
 
     def _keep_out_of_inputs(self, inputs: Sequence[str], existing: Sequence[str]) -> None:
         """Refuse a work folder that holds what is not ours, and a main output that is a file of an input folder."""
