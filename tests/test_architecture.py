@@ -14,6 +14,7 @@ FORBIDDEN = {
     "other_names": HEAVY | {"arguments", "argument_parsing"},
     "training_arguments": HEAVY,
     "outputs": HEAVY,
+    "json_files": HEAVY | {"distributed", "checkpoint"},
     "runtime": HEAVY - {"paddle"} | {"records", "outputs"},
     "distributed": {"faiss", "paddlenlp", "records", "search", "encoder"},
     "bundled_model": {"paddle", "paddlenlp", "faiss", "arguments"},

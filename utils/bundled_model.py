@@ -12,7 +12,6 @@ import hashlib
 import importlib.util
 import io
 import itertools
-import json
 import logging
 import os
 import shutil
@@ -22,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from utils import runtime
+from utils import json_files, runtime
 from utils.outputs import described
 from utils.weight_files import write_weights
 
@@ -153,7 +152,7 @@ def _write_model(data: bytes, staging: Path) -> None:
     weights = _read_weights(reader, (hidden, ffn, vocab, positions, types))
 
     write_weights(weights, staging / "model.safetensors")
-    _write_json(
+    json_files.write(
         staging / "config.json",
         {
             "architectures": ["BertModel"],
@@ -266,8 +265,8 @@ def _write_tokenizer(staging: Path, pieces: list[str], scores: np.ndarray, posit
     tokenizer.save(str(staging / "tokenizer.json"))
     special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
     special |= {"sep_token": "</s>", "cls_token": "<s>", "mask_token": "<mask>"}
-    _write_json(staging / "special_tokens_map.json", special)
-    _write_json(
+    json_files.write(staging / "special_tokens_map.json", special)
+    json_files.write(
         staging / "tokenizer_config.json",
         {"tokenizer_class": "XLMRobertaTokenizer", "model_max_length": positions, **special},
     )
@@ -276,25 +275,21 @@ def _write_tokenizer(staging: Path, pieces: list[str], scores: np.ndarray, posit
 def _write_sentence_transformers_files(staging: Path, hidden: int, positions: int) -> None:
     kind = "sentence_transformers.models."
     modules = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
-    _write_json(
+    json_files.write(
         staging / "modules.json",
         [{"idx": i, "name": str(i), "path": p, "type": kind + t} for i, (p, t) in enumerate(modules)],
     )
     (staging / "1_Pooling").mkdir()
-    _write_json(
+    json_files.write(
         staging / "1_Pooling" / "config.json",
         {"word_embedding_dimension": hidden, "pooling_mode_mean_tokens": True},
     )
     (staging / "2_Normalize").mkdir()
-    _write_json(staging / "sentence_bert_config.json", {"max_seq_length": positions, "do_lower_case": False})
-    _write_json(
+    json_files.write(staging / "sentence_bert_config.json", {"max_seq_length": positions, "do_lower_case": False})
+    json_files.write(
         staging / "config_sentence_transformers.json",
         {"prompts": {"query": "query: ", "passage": "passage: "}, "default_prompt_name": None},
     )
-
-
-def _write_json(path: Path, value) -> None:
-    path.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":  # `make setup` builds it ahead of the first run

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from utils import bundled_model
+from utils.json_files import read as _read_json
+from utils.json_files import read_object as _read_json_object
 
 logger = logging.getLogger(__name__)
 
@@ -372,21 +374,3 @@ def _default_length(folder: Path, tokenizer_folder: Path) -> int | None:
         limit = _read_json_object(tokenizer_folder / "tokenizer_config.json").get("model_max_length")
         length = limit if type(limit) is int and 0 < limit < 1 << 31 else None  # 1e30 stands for none
     return length
-
-
-def _read_json_object(path: Path) -> dict:
-    value = _read_json(path)
-    if value is not None and not isinstance(value, dict):
-        raise ValueError(f"{path}: expected a JSON object")
-    return value or {}
-
-
-def _read_json(path: Path):
-    try:
-        if path.exists() and not path.is_file():
-            raise ValueError("it is no regular file")
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        return None
-    except (ValueError, OSError, RecursionError) as error:
-        raise ValueError(f"{path}: cannot be read as JSON ({error})") from None

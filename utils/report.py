@@ -1,7 +1,6 @@
 """What a person sees while a script runs, and the run report that programs read afterwards."""
 
 import importlib.metadata
-import json
 import logging
 import platform
 import sys
@@ -9,7 +8,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
-from utils import runtime
+from utils import json_files, runtime
 from utils.outputs import Outputs
 
 _PACKAGES = ("paddlepaddle", "paddlepaddle-gpu", "paddlenlp", "faiss-cpu", "faiss-gpu", "numpy", "tokenizers")
@@ -112,14 +111,9 @@ class RunReport:
         """
         about = self.as_dict()
         with outputs.stage(".report.json") as stream:
-            stream.write(to_json(about))
+            stream.write(json_files.as_json(about))
         outputs.commit()
         return about
-
-
-def to_json(about: dict) -> bytes:
-    """A report as indented UTF-8 JSON."""
-    return (json.dumps(about, ensure_ascii=False, indent=2) + "\n").encode()
 
 
 def versions() -> dict[str, str]:

@@ -12,6 +12,7 @@ from utils.checkpoint import WEIGHT_PATTERNS, Checkpoint
 from utils.dev_evaluation import METRICS, DevSet
 from utils.distributed import Ranks
 from utils.encoder import Encoder, EncoderSettings
+from utils.json_files import as_json, read_object
 from utils.outputs import LOCK_PATIENCE_S, described, remove, take_lock, write_whole
 from utils.paddlenlp_models import import_paddlenlp
 from utils.trainable import TrainableEncoder, TrainableEngine, faster_precision, merged_state
@@ -123,7 +124,7 @@ def train(given: TrainArguments) -> TrainingResult:
         steps, loss = loop.state.global_step, loop.mean_loss()
         run.results |= {"steps": steps, "loss": loss, "metrics": metrics}
         about = run.as_dict()
-        ranks.on_first(lambda: write_whole(Path(given.output_dir) / "report.json", report.to_json(about)))
+        ranks.on_first(lambda: write_whole(Path(given.output_dir) / "report.json", as_json(about)))
         return TrainingResult(given.output_dir, steps, loss, metrics, about)
     finally:
         if lock is not None:
@@ -179,24 +180,9 @@ def _differences(own: dict, record: Path, asked: bool) -> list[str]:
     Args:
         asked: True if a checkpoint to go on from was asked for; the run goes on as it began where none is.
     """
-    before = _read_object(record) if record.is_file() else {}
+    before = read_object(record, "what an earlier run left. Remove its folder, or move it away")
     names = {*own, *before} - (set() if asked else {_RESUMED})
     return sorted(name for name in names if own.get(name) != before.get(name))
-
-
-def _read_object(path: Path) -> dict:
-    """A JSON object that an earlier run left.
-
-    Raises:
-        ValueError: it is something else by now.
-    """
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(found, dict):
-            return found
-    except ValueError:
-        pass
-    raise ValueError(f"{path}: is damaged; expected what an earlier run left. Remove its folder, or move it away")
 
 
 class Job:
@@ -307,7 +293,7 @@ class Job:
         for path in found:
             logger.info("removing %s, of an earlier run", path)
             remove(path)
-        write_whole(record, (json.dumps(own, ensure_ascii=False, indent=2) + "\n").encode())
+        write_whole(record, as_json(own))
         return asked
 
     def check_export(self) -> None:
