@@ -173,10 +173,8 @@ class Encoder:
         new = [text for text in texts if text not in self._remembered]
         fresh = dict(zip(new, self._tokenizer([self._filled(text) for text in new]), strict=True))
         tokens = [fresh[text] if text in fresh else self._remembered[text] for text in texts]
-        lengths = np.array([len(ids) for ids in tokens], np.int64)
-        padded = np.full((len(tokens), self._width(int(lengths.max()))), self._tokenizer.pad_id, np.int64)
-        for row, ids in zip(padded, tokens, strict=True):
-            row[: len(ids)] = ids
+        width = self._width(max(map(len, tokens)))
+        padded, lengths = tokenizing.padded(tokens, self._tokenizer.pad_id, width)
         if padded.max() >= self.model.vocabulary:
             raise ValueError(
                 f"{self.model.tokenizer_folder}: its tokenizer gives id {padded.max()}, but the model "

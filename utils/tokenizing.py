@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
+
 from utils import json_files, word_cache, wordpiece
 
 # A text can be cut to this many characters a wanted token before tokenising: no vocabulary has many
@@ -43,6 +45,19 @@ def read(folder: Path):
         return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     except Exception as error:  # noqa: BLE001 - the library raises bare Exception
         raise ValueError(f"{folder / 'tokenizer.json'}: cannot be read ({error})") from None
+
+
+def padded(tokens: Sequence[Sequence[int]], pad_id: int, width: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Token lists as ids int64 [b, width], padded to the right, and lengths int64 [b].
+
+    Args:
+        width: at least the longest list's length, which it is by default.
+    """
+    lengths = np.array([len(ids) for ids in tokens], np.int64)
+    ids = np.full((len(tokens), width or int(lengths.max())), pad_id, np.int64)
+    for row, own in zip(ids, tokens, strict=True):
+        row[: len(own)] = own
+    return ids, lengths
 
 
 class _RustTokenizer:
