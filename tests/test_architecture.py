@@ -10,63 +10,66 @@ from conftest import ROOT
 # Areas of rooms, the lowest first, and what each may import beside its own rooms: lower areas, or single rooms of them.
 AREAS = {
     "arguments": ("other_names argument_parsing arguments training_arguments", ""),
-    "machine": ("runtime report mapped shared_memory threads compiled", ""),
+    "machine": ("runtime mapped shared_memory threads compiled", ""),
     "products": ("avx512 amx matmul amx_matmul amx_attention amx_attention_gradients kernel_maths", "machine"),
     "ranks": ("distributed", "machine"),
     "rows": ("records number_lists beir mining_formats", ""),
-    "files": ("outputs", "records"),
+    "files": ("outputs json_files", "records"),
     "stores": ("embedding_store", "files"),
+    "reports": ("report", "runtime files"),
     "formulae": ("metrics statistics losses standing", ""),
     "scores": ("scores search_kernels", "machine"),
     "screens": ("search_screens screening", "machine products scores"),
     "search": ("search faiss_search dedup", "machine products ranks scores screens"),
     "models": (
-        "config_files sentence_transformers_folder bundled_model checkpoint weight_files pdparams bert_names weights"
+        "sentence_transformers_folder bundled_model checkpoint weight_files pdparams bert_names weights"
         " paddlenlp_models qwen3", "machine files",
     ),
-    "texts": ("word_cache wordpiece tokenizing", "paddlenlp_models"),
+    "texts": ("word_cache wordpiece tokenizing", "json_files paddlenlp_models"),
     "encoding": ("encoder_kernels onednn engines encoder", "machine products models texts"),
-    "embedding": ("embedding reranker", "arguments machine ranks stores models encoding"),
+    "embedding": ("embedding reranker", "arguments machine ranks stores reports models encoding"),
     "collections": ("collection trec comparison", "arguments rows statistics"),
     "negatives": ("mining_problem rankings margins negatives", "machine scores"),
     "candidates": ("candidates mining_inputs", "arguments rows files stores mining_problem"),
     "mining_search": (
-        "mining_search", "arguments machine ranks stores scores search engines rankings candidates",
+        "mining_search", "arguments machine ranks stores reports scores search engines rankings candidates",
     ),
     "batches": ("training_rows hard_batches batch_plan training_data", "rows tokenizing"),
     "cpu": ("cpu_kernels cpu_blocks cpu_attention cpu_pylayers cpu_layers", "machine products"),
     "trainable": ("lean_forward trainable", "machine products models encoding cpu"),
-    "gradients": ("gradients", "ranks losses batches trainable"),
+    "gradients": ("gradients", "ranks losses tokenizing batches trainable"),
     "dev": ("dev_evaluation", "rows ranks formulae search encoding collections"),
     "folders": ("training_folder", "files"),
     "resuming": ("resuming", "arguments files checkpoint folders"),
-    "export": ("export", "models wordpiece"),
+    "export": ("export", "json_files models wordpiece"),
     "trainer": (
         "paddlenlp_arguments embedding_trainer",
-        "arguments machine ranks files formulae models encoding batches trainable gradients folders",
+        "arguments machine ranks files reports formulae models encoding batches trainable gradients folders",
     ),
     "evaluated": (
-        "evaluation_outputs evaluation_tables", "arguments machine rows files formulae scores collections",
+        "evaluation_outputs evaluation_tables", "arguments machine rows files reports formulae scores collections",
     ),
     "evaluation": (
         "evaluation",
-        "arguments machine ranks rows files stores formulae scores search encoding embedding collections evaluated",
+        "arguments machine ranks rows files stores reports formulae scores search encoding embedding collections"
+        " evaluated",
     ),
-    "cleaning": ("cleaning", "arguments machine ranks rows files stores search encoding embedding"),
+    "cleaning": ("cleaning", "arguments machine ranks rows files stores reports search encoding embedding"),
     "mining": (
-        "mining", "arguments machine ranks rows files stores search embedding negatives candidates mining_search",
+        "mining",
+        "arguments machine ranks rows files stores reports search embedding negatives candidates mining_search",
     ),
     "training": (
         "training",
-        "arguments machine ranks files formulae models texts encoding batches trainable dev folders resuming export"
-        " trainer",
+        "arguments machine ranks files reports formulae models texts encoding batches trainable dev folders resuming"
+        " export trainer",
     ),
 }  # fmt: skip
 # The packages that are not Python's own, and who may import them.
 PACKAGES = {
     "numpy": "mapped shared_memory products ranks number_lists stores metrics statistics scores screens search"
-    " bundled_model weight_files pdparams weights paddlenlp_models encoding embedding collections negatives candidates"
-    " mining_search batches cpu trainable gradients dev evaluation_outputs evaluation cleaning mining",
+    " bundled_model weight_files pdparams weights paddlenlp_models tokenizing encoding embedding collections negatives"
+    " candidates mining_search batches cpu trainable gradients dev evaluation_outputs evaluation cleaning mining",
     "paddle": "runtime ranks losses qwen3 paddlenlp_models weights engines reranker cpu_pylayers trainable gradients"
     " trainer training",
     "paddlenlp": "paddlenlp_models trainable trainer",

@@ -89,6 +89,8 @@ def test_training_learns_and_the_checkpoint_is_a_model(run, tmp_path):
         evaluation_strategy="epoch", save_strategy="epoch", num_train_epochs=6, export_format="huggingface",
         query_template="how {text}", passage_template="the {text}",
     )  # fmt: skip
+    assert json.loads((tmp_path / "out" / "report.json").read_text()) == result.report
+    assert set(result.report["seconds"]) == {"read", "preflight", "train", "write", "total"}
     log = read_jsonl(tmp_path / "out" / "training.jsonl")
     dev = [entry["eval_ndcg@10"] for entry in log if "eval_ndcg@10" in entry]
     before, *dev = dev

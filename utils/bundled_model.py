@@ -21,8 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from utils import runtime, sentence_transformers_folder
-from utils.config_files import write_json
+from utils import json_files, runtime, sentence_transformers_folder
 from utils.outputs import described
 from utils.weight_files import write_weights
 
@@ -153,7 +152,7 @@ def _write_model(data: bytes, staging: Path) -> None:
     weights = _read_weights(reader, (hidden, ffn, vocab, positions, types))
 
     write_weights(weights, staging / "model.safetensors")
-    write_json(
+    json_files.write(
         staging / "config.json",
         {
             "architectures": ["BertModel"],
@@ -268,8 +267,8 @@ def _write_tokenizer(staging: Path, pieces: list[str], scores: np.ndarray, posit
     tokenizer.save(str(staging / "tokenizer.json"))
     special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
     special |= {"sep_token": "</s>", "cls_token": "<s>", "mask_token": "<mask>"}
-    write_json(staging / "special_tokens_map.json", special)
-    write_json(
+    json_files.write(staging / "special_tokens_map.json", special)
+    json_files.write(
         staging / "tokenizer_config.json",
         {"tokenizer_class": "XLMRobertaTokenizer", "model_max_length": positions, **special},
     )

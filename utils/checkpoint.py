@@ -14,8 +14,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils import bundled_model, sentence_transformers_folder
-from utils.config_files import read_json_object
+from utils import bundled_model, json_files, sentence_transformers_folder
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +120,7 @@ def resolve(model_path: str, tokenizer_path: str | None = None, pooling: str | N
 
 
 def _understand(folder: Path, tokenizer_folder: Path, pooling: str | None) -> Checkpoint:
-    config = read_json_object(folder / "config.json")
+    config = json_files.read_object(folder / "config.json")
     if not config:
         first = sentence_transformers_folder.read_modules(folder).get("Transformer", folder)
         hint = f"; the model lies in {first}: give that, and pooling=..." if (first / "config.json").is_file() else ""
@@ -213,7 +212,7 @@ def _with_rotations(path: Path, config: dict) -> dict:
 def _check_shards(folder: Path, suffix: str) -> None:
     """Every file that the index of the weights in use names must be there; another format may be there in part."""
     for path in folder.glob(f"*{suffix}.index.json"):
-        files = (read_json_object(path).get("weight_map") or {}).values()
+        files = (json_files.read_object(path).get("weight_map") or {}).values()
         for name in sorted({name for name in files if not (folder / name).is_file()}):
             raise ValueError(f"{folder / name}: not there, but {path.name} says that it holds a part of the weights")
 
@@ -286,6 +285,6 @@ def _default_length(folder: Path, tokenizer_folder: Path) -> int | None:
     """sentence-transformers' own limit, or, where today's versions keep it, the tokenizer's."""
     length = sentence_transformers_folder.read_max_length(folder)
     if length is None:
-        limit = read_json_object(tokenizer_folder / "tokenizer_config.json").get("model_max_length")
+        limit = json_files.read_object(tokenizer_folder / "tokenizer_config.json").get("model_max_length")
         length = limit if type(limit) is int and 0 < limit < 1 << 31 else None  # 1e30 stands for none
     return length

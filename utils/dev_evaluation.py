@@ -83,7 +83,7 @@ class DevSet:
         found = index.search_all(queries if ranks.is_first else None, len(queries), depth)
         hits = np.array([[row in own for row in rows] for rows, own in zip(found.rows, self.positives, strict=True)])
         relevance = metrics.Relevance.of_hits(hits, np.array([len(own) for own in self.positives]), _DEEPEST)
-        return ranks.broadcast_object(metrics.compute(relevance, METRICS).aggregated)
+        return ranks.broadcast_object(metrics.compute(relevance, METRICS))
 
 
 def _encode(encoder: TextEncoder, texts: Sequence[str], ranks: Ranks) -> np.ndarray:

@@ -4,9 +4,8 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from utils import weights, wordpiece
+from utils import json_files, weights, wordpiece
 from utils.checkpoint import TOKENIZER_FILES, Checkpoint
-from utils.config_files import write_json
 from utils.weight_files import write_weights
 
 if TYPE_CHECKING:
@@ -34,7 +33,7 @@ def write_tokenizer(checkpoint: Checkpoint, folder: Path, for_torch: bool) -> No
 def write_config(checkpoint: Checkpoint, folder: Path) -> None:
     """The base model's configuration: training changes weights only, which are written in float32."""
     stored = {name: "float32" for name in ("dtype", "torch_dtype") if name in checkpoint.config}
-    write_json(folder / "config.json", checkpoint.config | stored)
+    json_files.write(folder / "config.json", checkpoint.config | stored)
 
 
 def check_torch_weights(model: "nn.Layer", checkpoint: Checkpoint) -> None:

@@ -34,17 +34,28 @@ def new_model(model: "Checkpoint", dtype: str, **config):
 
 
 def _new_qwen3(model: "Checkpoint", dtype: str, **config):
-    import paddle
-
     from utils.qwen3 import Qwen3Model
+
+    with default_dtype(dtype), one_line(f"{model.folder}: this qwen3 model cannot be made"):
+        return Qwen3Model(import_paddlenlp().PretrainedConfig.from_dict(model.config, **config))
+
+
+@contextlib.contextmanager
+def default_dtype(dtype: str) -> Iterator[None]:
+    """Parameters and masks that are made in this block have this type."""
+    import paddle
 
     before = paddle.get_default_dtype()
     paddle.set_default_dtype(dtype)
     try:
-        with one_line(f"{model.folder}: this qwen3 model cannot be made"):
-            return Qwen3Model(import_paddlenlp().PretrainedConfig.from_dict(model.config, **config))
+        yield
     finally:
         paddle.set_default_dtype(before)
+
+
+def first_output(output):
+    """A model's first tensor: the hidden states, or the logits of one with a head; some models give no other."""
+    return output[0] if isinstance(output, list | tuple) else output
 
 
 def _rotations(model: "Checkpoint") -> dict:

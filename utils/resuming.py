@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO
 
 from utils.checkpoint import WEIGHT_PATTERNS
+from utils.json_files import as_json, read_object
 from utils.outputs import LOCK_PATIENCE_S, described, remove, take_lock, write_whole
 from utils.training_arguments import TrainArguments
 from utils.training_folder import WEIGHTS, checkpoints, not_leading_to
@@ -88,7 +89,7 @@ def resumed(given: TrainArguments, read: dict) -> str | None:
     for path in found:
         logger.info("removing %s, of an earlier run", path)
         remove(path)
-    write_whole(record, (json.dumps(own, ensure_ascii=False, indent=2) + "\n").encode())
+    write_whole(record, as_json(own))
     return asked
 
 
@@ -98,21 +99,6 @@ def _differences(own: dict, record: Path, asked: bool) -> list[str]:
     Args:
         asked: True if a checkpoint to go on from was asked for; the run goes on as it began where none is.
     """
-    before = _read_object(record) if record.is_file() else {}
+    before = read_object(record, "what an earlier run left. Remove its folder, or move it away")
     names = {*own, *before} - (set() if asked else {_RESUMED})
     return sorted(name for name in names if own.get(name) != before.get(name))
-
-
-def _read_object(path: Path) -> dict:
-    """A JSON object that an earlier run left.
-
-    Raises:
-        ValueError: it is something else by now.
-    """
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(found, dict):
-            return found
-    except ValueError:
-        pass
-    raise ValueError(f"{path}: is damaged; expected what an earlier run left. Remove its folder, or move it away")

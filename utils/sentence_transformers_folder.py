@@ -6,7 +6,7 @@ They are read and written here only, so that what one program of this toolkit wr
 import logging
 from pathlib import Path
 
-from utils.config_files import read_json, read_json_object, write_json
+from utils import json_files
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ def read_modules(folder: Path) -> dict[str, Path]:
     """
     path = folder / "modules.json"
     found = {}
-    for module in read_json(path) or []:
+    for module in json_files.read(path) or []:
         kind = module.get("type", "").rsplit(".", 1)[-1]
         if kind not in _MODULES:
             raise ValueError(f"{path}: the module {kind} is not supported; expected {', '.join(_MODULES)}")
@@ -48,7 +48,7 @@ def read_pooling(modules: dict[str, Path]) -> str | None:
     if "Pooling" not in modules:
         return None
     path = modules["Pooling"] / "config.json"
-    config = read_json_object(path)
+    config = json_files.read_object(path)
     modes = [mode for mode, flag in _POOLING_FLAGS.items() if config.get(flag)]
     unknown = [key for key, on in config.items() if key.startswith("pooling_mode_") and on is True]
     unknown = [key for key in unknown if key not in _POOLING_FLAGS.values()]
@@ -64,7 +64,7 @@ def read_normalize(folder: Path, modules: dict[str, Path]) -> bool:
 
     Most folders without that module are compared by cosines all the same, which need no module for that.
     """
-    named = read_json_object(folder / "config_sentence_transformers.json").get("similarity_fn_name")
+    named = json_files.read_object(folder / "config_sentence_transformers.json").get("similarity_fn_name")
     return named != "dot" or "Normalize" in modules
 
 
@@ -74,14 +74,14 @@ def read_prompts(folder: Path, modules: dict[str, Path]) -> tuple[str, str]:
     Raises:
         ValueError: there are some, which the pooling is to leave out.
     """
-    config = read_json_object(folder / "config_sentence_transformers.json")
+    config = json_files.read_object(folder / "config_sentence_transformers.json")
     prompts = config.get("prompts") or {}
     default = prompts.get(config.get("default_prompt_name") or "", "")
     passage = next((prompts[name] for name in _PASSAGE_PROMPTS if name in prompts), default)
     found = prompts.get("query", default) or "", passage or ""
     if any(found) and "Pooling" in modules:
         path = modules["Pooling"] / "config.json"
-        if read_json_object(path).get("include_prompt") is False:
+        if json_files.read_object(path).get("include_prompt") is False:
             raise ValueError(f"{path}: include_prompt is false; expected prompts to be pooled, as is done here")
     return found
 
@@ -93,7 +93,7 @@ def read_max_length(folder: Path) -> int | None:
         ValueError: it says what is no length.
     """
     path = folder / "sentence_bert_config.json"
-    length = read_json_object(path).get("max_seq_length")
+    length = json_files.read_object(path).get("max_seq_length")
     if length is not None and (type(length) is not int or not 0 < length < 1 << 31):
         raise ValueError(f"{path}: max_seq_length is {length!r}; expected a positive whole number")
     return length
@@ -116,15 +116,15 @@ def write(
     """
     kind = "sentence_transformers.models."
     modules = [("", "Transformer"), ("1_Pooling", "Pooling")] + ([("2_Normalize", "Normalize")] if normalize else [])
-    write_json(
+    json_files.write(
         folder / "modules.json",
         [{"idx": i, "name": str(i), "path": path, "type": kind + name} for i, (path, name) in enumerate(modules)],
     )
     for path, _ in modules[1:]:
         (folder / path).mkdir(exist_ok=True)
     flags = {flag: mode == pooling for mode, flag in _POOLING_FLAGS.items()}
-    write_json(folder / "1_Pooling" / "config.json", {"word_embedding_dimension": hidden_size, **flags})
-    write_json(folder / "sentence_bert_config.json", {"max_seq_length": max_length, "do_lower_case": False})
+    json_files.write(folder / "1_Pooling" / "config.json", {"word_embedding_dimension": hidden_size, **flags})
+    json_files.write(folder / "sentence_bert_config.json", {"max_seq_length": max_length, "do_lower_case": False})
     prompts = {}
     for name, template in zip(("query", "passage"), templates, strict=True):
         prefix, _, rest = template.partition("{text}")
@@ -134,7 +134,7 @@ def write(
         prompts[name] = prefix
     # Where sentence-transformers' encode_document looks first: it would find an empty one of its own.
     prompts["document"] = prompts["passage"]
-    write_json(
+    json_files.write(
         folder / "config_sentence_transformers.json",
         {"prompts": prompts, "default_prompt_name": None, "similarity_fn_name": "cosine" if normalize else "dot"},
     )

@@ -22,6 +22,7 @@ from utils.checkpoint import Checkpoint
 from utils.dev_evaluation import METRICS, DevSet, judging_metric
 from utils.distributed import Ranks
 from utils.encoder import Encoder, EncoderSettings
+from utils.json_files import as_json
 from utils.outputs import write_whole
 from utils.paddlenlp_arguments import trainer_arguments
 from utils.trainable import TrainableEncoder, TrainableEngine, faster_precision, merged_state
@@ -133,8 +134,9 @@ def train(given: TrainArguments) -> TrainingResult:
         metrics = loop.final_metrics
         steps, loss = loop.state.global_step, loop.mean_loss()
         run.results |= {"steps": steps, "loss": loss, "metrics": metrics}
-        ranks.on_first(lambda: write_whole(Path(given.output_dir) / "report.json", run.to_json()))
-        return TrainingResult(given.output_dir, steps, loss, metrics, run.as_dict())
+        about = run.as_dict()
+        ranks.on_first(lambda: write_whole(Path(given.output_dir) / "report.json", as_json(about)))
+        return TrainingResult(given.output_dir, steps, loss, metrics, about)
     finally:
         if lock is not None:
             lock.close()
