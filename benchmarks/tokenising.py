@@ -47,7 +47,7 @@ def main() -> None:
 
     texts = (passages_of(given.data) if given.data else made_up_texts(given.texts))[: given.texts]
     _, encoder = build_encoders(build(ModelArguments, model_path=given.model, max_src_len=given.length))
-    filled = [encoder.template.replace("{text}", text) for text in texts]
+    filled = [encoder.settings.template.replace("{text}", text) for text in texts]
     tokenizer = tokenizing.load(encoder.model.tokenizer_folder, encoder.max_length, encoder.model.is_torch)
     ours, ids = tokenised(tokenizer, filled)
     alone, expected = tokenised(tokenizer.uncached, filled)

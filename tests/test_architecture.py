@@ -1,170 +1,140 @@
 """The rooms of utils/ import only what DESIGN allows them."""
 
 import ast
+import graphlib
+import sys
 
 import pytest
 from conftest import ROOT
 
-HEAVY = {"numpy", "paddle", "paddlenlp", "faiss", "tqdm", "jinja2", "matplotlib", "safetensors", "tokenizers"}
-# What each room must not import, at the top or inside a function.
-FORBIDDEN = {
-    "records": HEAVY,
-    "arguments": HEAVY,
-    "argument_parsing": HEAVY | {"arguments"},
-    "other_names": HEAVY | {"arguments", "argument_parsing"},
-    "training_arguments": HEAVY,
-    "outputs": HEAVY,
-    "runtime": HEAVY - {"paddle"} | {"records", "outputs"},
-    "distributed": {"faiss", "paddlenlp", "records", "search", "encoder"},
-    "bundled_model": {"paddle", "paddlenlp", "faiss", "arguments"},
-    "checkpoint": {"numpy", "paddle", "faiss", "records", "distributed"},
-    "encoder": {"faiss", "records", "distributed", "search"},
-    "engines": {"faiss", "records", "distributed", "search"},
-    "tokenizing": {"faiss", "records", "distributed", "encoder"},
-    "qwen3": HEAVY - {"paddle"} | {"records", "distributed", "encoder", "engines", "checkpoint"},
-    "pdparams": HEAVY - {"numpy"} | {"records", "distributed", "encoder", "checkpoint"},
-    "bert_names": HEAVY | {"records", "distributed", "encoder", "checkpoint", "weights"},
-    "wordpiece": HEAVY - {"tokenizers"} | {"records", "distributed", "encoder", "checkpoint"},
-    "word_cache": HEAVY | {"records", "distributed", "encoder", "tokenizing"},
-    "onednn": {"faiss", "records", "distributed", "search", "encoder"},
-    "weight_files": {"paddle", "paddlenlp", "faiss", "records", "distributed", "encoder", "engines"},
-    "paddlenlp_models": {"faiss", "records", "distributed", "encoder"},
-    "embedding": {"faiss", "records", "paddle", "paddlenlp", "search"},
-    "embedding_store": {"paddle", "paddlenlp", "faiss", "encoder", "engines", "search"},
-    "matmul": HEAVY - {"numpy"} | {"records", "distributed", "search", "encoder"},
-    "mapped": HEAVY - {"numpy"} | {"records", "distributed", "search"},
-    "shared_memory": HEAVY - {"numpy"} | {"records", "distributed", "search", "runtime"},
-    "scores": {"paddle", "paddlenlp", "faiss", "records", "encoder", "engines", "distributed", "search"},
-    "search_kernels": {"paddle", "paddlenlp", "faiss", "records", "encoder", "engines", "distributed", "search"},
-    "search_screens": {"paddle", "paddlenlp", "faiss", "records", "encoder", "engines", "distributed", "search"},
-    "search": {"paddle", "paddlenlp", "records", "encoder", "engines"},
-    "faiss_search": {"paddle", "paddlenlp", "records", "encoder", "engines", "distributed"},
-    "screening": {"paddle", "paddlenlp", "faiss", "records", "encoder", "engines", "outputs", "distributed", "dedup"},
-    "threads": HEAVY - {"numpy"} | {"records", "distributed", "search"},
-    "dedup": {"paddle", "paddlenlp", "records", "encoder", "engines", "outputs"},
-    "metrics": {"paddle", "paddlenlp", "faiss", "records", "search", "encoder", "outputs"},
-    "statistics": {"paddle", "paddlenlp", "faiss", "records", "search", "encoder", "outputs", "metrics"},
-    "beir": HEAVY | {"distributed", "search", "encoder", "outputs"},
-    "collection": {"paddle", "paddlenlp", "faiss", "encoder", "engines", "search", "outputs"},
-    "trec": {"paddle", "paddlenlp", "faiss", "encoder", "engines", "search", "outputs"},
-    "comparison": {"paddle", "paddlenlp", "faiss", "encoder", "engines", "search", "outputs"},
-    "mining_problem": {
-        "paddle",
-        "paddlenlp",
-        "faiss",
-        "records",
-        "encoder",
-        "engines",
-        "outputs",
-        "distributed",
-        "negatives",
-    }
-    | {"search", "margins"},
-    "rankings": HEAVY - {"numpy"}
-    | {"records", "encoder", "engines", "outputs", "distributed", "search", "margins", "negatives"},
-    "margins": {"paddle", "paddlenlp", "faiss", "records", "encoder", "engines", "outputs", "distributed", "negatives"},
-    "negatives": {"paddle", "paddlenlp", "faiss", "records", "encoder", "engines", "outputs", "distributed"},
-    "mining_formats": HEAVY | {"outputs", "distributed", "arguments"},
-    "candidates": {"paddle", "paddlenlp", "faiss", "encoder", "engines", "distributed", "outputs"},
-    "reranker": {"faiss", "records", "search", "outputs", "negatives"},
-    "mining_search": {
-        "paddle",
-        "paddlenlp",
-        "faiss",
-        "records",
-        "encoder",
-        "outputs",
-        "margins",
-        "negatives",
+# Areas of rooms, the lowest first, and what each may import beside its own rooms: lower areas, or single rooms of them.
+AREAS = {
+    "arguments": ("other_names argument_parsing arguments training_arguments", ""),
+    "machine": ("runtime mapped shared_memory threads compiled", ""),
+    "products": ("avx512 amx matmul amx_matmul amx_attention amx_attention_gradients kernel_maths", "machine"),
+    "ranks": ("distributed", "machine"),
+    "rows": ("records number_lists beir mining_formats", ""),
+    "files": ("outputs json_files", "records"),
+    "stores": ("embedding_store", "files"),
+    "reports": ("report", "runtime files"),
+    "formulae": ("metrics statistics losses standing", ""),
+    "scores": ("scores search_kernels", "machine"),
+    "screens": ("search_screens screening", "machine products scores"),
+    "search": ("search faiss_search dedup", "machine products ranks scores screens"),
+    "models": (
+        "sentence_transformers_folder bundled_model checkpoint weight_files pdparams bert_names weights"
+        " paddlenlp_models qwen3", "machine files",
+    ),
+    "texts": ("word_cache wordpiece tokenizing", "json_files paddlenlp_models"),
+    "encoding": ("encoder_kernels onednn engines encoder", "machine products models texts"),
+    "embedding": ("embedding reranker", "arguments machine ranks stores reports models encoding"),
+    "collections": ("collection trec comparison", "arguments rows statistics"),
+    "negatives": ("mining_problem rankings margins negatives", "machine scores"),
+    "candidates": ("candidates mining_inputs", "arguments rows files stores mining_problem"),
+    "mining_search": (
+        "mining_search", "arguments machine ranks stores reports scores search engines rankings candidates",
+    ),
+    "batches": ("training_rows hard_batches batch_plan training_data", "rows tokenizing"),
+    "cpu": ("cpu_kernels cpu_blocks cpu_attention cpu_pylayers cpu_layers", "machine products"),
+    "trainable": ("lean_forward trainable", "machine products models encoding cpu"),
+    "gradients": ("gradients", "ranks losses tokenizing batches trainable"),
+    "dev": ("dev_evaluation", "rows ranks formulae search encoding collections"),
+    "folders": ("training_folder", "files"),
+    "resuming": ("resuming", "arguments files checkpoint folders"),
+    "export": ("export", "json_files models wordpiece"),
+    "trainer": (
+        "paddlenlp_arguments embedding_trainer",
+        "arguments machine ranks files reports formulae models encoding batches trainable gradients folders",
+    ),
+    "evaluated": (
+        "evaluation_outputs evaluation_rankings evaluation_tables",
+        "arguments machine rows files reports formulae scores collections candidates",
+    ),
+    "evaluation": (
+        "evaluation",
+        "arguments machine ranks rows files stores reports formulae scores search encoding embedding collections"
+        " evaluated",
+    ),
+    "cleaning": ("cleaning", "arguments machine ranks rows files stores reports search encoding embedding"),
+    "mining": (
         "mining",
-    },
-    "mining_inputs": {"paddle", "paddlenlp", "faiss", "encoder", "engines", "distributed", "search"},
-    "losses": {"numpy", "arguments", "records", "training_data", "tokenizing"},
-    "number_lists": HEAVY - {"numpy"} | {"records", "distributed", "training"},
-    "training_rows": {"paddle", "paddlenlp", "faiss", "dedup", "trainable", "training"},
-    "hard_batches": HEAVY - {"numpy"} | {"records", "distributed", "trainable", "training"},
-    "batch_plan": HEAVY - {"numpy"} | {"distributed", "tokenizing", "trainable", "training"},
-    "training_data": {"paddle", "paddlenlp", "faiss", "dedup", "trainable", "training"},
-    "amx": HEAVY - {"numpy"} | {"records", "distributed", "trainable", "training", "onednn"},
-    "avx512": HEAVY - {"numpy"} | {"records", "distributed", "trainable", "training", "onednn"},
-    "amx_matmul": HEAVY - {"numpy"} | {"records", "distributed", "trainable", "training", "onednn"},
-    "amx_attention_gradients": HEAVY - {"numpy"} | {"records", "distributed", "trainable", "training", "onednn"},
-    "amx_attention": HEAVY - {"numpy"} | {"records", "distributed", "trainable", "training", "onednn"},
-    "kernel_maths": HEAVY - {"numpy"} | {"records", "distributed", "cpu_kernels", "encoder_kernels"},
-    "encoder_kernels": HEAVY - {"numpy"} | {"records", "distributed", "onednn", "cpu_kernels"},
-    "cpu_kernels": HEAVY - {"numpy"} | {"records", "distributed", "trainable", "training"},
-    "cpu_layers": {"faiss", "paddlenlp", "records", "distributed", "trainable", "training"},
-    "cpu_attention": {"paddle", "paddlenlp", "faiss", "records", "distributed", "trainable", "training", "cpu_layers"},
-    "cpu_blocks": {"paddle", "paddlenlp", "faiss", "records", "distributed", "trainable", "training", "cpu_layers"},
-    "trainable": {"faiss", "records", "distributed", "search", "training"},
-    "gradients": {"faiss", "records", "search", "training", "paddlenlp"},
-    "dev_evaluation": {"paddle", "paddlenlp", "faiss", "trainable", "training"},
-    "training_folder": HEAVY | {"records", "arguments", "trainable", "trainer", "training"},
-    "trainer": {"faiss", "dedup", "search", "records"},
-    "training": {"faiss", "dedup", "search"},
-    "compiled": HEAVY - {"numpy"} | {"records", "distributed", "encoder"},
-    "weights": {"faiss", "records", "distributed", "encoder", "training"},
-    "lean_forward": {"faiss", "paddlenlp", "records", "distributed", "training", "trainable", "weights"},
-    "export": {"paddlenlp", "faiss", "records", "distributed", "encoder", "training"},
-    "evaluation_outputs": {"paddle", "paddlenlp", "faiss", "encoder", "engines", "search", "evaluation"},
-    "evaluation_rankings": HEAVY - {"numpy"} | {"distributed", "search", "encoder"},
-    "evaluation_tables": HEAVY | {"records", "collection", "evaluation"},
-    "cleaning": {"paddle", "paddlenlp", "faiss", "mining", "evaluation", "training"},
-    "mining": {"paddle", "paddlenlp", "faiss", "cleaning", "evaluation", "training"},
-    "evaluation": {"paddle", "paddlenlp", "faiss", "cleaning", "mining", "training"},
-    "report": {"paddle", "paddlenlp", "faiss", "dedup", "search"},
-}
-# These cost seconds, so no module may import them before it needs them.
-LAZY = {
-    "paddle", "paddlenlp", "faiss", "tqdm", "safetensors", "tokenizers", "sentencepiece", "bm25s", "jieba",
-    "amx", "avx512", "amx_matmul", "amx_attention", "amx_attention_gradients", "cpu_kernels",
-    "encoder_kernels", "kernel_maths",  # for numba
-    "qwen3",  # for paddle
+        "arguments machine ranks rows files stores reports search embedding negatives candidates mining_search",
+    ),
+    "training": (
+        "training",
+        "arguments machine ranks files reports formulae models texts encoding batches trainable dev folders resuming"
+        " export trainer",
+    ),
 }  # fmt: skip
-COMPILED = {
-    "amx",
-    "avx512",
-    "amx_matmul",
-    "amx_attention",
-    "amx_attention_gradients",
-    "cpu_kernels",
-    "encoder_kernels",
-    "kernel_maths",
-}  # and so these may import each other
-LAYERS = {"qwen3"}  # these define Paddle's layers
+# The packages that are not Python's own, and who may import them.
+PACKAGES = {
+    "numpy": "mapped shared_memory products ranks number_lists stores metrics statistics scores screens search"
+    " bundled_model weight_files pdparams weights paddlenlp_models tokenizing encoding embedding collections negatives"
+    " candidates mining_search batches cpu trainable gradients dev evaluated evaluation cleaning mining",
+    "paddle": "runtime ranks losses qwen3 paddlenlp_models weights engines reranker cpu_pylayers trainable gradients"
+    " trainer training",
+    "paddlenlp": "paddlenlp_models trainable trainer",
+    "faiss": "search faiss_search", "numba": "compiled amx avx512", "llvmlite": "amx avx512",
+    "threadpoolctl": "threads", "tqdm": "report", "safetensors": "weight_files",
+    "tokenizers": "wordpiece tokenizing bundled_model", "sentencepiece": "bundled_model",
+    "bm25s": "candidates", "jieba": "candidates",
+}  # fmt: skip
+# These cost seconds: they import at the top what others import only where they need it.
+SLOW = (
+    "amx avx512 amx_matmul amx_attention amx_attention_gradients kernel_maths encoder_kernels cpu_kernels"
+    " qwen3 cpu_pylayers embedding_trainer"
+)
+ROOMS = sorted(path.stem for path in (ROOT / "utils").glob("*.py") if path.stem != "__init__")
 
 
-def imported(tree: ast.AST) -> set[str]:
+def imported(nodes: list[ast.AST]) -> set[str]:
+    """Rooms and packages that are imported by these nodes."""
     names = set()
-    for node in ast.walk(tree):
+    for node in nodes:
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    return {part for name in names for part in (name.split(".")[0], name.removeprefix("utils.").split(".")[0])}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name.removeprefix("utils.").split(".")[0] for name in names} - sys.stdlib_module_names
 
 
 def source(room: str) -> ast.Module:
-    return ast.parse((ROOT / "utils" / f"{room}.py").read_text())
+    """Without what is imported for the names of types only, which makes a room depend on nothing."""
+    tree = ast.parse((ROOT / "utils" / f"{room}.py").read_text())
+    is_for_types = [isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING" for node in tree.body]
+    tree.body = [node for node, skipped in zip(tree.body, is_for_types, strict=True) if not skipped]
+    return tree
 
 
-def test_every_room_has_its_limits():
-    assert FORBIDDEN.keys() == {path.stem for path in (ROOT / "utils").glob("*.py")} - {"__init__"}
+def rooms_of(names: str) -> set[str]:
+    """The rooms of areas, and rooms themselves."""
+    return {room for name in names.split() for room in AREAS.get(name, (name,))[0].split()}
 
 
-@pytest.mark.parametrize("room", sorted(FORBIDDEN))
-def test_rooms_do_not_know_what_they_must_not(room):
-    assert not imported(source(room)) & FORBIDDEN[room]
+def test_every_room_has_its_area_above_those_that_it_may_import():
+    lower = []
+    for rooms, known in AREAS.values():
+        assert rooms_of(known) <= {*lower}
+        lower += rooms.split()
+    assert sorted(lower) == ROOMS
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "utils").glob("*.py")), ids=lambda path: path.stem)
-def test_slow_packages_are_imported_where_they_are_needed(path):
-    top = ast.Module([n for n in ast.parse(path.read_text()).body if isinstance(n, ast.Import | ast.ImportFrom)], [])
-    needed = COMPILED if path.stem in COMPILED else {"paddle"} if path.stem in LAYERS else set()
-    assert not imported(top) & (LAZY - needed)
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_what_its_area_may(room):
+    (area,) = (" ".join(area) for area in AREAS.values() if room in area[0].split())
+    packages = {package for package, names in PACKAGES.items() if room in rooms_of(names)}
+    assert imported(ast.walk(source(room))) <= rooms_of(area) | packages
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "utils").glob("*.py")), ids=lambda path: path.stem)
-def test_every_module_says_what_it_is_for(path):
-    text = path.read_text()
-    assert not text or ast.get_docstring(ast.parse(text))
+def test_rooms_do_not_import_each_other_in_circles():
+    graphlib.TopologicalSorter({room: imported(ast.walk(source(room))) for room in ROOMS}).prepare()
+
+
+@pytest.mark.parametrize("room", sorted({*ROOMS} - rooms_of(SLOW)))
+def test_what_is_slow_is_imported_where_it_is_needed(room):
+    assert not imported(source(room).body) & (rooms_of(SLOW) | PACKAGES.keys() - {"numpy", "numba"})
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_every_room_says_what_it_is_for(room):
+    assert ast.get_docstring(source(room))

@@ -10,6 +10,7 @@ import pytest
 from conftest import ROOT
 
 from utils import bundled_model, other_names
+from utils.argument_parsing import check, option
 from utils.arguments import (
     DEFAULT_MODEL,
     ArgumentError,
@@ -17,8 +18,6 @@ from utils.arguments import (
     EvaluateArguments,
     MiningArguments,
     build,
-    check,
-    option,
     parse,
 )
 from utils.training_arguments import TrainArguments, training_arguments

@@ -120,8 +120,10 @@ def test_every_removed_row_names_a_kept_row_that_reaches_the_threshold(job, rows
 
 
 def test_report_balances_and_says_what_was_done(job, rows):
-    job()
+    result = job()
     report = json.loads((job.output.parent / "clean.json.report.json").read_text())
+    assert report == result.report
+    assert set(report["seconds"]) == {"read", "encode", "dedup", "write", "total"}
     counts = report["counts"]
     assert counts["input"] == len(rows)
     parts = ("kept", "removed_exact", "removed_similar", "removed_leakage", "rejected")
@@ -290,6 +292,27 @@ def test_gzip_in_and_out(tmp_path, job):
 
 def test_cosines_are_compared_whether_or_not_vectors_are_normalised(job):
     assert job(normalize=False).kept_rows.tolist() == job().kept_rows.tolist()
+
+
+@pytest.mark.parametrize("with_own_vectors", [True, False])
+def test_a_failure_leaves_embeddings_for_the_next_run_and_nothing_else(
+    with_own_vectors, job, rows, tmp_path, monkeypatch
+):
+    options = {"normalize": False}
+    if with_own_vectors:
+        np.save(tmp_path / "v.npy", np.random.default_rng(0).standard_normal((len(rows), 8)))
+        options = {"embeddings_path": str(tmp_path / "v.npy")}
+
+    def fail(*given):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("utils.dedup.remove_near_duplicates", fail)
+        with pytest.raises(KeyboardInterrupt):
+            job(**options)
+    left = [path.name for path in job.output.parent.rglob("*") if path.is_file()]
+    assert sorted(left) == ([] if with_own_vectors else ["lock", "lock", "vectors"])
+    assert job(**options).report["counts"]["encoded"] == 0
 
 
 def test_merging_changes_only_rows_that_gain_something(tmp_path, tiny_model):

@@ -141,6 +141,9 @@ def test_values_against_brute_force(tiny_model, tmp_path, dev):
                 "ndcg": sum(hit / math.log2(i + 2) for i, hit in enumerate(top)) / ideal,
             }[metric]
     assert result == pytest.approx({key: value / 59 for key, value in total.items()}, abs=1e-12)
+    report = json.loads((tmp_path / "out" / "eval.jsonl.report.json").read_text())
+    assert report == result.report
+    assert set(report["seconds"]) == {"read", "encode", "search", "write", "total"}
     counts = result.report["counts"]
     assert (counts["query_rows"], counts["queries"], counts["query_rows_merged"]) == (60, 59, 1)
     assert counts["passages"] == len(dev["corpus"]) and counts["passages_merged"] > 80

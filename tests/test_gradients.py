@@ -116,7 +116,8 @@ def test_the_cache_replays_dropout(tiny_model, rows_path):
 def with_one_graph(model: str, rows_path: str, chunk: int):
     import paddle
 
-    from utils.trainable import TrainableEncoder, padded
+    from utils.tokenizing import padded
+    from utils.trainable import TrainableEncoder
 
     base = checkpoint.resolve(model)
     rows = training_rows.read([rows_path], None, "error", False)

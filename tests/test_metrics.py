@@ -51,24 +51,24 @@ def test_by_hand():
     # Ranks 2 and 3 hold grades 1 and 3; the judged passages have grades 3, 2, 1 and 0.
     relevance = relevance_of([[0, 1, 3, 0]], [[3, 2, 1, 0]], 3)
     values = metrics.compute(relevance, ["hit_rate@1", "hit_rate@3", "mrr@3", "precision@3", "recall@3", "map@3"])
-    assert values.aggregated == pytest.approx(
+    assert values == pytest.approx(
         {"hit_rate@1": 0, "hit_rate@3": 1, "mrr@3": 1 / 2, "precision@3": 2 / 3, "recall@3": 2 / 3, "map@3": 7 / 18}
     )
     dcg = 1 / math.log2(3) + 3 / 2
     ideal = 3 + 2 / math.log2(3) + 1 / 2
-    assert metrics.compute(relevance, ["ndcg@3"]).aggregated["ndcg@3"] == pytest.approx(dcg / ideal)
+    assert metrics.compute(relevance, ["ndcg@3"])["ndcg@3"] == pytest.approx(dcg / ideal)
 
 
 def test_the_ideal_counts_what_was_not_found():
     relevance = relevance_of([[1, 0]], [[1, 1, 1]], 2)
-    assert metrics.compute(relevance, ["ndcg@2"]).aggregated["ndcg@2"] == pytest.approx(1 / (1 + 1 / math.log2(3)))
+    assert metrics.compute(relevance, ["ndcg@2"])["ndcg@2"] == pytest.approx(1 / (1 + 1 / math.log2(3)))
 
 
 def test_a_query_that_finds_nothing_stays_in_the_denominator():
     relevance = relevance_of([[1], [0], [0]], [[1], [1], []], 10)
     assert all(
         value == pytest.approx(1 / 30 if name == "precision@10" else 1 / 3)
-        for name, value in metrics.compute(relevance, [f"{name}@10" for name in FORMULAE]).aggregated.items()
+        for name, value in metrics.compute(relevance, [f"{name}@10" for name in FORMULAE]).items()
     )
 
 
@@ -97,7 +97,7 @@ def test_binary_hits():
     hits = np.array([[True, False], [False, False]])
     relevance = Relevance.of_hits(hits, np.array([2, 1]), 5)
     assert relevance.ideal.tolist() == [[1, 1, 0, 0, 0], [1, 0, 0, 0, 0]]
-    assert metrics.compute(relevance, ["recall@5"]).per_query.ravel().tolist() == [0.5, 0.0]
+    assert metrics.per_query(relevance, ["recall@5"]).ravel().tolist() == [0.5, 0.0]
 
 
 def test_nothing_was_searched():

@@ -73,6 +73,8 @@ def test_rows_come_back_in_order_with_every_key(mine):
         {k: v for k, v in row.items() if k != "neg_passage"} for row in rows
     ]
     report = json.loads(Path(out + ".report.json").read_text())
+    assert report == result.report
+    assert set(report["seconds"]) == {"read", "encode", "search", "choose", "write", "total"}
     assert report["counts"]["input"] == 90 == report["counts"]["written"]
     assert report["counts"]["negatives"] == sum(len(row["neg_passage"]) for row in mined) > 100
     assert report["drops_by_reason"] == result.drops_by_reason and report["drops_by_reason"]["forbidden"] > 0

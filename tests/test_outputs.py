@@ -29,6 +29,21 @@ def test_files_appear_together_at_commit(tmp_path):
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["out.json", "out.json.report.json"]
 
 
+def test_a_run_that_fails_leaves_only_what_the_next_one_can_use(tmp_path):
+    def fail(caches):
+        with write(tmp_path / "out.json") as outputs:
+            for path in [outputs.scratch("queries"), *(outputs.work / name for name in caches)]:
+                path.write_text("vectors")
+            raise KeyboardInterrupt
+
+    for caches, left in (([], []), (["cache"], ["cache", "lock"])):
+        with pytest.raises(KeyboardInterrupt):
+            fail(caches)
+        assert sorted(path.name for path in tmp_path.glob("out.json.work/*")) == left
+    write(tmp_path / "out.json").commit()  # and nobody holds its lock
+    assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
+
+
 def test_commit_removes_what_an_earlier_run_left_beside_the_output(tmp_path):
     write(tmp_path / "out.json", ("", ".removed.jsonl")).commit()
     write(tmp_path / "out.json").commit()

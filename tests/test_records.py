@@ -19,12 +19,12 @@ def write_bytes(tmp_path, content: bytes) -> str:
 def test_reads_rows_with_unknown_keys(tmp_path):
     (record,) = Source(write_jsonl(tmp_path / "in.json", [GOOD]))
     assert (record.query, record.pos_passage, record.neg_passage, record.line) == ("问题", ("a", "b"), (), 1)
-    assert record.extra == {"id": 7}
+    assert record.row == GOOD
 
 
 def test_flagembedding_keys_are_the_same_rows(tmp_path):
     (record,) = Source(write_jsonl(tmp_path / "in.json", [{"query": "q", "pos": ["p"], "neg": ["n"]}]))
-    assert (record.pos_passage, record.neg_passage, record.extra) == (("p",), ("n",), {})
+    assert (record.pos_passage, record.neg_passage) == (("p",), ("n",))
 
 
 @pytest.mark.parametrize("ending", [b"\n", b"\r\n"])

@@ -20,7 +20,7 @@ from utils import (
     onednn,
     paddlenlp_models,
     runtime,
-    trainer,
+    standing,
     training,
     training_data,
     training_folder,
@@ -89,6 +89,8 @@ def test_training_learns_and_the_checkpoint_is_a_model(run, tmp_path):
         evaluation_strategy="epoch", save_strategy="epoch", num_train_epochs=6, export_format="huggingface",
         query_template="how {text}", passage_template="the {text}",
     )  # fmt: skip
+    assert json.loads((tmp_path / "out" / "report.json").read_text()) == result.report
+    assert set(result.report["seconds"]) == {"read", "preflight", "train", "write", "total"}
     log = read_jsonl(tmp_path / "out" / "training.jsonl")
     dev = [entry["eval_ndcg@10"] for entry in log if "eval_ndcg@10" in entry]
     before, *dev = dev
@@ -248,18 +250,18 @@ def test_a_kill_never_leaves_one_models_weights_with_anothers_description(tmp_pa
     def write(folder: Path, model: str) -> None:
         for name in models[model]:
             (folder / name).mkdir() if name[0].isdigit() else (folder / name).write_text(model)
-        (folder / training._WEIGHTS).write_text(model)
+        (folder / training_folder.WEIGHTS).write_text(model)
 
     def put(folder: Path) -> None:
-        earlier = ("huggingface", training._WEIGHTS, *checkpoint.DESCRIPTION)
+        earlier = ("huggingface", training_folder.WEIGHTS, *checkpoint.DESCRIPTION)
         with training_folder.put_into(folder, "the model", earlier) as work:
             write(work, "new")
 
     def found(folder: Path) -> str | None:
-        if not (folder / training._WEIGHTS).exists():
+        if not (folder / training_folder.WEIGHTS).exists():
             return None
-        model = (folder / training._WEIGHTS).read_text()
-        assert {path.name for path in folder.iterdir()} - {"model.work"} == models[model] | {training._WEIGHTS}
+        model = (folder / training_folder.WEIGHTS).read_text()
+        assert {path.name for path in folder.iterdir()} - {"model.work"} == models[model] | {training_folder.WEIGHTS}
         assert (folder / "config.json").read_text() == model
         return model
 
@@ -618,9 +620,9 @@ BEST_BETWEEN = {
 
 def judge_by_step(values: dict[int, float], monkeypatch) -> None:
     """An evaluation finds the value of its step, or 0."""
-    note = trainer._Standing.note
+    note = standing.Standing.note
     monkeypatch.setattr(training.Job, "evaluate", lambda job: dict.fromkeys(training.METRICS, 0.0))
-    monkeypatch.setattr(trainer._Standing, "note", lambda self, _, step: note(self, values.get(step, 0.0), step))
+    monkeypatch.setattr(standing.Standing, "note", lambda self, _, step: note(self, values.get(step, 0.0), step))
 
 
 @pytest.mark.parametrize("killed", [False, True])
@@ -675,13 +677,15 @@ class Scaler:
 
 @pytest.mark.parametrize("accumulated", [1, 2])
 def test_an_fp16_step_without_a_loss_is_passed_over(run, tmp_path, monkeypatch, accumulated):
-    make, step, scaler, found = trainer.make, GradientStep.__call__, Scaler(), []
+    paddlenlp_models.import_paddlenlp()
+    from utils.embedding_trainer import EmbeddingTrainer
 
-    def scaled(job):
-        loop = make(job)
-        loop.args.fp16 = loop.do_grad_scaling = True
-        loop.scaler = scaler
-        return loop
+    train, step, scaler, found = EmbeddingTrainer.run, GradientStep.__call__, Scaler(), []
+
+    def scaled(self, resume):
+        self.args.fp16 = self.do_grad_scaling = True
+        self.scaler = scaler
+        train(self, resume)
 
     def overflows(self, batch):
         outcome = step(self, batch)
@@ -690,7 +694,7 @@ def test_an_fp16_step_without_a_loss_is_passed_over(run, tmp_path, monkeypatch, 
         found.append(outcome.loss)
         return outcome
 
-    monkeypatch.setattr(trainer, "make", scaled)
+    monkeypatch.setattr(EmbeddingTrainer, "run", scaled)
     monkeypatch.setattr(GradientStep, "__call__", overflows)
     result = run(
         num_train_epochs=1, save_strategy="no", logging_steps=8 // accumulated, gradient_accumulation_steps=accumulated
@@ -770,7 +774,7 @@ def test_a_journal_that_cannot_be_written_is_named(run, tmp_path, monkeypatch, w
     if when == "before":
         journal.mkdir(parents=True)
     else:
-        monkeypatch.setattr(trainer.Journal, "cut", lambda *args: journal.mkdir())
+        monkeypatch.setattr(training_folder.Journal, "cut", lambda *args: journal.mkdir())
     with pytest.raises(IsADirectoryError, match=r"/out/training\.jsonl: cannot write: Is a directory"):
         run(max_steps=1)
     assert not list((tmp_path / "out").glob("*.part"))
@@ -836,12 +840,12 @@ FAILS_ON_ONE_RANK = """
     import json
     import os
     import sys
-    from utils import arguments, gradients, runtime, trainer, training
+    from utils import arguments, gradients, runtime, training, training_folder
 
     def main():
         rank, what, calls = runtime.rank(), sys.argv[2], []
         os.dup2(os.open(f"{sys.argv[3]}.{rank}", os.O_CREAT | os.O_WRONLY), 2)
-        step, reduce, add = gradients.GradientStep.__call__, gradients.reduce, trainer.Journal.add
+        step, reduce, add = gradients.GradientStep.__call__, gradients.reduce, training_folder.Journal.add
 
         def stepped(self, batch):
             calls.append(1)
@@ -858,7 +862,7 @@ FAILS_ON_ONE_RANK = """
                 raise OSError(28, "No space left on device")
             return add(self, number, *args, **kwargs)
 
-        gradients.GradientStep.__call__, trainer.reduce, trainer.Journal.add = stepped, reduced, added
+        gradients.GradientStep.__call__, gradients.reduce, training_folder.Journal.add = stepped, reduced, added
         from utils.training_arguments import training_arguments
         training.train(arguments.parse(training_arguments(), [sys.argv[1]], ""))
 

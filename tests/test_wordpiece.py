@@ -71,6 +71,18 @@ def test_what_is_not_plain_is_left_to_paddlenlp(tmp_path):
     assert wordpiece.build(Path(tmp_path / "nowhere"), symbols_apart=False) is None
 
 
+def test_settings_may_begin_with_a_byte_order_mark(tmp_path, tiny_model):
+    """As ``checkpoint`` lets them, whichever tokenizer reads them next."""
+    bare = bare_vocabulary(tmp_path, "bert", do_lower_case=False, pad_token="[UNK]")
+    rust = Path(shutil.copytree(tiny_model, tmp_path / "rust"))
+    for folder in (bare, rust):
+        before = tokenizing.load(folder, 9, for_torch=True)
+        path = folder / "tokenizer_config.json"
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+        after = tokenizing.load(folder, 9, for_torch=True)
+        assert _tokens(before, "Card card") == _tokens(after, "Card card") and before.pad_id == after.pad_id
+
+
 def test_damaged_files_are_named(tmp_path):
     folder = bare_vocabulary(tmp_path, "bert")
     (folder / "vocab.txt").write_bytes(b"[PAD]\n\xff\n")

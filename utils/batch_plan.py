@@ -86,7 +86,7 @@ class Plan:
     def _make(self, number: int) -> Epoch:
         rng = np.random.default_rng([self.seed, number])
         drawn_rows, drawn_passages, bounds, n = [], [], [], 0
-        for entries in self._groups(number, rng):
+        for entries in self._groups(rng):
             rows, passages = entries[:, 0], self._draw(number, entries)
             if self.hard_batches:
                 negatives = self.rows.negatives.take(rows)
@@ -127,7 +127,7 @@ class Plan:
         counts = self._counts()
         return counts.tolist() if self.group_by_source else [int(counts.sum())]
 
-    def _groups(self, number: int, rng: np.random.Generator) -> list[np.ndarray]:
+    def _groups(self, rng: np.random.Generator) -> list[np.ndarray]:
         """Shuffled (row, copy) pairs, int64 [n, 2]: one array a file, or one in all."""
         groups = []
         for source, count in enumerate(self._counts()):

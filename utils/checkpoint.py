@@ -4,11 +4,9 @@ Knows the layouts of Hugging Face, sentence-transformers and PaddleNLP. Only sma
 here, so that a wrong option is refused before any weight is loaded.
 """
 
-import contextlib
 import difflib
 import functools
 import hashlib
-import io
 import json
 import logging
 import os
@@ -16,7 +14,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils import bundled_model
+from utils import bundled_model, json_files, sentence_transformers_folder
 
 logger = logging.getLogger(__name__)
 
@@ -26,10 +24,7 @@ TOKENIZER_FILES = (
     "vocab.json", "merges.txt", "sentencepiece.bpe.model", "tokenizer.model", "spiece.model",
 )  # fmt: skip
 # All that is read of a folder beside its weights.
-DESCRIPTION = (
-    "config.json", *TOKENIZER_FILES, "modules.json", "1_Pooling", "2_Normalize", "sentence_bert_config.json",
-    "config_sentence_transformers.json",
-)  # fmt: skip
+DESCRIPTION = ("config.json", *TOKENIZER_FILES, *sentence_transformers_folder.FILES)
 
 # Model types whose attention looks only backwards; their sentence is summed up in its last token.
 DECODERS = ("qwen2", "qwen3", "llama", "mistral", "gemma", "gpt")
@@ -38,18 +33,11 @@ _SIZES = (
     "max_position_embeddings",
 )  # fmt: skip
 _OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert")
-_POOLING_FLAGS = {
-    "pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean", "pooling_mode_lasttoken": "last"
-}  # fmt: skip
-# What a sentence-transformers folder may consist of; dropout does nothing outside training.
-_MODULES = ("Transformer", "Pooling", "Normalize", "Dropout")
 # What PaddleNLP or this toolkit can make of PyTorch's weights.
 _TORCH_TYPES = (
     "bert", "roberta", "xlm-roberta", "camembert", "ernie", "electra", "albert", "deberta", "deberta-v2", "roformer",
     "qwen2", "qwen3", "llama", "mistral", "gemma", "gpt", "opt", "bloom",
 )  # fmt: skip
-_POOLING_NAMES = {"cls": "cls", "mean": "mean", "lasttoken": "last", "last": "last"}
-_PASSAGE_PROMPTS = ("passage", "document", "corpus")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
@@ -132,9 +120,9 @@ def resolve(model_path: str, tokenizer_path: str | None = None, pooling: str | N
 
 
 def _understand(folder: Path, tokenizer_folder: Path, pooling: str | None) -> Checkpoint:
-    config = _read_json_object(folder / "config.json")
+    config = json_files.read_object(folder / "config.json")
     if not config:
-        first = _modules(folder).get("Transformer", folder)
+        first = sentence_transformers_folder.read_modules(folder).get("Transformer", folder)
         hint = f"; the model lies in {first}: give that, and pooling=..." if (first / "config.json").is_file() else ""
         raise ValueError(f"{folder}: no config.json there; expected a model's folder{hint}")
     for path in folder.glob("*.safetensors"):
@@ -155,12 +143,8 @@ def _understand(folder: Path, tokenizer_folder: Path, pooling: str | None) -> Ch
         config = _with_rotations(folder / "config.json", config)
     if not any((tokenizer_folder / name).is_file() for name in TOKENIZER_FILES):
         raise ValueError(f"{tokenizer_folder}: no tokenizer there; expected one of {', '.join(TOKENIZER_FILES)}")
-    modules = _modules(folder)
-    query_prompt, passage_prompt = _prompts(folder)
-    if (query_prompt or passage_prompt) and "Pooling" in modules:
-        path = modules["Pooling"] / "config.json"
-        if _read_json_object(path).get("include_prompt") is False:
-            raise ValueError(f"{path}: include_prompt is false; expected prompts to be pooled, as is done here")
+    modules = sentence_transformers_folder.read_modules(folder)
+    query_prompt, passage_prompt = sentence_transformers_folder.read_prompts(folder, modules)
     max_length = _max_length(config, model_type)
     return Checkpoint(
         folder=folder,
@@ -171,8 +155,10 @@ def _understand(folder: Path, tokenizer_folder: Path, pooling: str | None) -> Ch
         vocabulary=int(config["vocab_size"]),
         max_length=max_length,
         default_length=_default_length(folder, tokenizer_folder) or max_length or 512,
-        pooling=pooling or _pooling(modules, model_type),
-        normalize=_normalize(folder, modules),
+        pooling=pooling
+        or sentence_transformers_folder.read_pooling(modules)
+        or ("last" if model_type in DECODERS else "cls"),
+        normalize=sentence_transformers_folder.read_normalize(folder, modules),
         query_template=query_prompt + "{text}",
         passage_template=passage_prompt + "{text}",
     )
@@ -226,7 +212,7 @@ def _with_rotations(path: Path, config: dict) -> dict:
 def _check_shards(folder: Path, suffix: str) -> None:
     """Every file that the index of the weights in use names must be there; another format may be there in part."""
     for path in folder.glob(f"*{suffix}.index.json"):
-        files = (_read_json_object(path).get("weight_map") or {}).values()
+        files = (json_files.read_object(path).get("weight_map") or {}).values()
         for name in sorted({name for name in files if not (folder / name).is_file()}):
             raise ValueError(f"{folder / name}: not there, but {path.name} says that it holds a part of the weights")
 
@@ -273,82 +259,15 @@ def _folder(name: str) -> Path:
     looks_local = name.startswith((".", "/", "~")) or os.path.exists(name) or not _HUB_NAME.fullmatch(name)
     if looks_local or os.path.isdir(os.path.dirname(name)):  # such as output/modle
         raise FileNotFoundError(f"{name}: no such model folder; expected a folder, a hub name or {bundled_model.NAME}")
-    return _download(name)
-
-
-def _download(name: str) -> Path:
-    """A hub name's folder, fetched by PaddleNLP into its own cache."""
-    from utils.paddlenlp_models import import_paddlenlp
+    from utils.paddlenlp_models import download
 
     try:
-        transformers = import_paddlenlp()
-        from paddlenlp.utils.env import MODEL_HOME
-
-        folder = Path(MODEL_HOME) / name
-        if (folder / "config.json").is_file() and _weight_files(folder):
-            return folder  # fetched by an earlier run
-        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
-            transformers.AutoTokenizer.from_pretrained(name)
-            transformers.AutoModel.from_pretrained(name)
-        if (folder / "config.json").is_file():
-            return folder
-        reason = f"PaddleNLP left no model in {folder}"
-    except Exception as error:  # noqa: BLE001 - PaddleNLP raises whatever its download library does
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-    raise FileNotFoundError(
-        f"{name}: not a local folder, and the hub could not supply it ({reason}); "
-        f"give a local folder, or {bundled_model.NAME}, which is bundled"
-    )
-
-
-def _modules(folder: Path) -> dict[str, Path]:
-    """A sentence-transformers folder's modules, by their kind: where each has its files. Empty for other folders.
-
-    Raises:
-        ValueError: there is one that is not computed here, such as a Dense layer after the pooling.
-    """
-    path = folder / "modules.json"
-    found = {}
-    for module in _read_json(path) or []:
-        kind = module.get("type", "").rsplit(".", 1)[-1]
-        if kind not in _MODULES:
-            raise ValueError(f"{path}: the module {kind} is not supported; expected {', '.join(_MODULES)}")
-        found[kind] = folder / module.get("path", "")
-    return found
-
-
-def _pooling(modules: dict[str, Path], model_type: str) -> str:
-    """The pooling that a sentence-transformers folder names, else last for decoders and cls for the rest."""
-    if "Pooling" not in modules:
-        return "last" if model_type in DECODERS else "cls"
-    path = modules["Pooling"] / "config.json"
-    config = _read_json_object(path)
-    modes = [mode for flag, mode in _POOLING_FLAGS.items() if config.get(flag)]
-    unknown = [key for key, on in config.items() if key.startswith("pooling_mode_") and on is True]
-    unknown = [key for key in unknown if key not in _POOLING_FLAGS]
-    if "pooling_mode" in config:
-        modes = [_POOLING_NAMES.get(config["pooling_mode"], "")]
-    if len(modes) != 1 or unknown or not modes[0]:
-        raise ValueError(f"{path}: expected exactly one pooling mode of cls, mean, last; give pooling=...")
-    return modes[0]
-
-
-def _normalize(folder: Path, modules: dict[str, Path]) -> bool:
-    """False only for a folder that names dot products and has no module that normalises.
-
-    Most folders without that module are compared by cosines all the same, which need no module for that.
-    """
-    named = _read_json_object(folder / "config_sentence_transformers.json").get("similarity_fn_name")
-    return named != "dot" or "Normalize" in modules
-
-
-def _prompts(folder: Path) -> tuple[str, str]:
-    """A sentence-transformers folder's prompts for queries and passages, empty where it has none."""
-    config = _read_json_object(folder / "config_sentence_transformers.json")
-    prompts = config.get("prompts") or {}
-    default = prompts.get(config.get("default_prompt_name") or "", "")
-    passage = next((prompts[name] for name in _PASSAGE_PROMPTS if name in prompts), default)
-    return prompts.get("query", default) or "", passage or ""
+        return download(name, WEIGHT_PATTERNS)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{name}: not a local folder, and the hub could not supply it ({error}); "
+            f"give a local folder, or {bundled_model.NAME}, which is bundled"
+        ) from None
 
 
 def _position_offset(config: dict, model_type: str) -> int:
@@ -364,29 +283,8 @@ def _max_length(config: dict, model_type: str) -> int | None:
 
 def _default_length(folder: Path, tokenizer_folder: Path) -> int | None:
     """sentence-transformers' own limit, or, where today's versions keep it, the tokenizer's."""
-    path = folder / "sentence_bert_config.json"
-    length = _read_json_object(path).get("max_seq_length")
-    if length is not None and (type(length) is not int or not 0 < length < 1 << 31):
-        raise ValueError(f"{path}: max_seq_length is {length!r}; expected a positive whole number")
+    length = sentence_transformers_folder.read_max_length(folder)
     if length is None:
-        limit = _read_json_object(tokenizer_folder / "tokenizer_config.json").get("model_max_length")
+        limit = json_files.read_object(tokenizer_folder / "tokenizer_config.json").get("model_max_length")
         length = limit if type(limit) is int and 0 < limit < 1 << 31 else None  # 1e30 stands for none
     return length
-
-
-def _read_json_object(path: Path) -> dict:
-    value = _read_json(path)
-    if value is not None and not isinstance(value, dict):
-        raise ValueError(f"{path}: expected a JSON object")
-    return value or {}
-
-
-def _read_json(path: Path):
-    try:
-        if path.exists() and not path.is_file():
-            raise ValueError("it is no regular file")
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        return None
-    except (ValueError, OSError, RecursionError) as error:
-        raise ValueError(f"{path}: cannot be read as JSON ({error})") from None

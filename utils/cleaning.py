@@ -78,20 +78,16 @@ def clean(given: CleanArguments) -> CleaningResult:
     """
     ranks = Ranks()
     run = report.RunReport("clean_query", asdict(given))
-    outputs = Outputs(given.output_data_path, _SUFFIXES)
-    try:
+    with Outputs(given.output_data_path, _SUFFIXES) as outputs:
         with run.stage("read"):
             inputs = ranks.start(lambda: _Inputs.read(given, outputs))
-        vectors, reference = _vectors(given, ranks, run, inputs, outputs.work)
+        vectors, reference = _vectors(given, ranks, run, inputs, outputs)
         with run.stage("dedup"):
             result, nearest = _decide(given, ranks, run, inputs, vectors, reference)
         del vectors, reference  # memory maps of files that are removed next
         with run.stage("write"):
-            cleaned = ranks.on_first(lambda: _finish(given, outputs, inputs, result, nearest, run))
-        return ranks.broadcast_object(cleaned)
-    except BaseException:
-        outputs.abandon()
-        raise
+            cleaned = ranks.on_first(lambda: _write(given, outputs, inputs, result, nearest, run))
+        return ranks.broadcast_object(ranks.on_first(lambda: replace(cleaned, report=run.publish(outputs))))
 
 
 @dataclass
@@ -151,7 +147,7 @@ class _Inputs:
 
 
 def _vectors(
-    given: CleanArguments, ranks: Ranks, run: report.RunReport, inputs: _Inputs | None, work: Path
+    given: CleanArguments, ranks: Ranks, run: report.RunReport, inputs: _Inputs | None, outputs: Outputs
 ) -> tuple[np.ndarray | None, np.ndarray | None]:
     """Vectors of the unique queries, and of the reference file's, on rank 0."""
     run.counts["encoded"] = 0
@@ -160,18 +156,19 @@ def _vectors(
         def chosen() -> np.ndarray:
             assert inputs is not None and inputs.vectors is not None
             rows = inputs.queries.file_rows()[inputs.queries.unique]
-            return derive(inputs.vectors, work / "vectors", rows, given.dimension)
+            return derive(inputs.vectors, outputs.scratch("vectors"), rows, given.dimension)
 
         return ranks.on_first(chosen), None
     encoder, _ = ranks.all_agree(lambda: build_encoders(given))
-    folder = Path(given.embedding_cache) if given.embedding_cache else work
+    folder = Path(given.embedding_cache) if given.embedding_cache else outputs.work
 
     def encode(queries: _Queries | None, what: str) -> np.ndarray | None:
         vectors, encoded = embed(encoder, queries.unique_texts() if queries else None, ranks, folder, what)
         run.counts["encoded"] += encoded
         if encoder.normalize:
             return vectors
-        return ranks.on_first(lambda: derive(vectors, work / f"{what}.unit"))  # the rule compares cosines in any case
+        # The rule compares cosines in any case.
+        return ranks.on_first(lambda: derive(vectors, outputs.scratch(what)))
 
     with run.stage("encode"):
         vectors = encode(inputs.queries if inputs else None, "queries")
@@ -289,7 +286,7 @@ def _account(inputs: _Inputs, result: DedupResult, nearest: Neighbors | None) ->
     return removed
 
 
-def _finish(
+def _write(
     given: CleanArguments,
     outputs: Outputs,
     inputs: _Inputs | None,
@@ -297,7 +294,7 @@ def _finish(
     nearest: Neighbors | None,
     run: report.RunReport,
 ) -> CleaningResult:
-    """Account for every row, write the outputs, and let them appear."""
+    """Account for every row and write the outputs; the result lacks its report."""
     assert inputs is not None
     queries = inputs.queries
     removed = _account(inputs, result, nearest)
@@ -316,15 +313,10 @@ def _finish(
     run.results["similarity_threshold"] = result.threshold
     _write_rows(given, outputs, inputs, {r.row: r for r in removed})
     run.results["closest_removals"] = _closest(inputs, removed)
-    cleaned = CleaningResult(kept, removed, queries.source.rejected, result.threshold, {})
     if given.on_bad_row == "skip":
         rejected = queries.source.rejected + (inputs.reference.source.rejected if inputs.reference else [])
         write_rejected(outputs, rejected)
-    with outputs.stage(".report.json") as stream:
-        stream.write(run.to_json())
-    outputs.commit()
-    cleaned.report = run.as_dict()
-    return cleaned
+    return CleaningResult(kept, removed, queries.source.rejected, result.threshold, {})
 
 
 def _closest(inputs: _Inputs, removed: list[Removed]) -> list[dict]:

@@ -20,6 +20,11 @@ METRICS = ("ndcg@10", "mrr@10", "hit_rate@1", "hit_rate@10", "recall@10")
 _DEEPEST = 10
 
 
+def judging_metric(name: str | None) -> str:
+    """The dev metric that decides which checkpoint is best, by its name here, or PaddleNLP's; None for the default."""
+    return (name or METRICS[0]).removeprefix("eval_")
+
+
 @dataclass
 class DevSet:
     """Queries, the corpus, and each query's relevant passages, by number.
@@ -78,7 +83,7 @@ class DevSet:
         found = index.search_all(queries if ranks.is_first else None, len(queries), depth)
         hits = np.array([[row in own for row in rows] for rows, own in zip(found.rows, self.positives, strict=True)])
         relevance = metrics.Relevance.of_hits(hits, np.array([len(own) for own in self.positives]), _DEEPEST)
-        return ranks.broadcast_object(metrics.compute(relevance, METRICS).aggregated)
+        return ranks.broadcast_object(metrics.compute(relevance, METRICS))
 
 
 def _encode(encoder: TextEncoder, texts: Sequence[str], ranks: Ranks) -> np.ndarray:

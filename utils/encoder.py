@@ -57,7 +57,7 @@ class TextEncoder(Protocol):
 class EncoderSettings:
     """The user's choices; None leaves a choice to the checkpoint. ``template`` holds ``{text}``."""
 
-    template: str | None = None
+    template: str
     dimension: int | None = None
     max_src_len: int | None = None
     pooling: str | None = None
@@ -80,7 +80,6 @@ class Encoder:
         self.dim = settings.dimension or model.hidden_size
         if self.dim > model.hidden_size:
             raise ValueError(f"dimension is {self.dim}; the model {model.folder} has only {model.hidden_size}")
-        self.template = settings.template or model.query_template
         self.pooling = settings.pooling or model.pooling
         self.normalize = model.normalize if settings.normalize is None else settings.normalize
         wanted = settings.max_src_len or min(model.default_length, DEFAULT_LENGTH)
@@ -98,7 +97,6 @@ class Encoder:
         """Everything that a vector depends on, apart from the text, as JSON values."""
         return asdict(self.settings) | {
             "digest": self.model.digest,
-            "template": self.template,
             "pooling": self.pooling,
             "normalize": self.normalize,
             "max_src_len": self.max_length,
@@ -168,17 +166,15 @@ class Encoder:
                 self._remembered = {}
 
     def _filled(self, text: str) -> str:
-        return self.template.replace("{text}", text)
+        return self.settings.template.replace("{text}", text)
 
     def _tokenised(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """Padded ids int64 [b, t] and lengths int64 [b], padding to the right."""
         new = [text for text in texts if text not in self._remembered]
         fresh = dict(zip(new, self._tokenizer([self._filled(text) for text in new]), strict=True))
         tokens = [fresh[text] if text in fresh else self._remembered[text] for text in texts]
-        lengths = np.array([len(ids) for ids in tokens], np.int64)
-        padded = np.full((len(tokens), self._width(int(lengths.max()))), self._tokenizer.pad_id, np.int64)
-        for row, ids in zip(padded, tokens, strict=True):
-            row[: len(ids)] = ids
+        width = self._width(max(map(len, tokens)))
+        padded, lengths = tokenizing.padded(tokens, self._tokenizer.pad_id, width)
         if padded.max() >= self.model.vocabulary:
             raise ValueError(
                 f"{self.model.tokenizer_folder}: its tokenizer gives id {padded.max()}, but the model "

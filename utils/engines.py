@@ -4,10 +4,8 @@ PaddleEngine runs any PaddleNLP model in dynamic graph mode, on a GPU or a CPU; 
 several times as fast on CPUs, for encoders.
 """
 
-import contextlib
 import importlib.metadata
 import logging
-from collections.abc import Iterator
 from functools import cache
 from typing import Protocol
 
@@ -15,6 +13,7 @@ import numpy as np
 
 from utils import matmul, onednn, runtime, weights
 from utils.checkpoint import Checkpoint
+from utils.paddlenlp_models import default_dtype, first_output
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +48,11 @@ def device() -> str:
     return "gpu" if paddle.device.cuda.device_count() else "cpu"
 
 
+def batch_tokens() -> int:
+    """Tokens in a batch, padding included, unless the user says otherwise."""
+    return 65536 if device() == "gpu" else 2048
+
+
 def padded_length(length: int) -> int:
     """The width of a batch whose longest text has ``length`` tokens.
 
@@ -62,7 +66,7 @@ class LazyEngine:
 
     def __init__(self, model: Checkpoint, dtype: str):
         self.model = model
-        self.device = device()
+        self.device, self.batch_tokens = device(), batch_tokens()
         self.name = "onednn" if self.device == "cpu" and onednn.supports(model) and matmul.is_usable() else "paddle"
         self.dtype = dtype
         self._engine: Engine | None = None
@@ -73,11 +77,6 @@ class LazyEngine:
         elif self.device == "cpu" and dtype != "float32" and (self.name, dtype) != ("onednn", onednn.best_dtype()):
             logger.info("%s is for BERT-like encoders, on processors that multiply it; computing in float32", dtype)
             self.dtype = "float32"
-
-    @property
-    def batch_tokens(self) -> int:
-        """Tokens in a batch, padding included."""
-        return 65536 if self.device == "gpu" else 2048
 
     def description(self) -> dict:
         """What of the engine the vectors depend on."""
@@ -117,21 +116,9 @@ class PaddleEngine:
         import paddle
 
         mask = (np.arange(ids.shape[1]) < lengths[:, None]).astype(np.int64)
-        with paddle.no_grad(), _made_in(self._dtype):
+        # PaddleNLP's BERT adds a mask of the default type to its scores.
+        with paddle.no_grad(), default_dtype(self._dtype):
             output = self._model(paddle.to_tensor(ids), attention_mask=paddle.to_tensor(mask))
-            hidden = (output[0] if isinstance(output, list | tuple) else output).astype("float32")
+            hidden = first_output(output).astype("float32")
             pooled = paddle.bmm(paddle.to_tensor(weights).unsqueeze(1), hidden).squeeze(1)
         return pooled.numpy()
-
-
-@contextlib.contextmanager
-def _made_in(dtype: str) -> Iterator[None]:
-    """What a model makes on its way has this type: PaddleNLP's BERT adds a mask of the default type to its scores."""
-    import paddle
-
-    before = paddle.get_default_dtype()
-    paddle.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        paddle.set_default_dtype(before)

@@ -53,8 +53,7 @@ def evaluate(given: EvaluateArguments) -> EvaluationResult:
     """
     ranks = Ranks()
     run = report.RunReport("embedding_evaluate", asdict(given))
-    outputs = Outputs(given.output_data_path, SUFFIXES)
-    try:
+    with Outputs(given.output_data_path, SUFFIXES) as outputs:
         with run.stage("read"):
             inputs = ranks.start(lambda: _Inputs.read(given, outputs))
         if given.judges_rankings:
@@ -68,11 +67,8 @@ def evaluate(given: EvaluateArguments) -> EvaluationResult:
         elif inputs is not None:
             other = inputs.earlier
         with run.stage("write"):
-            result = ranks.on_first(lambda: _finish(given, outputs, inputs, by_dimension, other, run))
-        return ranks.broadcast_object(result)
-    except BaseException:
-        outputs.abandon()
-        raise
+            means = ranks.on_first(lambda: _summarize(given, outputs, inputs, by_dimension, other, run))
+        return ranks.broadcast_object(ranks.on_first(lambda: EvaluationResult(means, run.publish(outputs))))
 
 
 def _model(given: EvaluateArguments) -> ModelArguments:
@@ -189,7 +185,7 @@ def _evaluate_model(
 
     Writes the per-query file and the TREC files for the largest dimension, unless this is the second model.
     """
-    queries, passages, normalized = _vectors(given, model, ranks, run, inputs, outputs.work, is_other)
+    queries, passages, normalized = _vectors(given, model, ranks, run, inputs, outputs, is_other)
     width = ranks.broadcast_object(queries.shape[1] if queries is not None else None)
     dimensions = sorted(given.dimension or [width], reverse=True)
     values: dict[int, np.ndarray | None] = {}
@@ -198,19 +194,19 @@ def _evaluate_model(
             writer = None
             if inputs is not None and dim == dimensions[0] and not is_other:
                 writer = QueryWriter(given, inputs.collection, outputs, stack)
-            cut = ranks.on_first(lambda dim=dim: _cut(normalized, queries, passages, dim, outputs.work))
+            cut = ranks.on_first(lambda dim=dim: _cut(normalized, queries, passages, dim, outputs))
             values[dim] = _measure(given, ranks, inputs, *(cut or (None, None)), dim, writer)
     return values
 
 
 def _cut(
-    normalized: bool, queries: np.ndarray | None, passages: np.ndarray | None, dim: int, work: Path
+    normalized: bool, queries: np.ndarray | None, passages: np.ndarray | None, dim: int, outputs: Outputs
 ) -> tuple[np.ndarray, np.ndarray]:
     assert queries is not None and passages is not None
     normalize = normalized and dim < queries.shape[1]
     return (
-        derive(queries, work / "output.cut-queries", dim=dim, normalize=normalize),
-        derive(passages, work / "output.cut-passages", dim=dim, normalize=normalize),
+        derive(queries, outputs.scratch("cut-queries"), dim=dim, normalize=normalize),
+        derive(passages, outputs.scratch("cut-passages"), dim=dim, normalize=normalize),
     )
 
 
@@ -220,16 +216,16 @@ def _vectors(
     ranks: Ranks,
     run: report.RunReport,
     inputs: _Inputs | None,
-    work: Path,
+    outputs: Outputs,
     is_other: bool,
 ) -> tuple[np.ndarray | None, np.ndarray | None, bool]:
     """Vectors of the queries and of the corpus on rank 0, None elsewhere; whether they are scaled to length 1."""
     run.counts.setdefault("encoded", 0)
     if given.query_embeddings_path is not None and not is_other:
-        own = ranks.on_first(lambda: _user_vectors(given, inputs, work)) or (None, None)
+        own = ranks.on_first(lambda: _user_vectors(given, inputs, outputs)) or (None, None)
         return *own, given.normalizes_own_vectors
     query_encoder, passage_encoder = ranks.all_agree(lambda: build_encoders(model))
-    folder = Path(given.embedding_cache) if given.embedding_cache else work
+    folder = Path(given.embedding_cache) if given.embedding_cache else outputs.work
     collection = inputs.collection if inputs is not None else None
     already = run.counts["encoded"], run.seconds.get("encode", 0.0)
     with run.stage("encode"):
@@ -246,13 +242,13 @@ def _vectors(
     return queries, passages, passage_encoder.normalize
 
 
-def _user_vectors(given: EvaluateArguments, inputs: _Inputs | None, work: Path) -> tuple[np.ndarray, np.ndarray]:
+def _user_vectors(given: EvaluateArguments, inputs: _Inputs | None, outputs: Outputs) -> tuple[np.ndarray, np.ndarray]:
     """The user's vectors, one for each query and passage that is left after equal ones became one."""
     assert inputs is not None and inputs.query_vectors is not None and inputs.passage_vectors is not None
     collection, normalize = inputs.collection, given.normalizes_own_vectors
     return (
-        derive(inputs.query_vectors, work / "output.queries", collection.query_rows, None, normalize),
-        derive(inputs.passage_vectors, work / "output.passages", collection.passage_rows, None, normalize),
+        derive(inputs.query_vectors, outputs.scratch("queries"), collection.query_rows, None, normalize),
+        derive(inputs.passage_vectors, outputs.scratch("passages"), collection.passage_rows, None, normalize),
     )
 
 
@@ -346,15 +342,15 @@ def _relevance(collection: Collection, start: int, rows: np.ndarray, deepest: in
     return Relevance(grades.astype(np.float64), collection.judgments.ideal(start, len(rows), deepest), n_relevant)
 
 
-def _finish(
+def _summarize(
     given: EvaluateArguments,
     outputs: Outputs,
     inputs: _Inputs | None,
     by_dimension: dict[int | None, np.ndarray | None],
     other: np.ndarray | None,
     run: report.RunReport,
-) -> EvaluationResult:
-    """Means, intervals and the comparison; write the report, and let the outputs appear."""
+) -> dict[str, float]:
+    """Means, intervals and the comparison, for the report; the rejected rows. Returns the largest dimension's means."""
     assert inputs is not None
     names = given.metric_names()
     run.counts = {**_balanced(inputs.collection), **run.counts}
@@ -362,7 +358,7 @@ def _finish(
     for dim, values in by_dimension.items():
         assert values is not None
         low, high = statistics.metric_interval(values, given.confidence, given.resamples, given.seed)
-        means = metrics.aggregate(values, names).aggregated
+        means = metrics.aggregate(values, names)
         ends = zip(names, low.tolist(), high.tolist(), strict=True)
         summaries[dim] = {name: {"value": means[name], "low": lower, "high": upper} for name, lower, upper in ends}
     largest = next(iter(by_dimension))
@@ -377,10 +373,7 @@ def _finish(
         run.results["comparison"] = _compare(given, inputs, Comparison(given.compare_with, values, other), names)
     if given.on_bad_row == "skip":
         write_rejected(outputs, inputs.collection.rejected)
-    with outputs.stage(".report.json") as stream:
-        stream.write(run.to_json())
-    outputs.commit()
-    return EvaluationResult({name: summaries[largest][name]["value"] for name in names}, run.as_dict())
+    return {name: summaries[largest][name]["value"] for name in names}
 
 
 def _balanced(collection: Collection) -> dict[str, int]:

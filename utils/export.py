@@ -1,58 +1,15 @@
-"""Files that let other programs load a trained model: sentence-transformers' own, and PyTorch weights."""
+"""What makes a folder of trained weights a model: configuration, tokenizer, and weights as PyTorch stores them."""
 
-import json
-import logging
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from utils import weights, wordpiece
+from utils import json_files, weights, wordpiece
 from utils.checkpoint import TOKENIZER_FILES, Checkpoint
 from utils.weight_files import write_weights
 
 if TYPE_CHECKING:
     from paddle import Tensor, nn
-
-logger = logging.getLogger(__name__)
-
-_POOLING_FLAGS = {
-    "cls": "pooling_mode_cls_token", "mean": "pooling_mode_mean_tokens", "last": "pooling_mode_lasttoken"
-}  # fmt: skip
-
-
-def write_description(
-    folder: Path, checkpoint: Checkpoint, pooling: str, normalize: bool, templates: tuple[str, str], max_length: int
-) -> None:
-    """Pooling, normalisation, prompts and length limit, as sentence-transformers and ``checkpoint`` read them.
-
-    A template that is more than a prefix has no place there, and is left out with a warning.
-    """
-    kind = "sentence_transformers.models."
-    modules = [("", "Transformer"), ("1_Pooling", "Pooling")] + ([("2_Normalize", "Normalize")] if normalize else [])
-    _write_json(
-        folder / "modules.json",
-        [{"idx": i, "name": str(i), "path": path, "type": kind + name} for i, (path, name) in enumerate(modules)],
-    )
-    for path, _ in modules[1:]:
-        (folder / path).mkdir(exist_ok=True)
-    flags = {flag: name == pooling for name, flag in _POOLING_FLAGS.items()}
-    _write_json(
-        folder / "1_Pooling" / "config.json", {"word_embedding_dimension": checkpoint.hidden_size, **flags}
-    )  # fmt: skip
-    _write_json(folder / "sentence_bert_config.json", {"max_seq_length": max_length, "do_lower_case": False})
-    prompts = {}
-    for name, template in zip(("query", "passage"), templates, strict=True):
-        prefix, _, rest = template.partition("{text}")
-        if rest:
-            logger.warning("%s_template %r ends with text; prompts are prefixes, so give it again when encoding",
-                           name, template)  # fmt: skip
-        prompts[name] = prefix
-    # Where sentence-transformers' encode_document looks first: it would find an empty one of its own.
-    prompts["document"] = prompts["passage"]
-    _write_json(
-        folder / "config_sentence_transformers.json",
-        {"prompts": prompts, "default_prompt_name": None, "similarity_fn_name": "cosine" if normalize else "dot"},
-    )
 
 
 def write_tokenizer(checkpoint: Checkpoint, folder: Path, for_torch: bool) -> None:
@@ -76,7 +33,7 @@ def write_tokenizer(checkpoint: Checkpoint, folder: Path, for_torch: bool) -> No
 def write_config(checkpoint: Checkpoint, folder: Path) -> None:
     """The base model's configuration: training changes weights only, which are written in float32."""
     stored = {name: "float32" for name in ("dtype", "torch_dtype") if name in checkpoint.config}
-    _write_json(folder / "config.json", checkpoint.config | stored)
+    json_files.write(folder / "config.json", checkpoint.config | stored)
 
 
 def check_torch_weights(model: "nn.Layer", checkpoint: Checkpoint) -> None:
@@ -102,7 +59,3 @@ def write_torch_weights(model: "nn.Layer", state: dict[str, "Tensor"], folder: P
         ValueError: PaddleNLP does not say how its names of this model map to Hugging Face's.
     """
     write_weights(weights.to_torch(model, state), folder / "model.safetensors")
-
-
-def _write_json(path: Path, value) -> None:
-    path.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")

@@ -21,7 +21,8 @@ import numpy as np
 
 from utils.distributed import Ranks, through_gloo
 from utils.losses import LossFunction, Targets
-from utils.trainable import TrainableEncoder, padded
+from utils.tokenizing import padded
+from utils.trainable import TrainableEncoder
 from utils.training_data import TrainingBatch
 
 if TYPE_CHECKING:

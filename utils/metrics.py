@@ -32,13 +32,6 @@ class Relevance(NamedTuple):
         return cls(np.asarray(hits, np.float64), ideal, np.asarray(n_relevant, np.int64))
 
 
-class Metrics(NamedTuple):
-    """per_query: float64 [q, number of metrics], columns in the order of ``aggregated``, which holds the means."""
-
-    per_query: np.ndarray
-    aggregated: dict[str, float]
-
-
 def hit_rate(relevance: Relevance, k: int) -> np.ndarray:
     """1 if any of the first k passages is relevant, else 0: float64 [q].
 
@@ -123,14 +116,14 @@ def per_query(relevance: Relevance, names: Sequence[str]) -> np.ndarray:
     return values
 
 
-def compute(relevance: Relevance, names: Sequence[str]) -> Metrics:
-    """The named metrics of each query and their means."""
+def compute(relevance: Relevance, names: Sequence[str]) -> dict[str, float]:
+    """The named metrics' means over all queries."""
     return aggregate(per_query(relevance, names), names)
 
 
-def aggregate(values: np.ndarray, names: Sequence[str]) -> Metrics:
+def aggregate(values: np.ndarray, names: Sequence[str]) -> dict[str, float]:
     """Means over all queries of ``values``, float64 [q, len(names)]."""
-    return Metrics(values, dict(zip(names, values.mean(axis=0).tolist(), strict=True)))
+    return dict(zip(names, values.mean(axis=0).tolist(), strict=True))
 
 
 def _hits(relevance: Relevance, k: int) -> np.ndarray:

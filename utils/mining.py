@@ -38,12 +38,11 @@ def mine(given: MiningArguments) -> MiningResult:
     """
     ranks = Ranks()
     run = report.RunReport("mining_negative_samples", asdict(given))
-    outputs = Outputs(given.output_data_path, _SUFFIXES)
-    try:
+    with Outputs(given.output_data_path, _SUFFIXES) as outputs:
         with run.stage("read"):
             inputs = ranks.start(lambda: _read(given, outputs))
         folder = Path(given.embedding_cache) if given.embedding_cache else outputs.work
-        vectors = _encode(given, ranks, run, inputs, folder, outputs.work)
+        vectors = _encode(given, ranks, run, inputs, folder, outputs)
         with run.stage("search"):
             rankings = find_candidates(given, ranks, run, inputs, vectors, folder)
         job = ranks.on_first(lambda: _screen(given, run, inputs, vectors, rankings))
@@ -52,9 +51,6 @@ def mine(given: MiningArguments) -> MiningResult:
                 _rerank(given, ranks, run, inputs, job, folder)
         result = ranks.on_first(lambda: _choose_and_write(outputs, run, inputs, job))
         return ranks.broadcast_object(result)
-    except BaseException:
-        outputs.abandon()
-        raise
 
 
 def summary(result: MiningResult) -> str:
@@ -108,11 +104,11 @@ def _read(given: MiningArguments, outputs: Outputs) -> Inputs:
 
 
 def _encode(
-    given: MiningArguments, ranks: Ranks, run: report.RunReport, inputs: Inputs | None, folder: Path, work: Path
+    given: MiningArguments, ranks: Ranks, run: report.RunReport, inputs: Inputs | None, folder: Path, outputs: Outputs
 ) -> Vectors:
     run.counts["encoded"] = 0
     if given.embeddings_path:
-        own = ranks.on_first(lambda: _users_vectors(given, inputs, work))
+        own = ranks.on_first(lambda: _users_vectors(given, inputs, outputs))
         return own or Vectors(None, None, given.normalizes_own_vectors)
     query_encoder, passage_encoder = ranks.all_agree(lambda: build_encoders(given))
     with run.stage("encode"):
@@ -130,10 +126,10 @@ def _encode(
     return Vectors(queries, passages, passage_encoder.normalize, keys)
 
 
-def _users_vectors(given: MiningArguments, inputs: Inputs | None, work: Path) -> Vectors:
+def _users_vectors(given: MiningArguments, inputs: Inputs | None, outputs: Outputs) -> Vectors:
     assert inputs is not None and inputs.query_vectors is not None and inputs.passage_vectors is not None
     arrays = [
-        derive(vectors, work / f"output.{name}", rows, given.dimension, given.normalizes_own_vectors)
+        derive(vectors, outputs.scratch(name), rows, given.dimension, given.normalizes_own_vectors)
         for name, vectors, rows in (
             ("queries", inputs.query_vectors, inputs.query_rows), ("passages", inputs.passage_vectors, None)
         )
@@ -211,6 +207,7 @@ def _choose_and_write(outputs: Outputs, run: report.RunReport, inputs: Inputs | 
         result = negatives.choose(job.problem, job.screened, job.positives, job.rules, job.background, progress.update)
     with run.stage("write"):
         _write(job.given, outputs, run, inputs, job.positives, job.screened, result)
+    result.report = run.publish(outputs)
     return result
 
 
@@ -260,7 +257,7 @@ def _write(
     screened: Screened,
     result: MiningResult,
 ) -> None:
-    """The mined rows, the side files and the report; then let them appear together."""
+    """The mined rows and the side files, and what the report says of them."""
     dropped = result.negatives.sizes() < given.negatives_needed
     shape = mining_formats.writer(given.output_format, given.output_scores, given.answer_key, given.no_answer_text)
     n_lines = 0
@@ -284,10 +281,6 @@ def _write(
     found = result.negatives
     mined_scores = found.scores[(found.ranks >= 0) & ~np.repeat(dropped, found.sizes())]
     run.results["scores"] = {"positives": _distribution(positives), "negatives": _distribution(mined_scores)}
-    with outputs.stage(".report.json") as stream:
-        stream.write(run.to_json())
-    outputs.commit()
-    result.report = run.as_dict()
 
 
 def _warn_of_short_rows(

@@ -12,6 +12,8 @@ from typing import IO
 
 from utils.records import RecordError, to_line
 
+# In the work folder, what a later run has no use for begins so; caches, which it goes on from, do not.
+_PASSING = "output"
 # What file systems allow for a name, less what the work folder's and temporary names add.
 _LONGEST_NAME = 235
 # A killed run's last process may still be on its way out.
@@ -26,6 +28,8 @@ class Outputs:
     work folder is locked for the lifetime of the process: a second run with the same output is
     refused, and what a killed run left there is taken over.
 
+    ``with Outputs(...) as outputs:`` abandons them when the block raises.
+
     Args:
         main: the path of the main output; a symbolic link is followed.
         suffixes: of the files that a run may write beside it. ``commit`` removes those that this run did
@@ -39,7 +43,7 @@ class Outputs:
         self._staged: dict[str, Path] = {}
         self._lock: IO | None = None
 
-    def open_work(self, inputs: Iterable[str | None] = ()) -> Path:
+    def open_work(self, inputs: Iterable[str | None] = ()) -> None:
         """Check every output path, then make and lock the work folder.
 
         Args:
@@ -73,7 +77,6 @@ class Outputs:
             raise described(error, f"{self._given}: cannot write there") from None
         if self._lock is None:
             raise ValueError(f"{self._given}: another run is writing this output; wait for it or give another path")
-        return self.work
 
     def _keep_out_of_inputs(self, inputs: Sequence[str], existing: Sequence[str]) -> None:
         """Refuse a work folder that holds what is not ours, and a main output that is a file of an input folder."""
@@ -90,6 +93,10 @@ class Outputs:
             if is_foreign and self.main.is_relative_to(os.path.realpath(folder)):
                 raise ValueError(f"{self.main}: is a file of {folder}, an input; give another output path")
 
+    def scratch(self, name: str) -> Path:
+        """A path in the work folder for a file of no use to a later run, which ``commit`` and ``abandon`` remove."""
+        return self.work / f"{_PASSING}.scratch.{name}"
+
     def _final(self, suffix: str) -> Path:
         return self.main.with_name(self.main.name + suffix)
 
@@ -98,7 +105,7 @@ class Outputs:
         """A writer for ``<main><suffix>``, gzipped if the name ends so; the file appears there at ``commit``."""
         assert not suffix or suffix in self._suffixes
         final = self._final(suffix)
-        draft = self.work / f"output{suffix or '.main'}"
+        draft = self.work / f"{_PASSING}{suffix or '.main'}"
         try:
             with open(draft, "wb") as stream:
                 if final.suffix == ".gz":
@@ -130,10 +137,10 @@ class Outputs:
         self.close()
 
     def abandon(self) -> None:
-        """Remove the work folder if nothing worth resuming is in it."""
+        """Remove drafts and scratch files, and the work folder too if nothing worth resuming is in it."""
         if self._lock is not None:
             for name in os.listdir(self.work):
-                if name.startswith("output"):
+                if name.startswith(_PASSING):
                     (self.work / name).unlink()
             if os.listdir(self.work) == ["lock"]:
                 shutil.rmtree(self.work, ignore_errors=True)
@@ -144,6 +151,13 @@ class Outputs:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
+
+    def __enter__(self) -> "Outputs":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error) -> None:
+        if kind is not None:
+            self.abandon()
 
 
 def write_rejected(outputs: Outputs, rejected: Iterable[RecordError]) -> None:

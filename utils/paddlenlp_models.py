@@ -3,16 +3,19 @@
 import contextlib
 import io
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from utils import pdparams, runtime
-from utils.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from utils.checkpoint import Checkpoint
 
 
-def new_model(model: Checkpoint, dtype: str, **config):
+def new_model(model: "Checkpoint", dtype: str, **config):
     """A model of the checkpoint's configuration, with fresh weights.
 
     Args:
@@ -30,21 +33,32 @@ def new_model(model: Checkpoint, dtype: str, **config):
         )
 
 
-def _new_qwen3(model: Checkpoint, dtype: str, **config):
-    import paddle
-
+def _new_qwen3(model: "Checkpoint", dtype: str, **config):
     from utils.qwen3 import Qwen3Model
+
+    with default_dtype(dtype), one_line(f"{model.folder}: this qwen3 model cannot be made"):
+        return Qwen3Model(import_paddlenlp().PretrainedConfig.from_dict(model.config, **config))
+
+
+@contextlib.contextmanager
+def default_dtype(dtype: str) -> Iterator[None]:
+    """Parameters and masks that are made in this block have this type."""
+    import paddle
 
     before = paddle.get_default_dtype()
     paddle.set_default_dtype(dtype)
     try:
-        with one_line(f"{model.folder}: this qwen3 model cannot be made"):
-            return Qwen3Model(import_paddlenlp().PretrainedConfig.from_dict(model.config, **config))
+        yield
     finally:
         paddle.set_default_dtype(before)
 
 
-def _rotations(model: Checkpoint) -> dict:
+def first_output(output):
+    """A model's first tensor: the hidden states, or the logits of one with a head; some models give no other."""
+    return output[0] if isinstance(output, list | tuple) else output
+
+
+def _rotations(model: "Checkpoint") -> dict:
     """How fast a decoder's positions are rotated: PaddleNLP looks in one place only, and else assumes a value."""
     return {"rope_theta": model.config["rope_theta"]} if "rope_theta" in model.config else {}
 
@@ -74,6 +88,33 @@ def read_torch_file(path: Path) -> dict[str, np.ndarray]:
 
     with one_line(f"{path}: no weights of PyTorch's, or a damaged file"):
         return pdparams.floats(load_torch(str(path)))
+
+
+def download(name: str, weights: Sequence[str]) -> Path:
+    """The folder of a model with a hub's name, which PaddleNLP fetches into its own cache unless it is there.
+
+    Args:
+        weights: patterns of the names that files of weights have.
+
+    Raises:
+        FileNotFoundError: it could not be fetched; the message is the reason alone.
+    """
+    try:
+        transformers = import_paddlenlp()
+        from paddlenlp.utils.env import MODEL_HOME
+
+        folder = Path(MODEL_HOME) / name
+        if (folder / "config.json").is_file() and any(any(folder.glob(kind)) for kind in weights):
+            return folder
+        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+            transformers.AutoTokenizer.from_pretrained(name)
+            transformers.AutoModel.from_pretrained(name)
+        if (folder / "config.json").is_file():
+            return folder
+        reason = f"PaddleNLP left no model in {folder}"
+    except Exception as error:  # noqa: BLE001 - PaddleNLP raises whatever its download library does
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    raise FileNotFoundError(reason)
 
 
 @contextlib.contextmanager

@@ -42,12 +42,6 @@ class Record:
     line: int
     row: dict
 
-    @property
-    def extra(self) -> dict:
-        """The keys that this toolkit does not know."""
-        known = {"query", *_ALIASES, *_ALIASES.values()}
-        return {key: value for key, value in self.row.items() if key not in known}
-
 
 class RawLine(NamedTuple):
     """A line of a file: its 1-based number, and its bytes without the line ending."""

@@ -1,7 +1,6 @@
 """What a person sees while a script runs, and the run report that programs read afterwards."""
 
 import importlib.metadata
-import json
 import logging
 import platform
 import sys
@@ -9,7 +8,8 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
-from utils import runtime
+from utils import json_files, runtime
+from utils.outputs import Outputs
 
 _PACKAGES = ("paddlepaddle", "paddlepaddle-gpu", "paddlenlp", "faiss-cpu", "faiss-gpu", "numpy", "tokenizers")
 # With output that is not a terminal a bar becomes a line this often.
@@ -99,9 +99,19 @@ class RunReport:
             "versions": versions(),
         }
 
-    def to_json(self) -> bytes:
-        """``as_dict`` as indented UTF-8 JSON."""
-        return (json.dumps(self.as_dict(), ensure_ascii=False, indent=2) + "\n").encode()
+    def publish(self, outputs: Outputs) -> dict:
+        """Write ``as_dict`` to ``<output>.report.json``, let all outputs appear, and return what was written.
+
+        Call it after the last ``stage``, whose seconds count when it ends.
+
+        Raises:
+            OSError: an output cannot be written.
+        """
+        about = self.as_dict()
+        with outputs.stage(".report.json") as stream:
+            stream.write(json_files.as_json(about))
+        outputs.commit()
+        return about
 
 
 def versions() -> dict[str, str]:

@@ -11,7 +11,7 @@ from utils import checkpoint, engines, runtime
 from utils.checkpoint import Checkpoint
 from utils.distributed import Ranks
 from utils.embedding_store import EmbeddingStore, fingerprint
-from utils.paddlenlp_models import import_paddlenlp, load_tokenizer, one_line
+from utils.paddlenlp_models import first_output, import_paddlenlp, load_tokenizer, one_line
 from utils.report import Progress
 from utils.weight_files import read_weights
 
@@ -67,8 +67,7 @@ class Reranker:
         )  # fmt: skip
         inputs = {name: paddle.to_tensor(np.asarray(values, np.int64)) for name, values in batch.items()}
         with paddle.no_grad():
-            output = model(**inputs)
-        logits = output[0] if isinstance(output, list | tuple) else output
+            logits = first_output(model(**inputs))
         return logits.astype("float32").numpy().reshape(-1)
 
     def _load(self) -> tuple:

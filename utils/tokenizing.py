@@ -1,11 +1,12 @@
 """Texts to token ids: the Rust tokenizer where the checkpoint has one or is BERT's, else PaddleNLP's."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from utils import word_cache, wordpiece
+import numpy as np
+
+from utils import json_files, word_cache, wordpiece
 
 # A text can be cut to this many characters a wanted token before tokenising: no vocabulary has many
 # longer pieces, and a text of megabytes would otherwise be tokenised whole to keep its first 512 tokens.
@@ -28,7 +29,7 @@ def load(folder: Path, max_length: int, for_torch: bool) -> Tokenizer:
         for_torch: whether a vocabulary without ``tokenizer.json`` is read as transformers does, not PaddleNLP.
 
     Raises:
-        ValueError: its files cannot be read.
+        OSError, ValueError: its files cannot be read.
     """
     built = read(folder) if (folder / "tokenizer.json").is_file() else None
     if built is None and for_torch:
@@ -44,6 +45,19 @@ def read(folder: Path):
         return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     except Exception as error:  # noqa: BLE001 - the library raises bare Exception
         raise ValueError(f"{folder / 'tokenizer.json'}: cannot be read ({error})") from None
+
+
+def padded(tokens: Sequence[Sequence[int]], pad_id: int, width: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Token lists as ids int64 [b, width], padded to the right, and lengths int64 [b].
+
+    Args:
+        width: at least the longest list's length, which it is by default.
+    """
+    lengths = np.array([len(ids) for ids in tokens], np.int64)
+    ids = np.full((len(tokens), width or int(lengths.max())), pad_id, np.int64)
+    for row, own in zip(ids, tokens, strict=True):
+        row[: len(own)] = own
+    return ids, lengths
 
 
 class _RustTokenizer:
@@ -65,16 +79,11 @@ class _RustTokenizer:
 def _pad_id(tokenizer, folder: Path) -> int:
     """Padding is masked, so any valid id will do where the checkpoint names none."""
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        path = folder / name
-        if path.is_file():
-            try:
-                token = json.loads(path.read_text(encoding="utf-8")).get("pad_token")
-            except (ValueError, AttributeError):
-                raise ValueError(f"{path}: cannot be read; expected a JSON object") from None
-            token = token.get("content") if isinstance(token, dict) else token
-            number = tokenizer.token_to_id(token) if isinstance(token, str) else None
-            if number is not None:
-                return number
+        token = json_files.read_object(folder / name).get("pad_token")
+        token = token.get("content") if isinstance(token, dict) else token
+        number = tokenizer.token_to_id(token) if isinstance(token, str) else None
+        if number is not None:
+            return number
     for token in ("<pad>", "[PAD]", "<|endoftext|>"):
         number = tokenizer.token_to_id(token)
         if number is not None:

@@ -4,7 +4,6 @@ The parameters live in PaddleNLP's model, so that it saves and loads them. BERT-
 by a lean forward pass over those same parameters; every other model by PaddleNLP's own.
 """
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -14,6 +13,7 @@ from utils import engines, matmul, onednn, runtime, weights
 from utils.checkpoint import Checkpoint
 from utils.encoder import pooling_weights
 from utils.lean_forward import LeanForward, PackedBatch, PaddedBatch, sublayer
+from utils.paddlenlp_models import first_output
 
 if TYPE_CHECKING:
     from paddle import Tensor, nn
@@ -127,7 +127,7 @@ class TrainableEncoder:
             if self.recompute:
                 self.model.apply(_turn_recompute_on)
             output = self.model(paddle.to_tensor(ids), attention_mask=paddle.to_tensor(mask.astype(np.int64)))
-            hidden = output[0] if isinstance(output, list | tuple) else output
+            hidden = first_output(output)
         return paddle.bmm(paddle.to_tensor(shares).unsqueeze(1), hidden.astype("float32")).squeeze(1)
 
 
@@ -170,15 +170,6 @@ def merged_state(model: "nn.Layer") -> dict[str, "Tensor"]:
     return merged
 
 
-def padded(tokens: Sequence[Sequence[int]], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """Token lists as ids int64 [b, t], padded to the right, and lengths int64 [b]."""
-    lengths = np.array([len(ids) for ids in tokens], np.int64)
-    ids = np.full((len(tokens), int(lengths.max())), pad_id, np.int64)
-    for row, own in zip(ids, tokens, strict=True):
-        row[: len(own)] = own
-    return ids, lengths
-
-
 class TrainableEngine:
     """A trainable encoder behind ``engines.Engine`` and its lazy form, so that ``encoder.Encoder`` runs on it."""
 
@@ -188,7 +179,7 @@ class TrainableEngine:
 
     def __init__(self, encoder: TrainableEncoder):
         self._encoder = encoder
-        self.batch_tokens = 65536 if engines.device() == "gpu" else 2048
+        self.batch_tokens = engines.batch_tokens()
 
     def description(self) -> dict:
         """What of the engine the vectors depend on."""

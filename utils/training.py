@@ -1,36 +1,39 @@
-"""The training job: rows in, a model out. The loop is ``trainer``'s."""
+"""The training job: rows in, a model out. The loop is ``embedding_trainer``'s."""
 
-import json
 import logging
-import os
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from utils import checkpoint, engines, export, losses, report, tokenizing, trainer, training_data, training_rows
+from utils import (
+    checkpoint,
+    engines,
+    export,
+    losses,
+    report,
+    resuming,
+    runtime,
+    sentence_transformers_folder,
+    tokenizing,
+    training_data,
+    training_rows,
+)  # fmt: skip
 from utils.batch_plan import Plan
-from utils.checkpoint import WEIGHT_PATTERNS, Checkpoint
-from utils.dev_evaluation import METRICS, DevSet
+from utils.checkpoint import Checkpoint
+from utils.dev_evaluation import METRICS, DevSet, judging_metric
 from utils.distributed import Ranks
 from utils.encoder import Encoder, EncoderSettings
-from utils.outputs import LOCK_PATIENCE_S, described, remove, take_lock, write_whole
-from utils.paddlenlp_models import import_paddlenlp
+from utils.json_files import as_json
+from utils.outputs import write_whole
+from utils.paddlenlp_arguments import trainer_arguments
 from utils.trainable import TrainableEncoder, TrainableEngine, faster_precision, merged_state
 from utils.training_arguments import TrainArguments
-from utils.training_data import Collator, Preflight
-from utils.training_folder import checkpoints, not_leading_to, put_into
+from utils.training_data import Collator, Loader, Preflight
+from utils.training_folder import WEIGHTS, put_into
 from utils.training_rows import TrainingRows
 
 logger = logging.getLogger(__name__)
 
-# What may differ between a run and the one that it continues.
-_FREE_TO_CHANGE = {
-    "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "logging_steps", "save_total_limit",
-    "export_format", "report_to", "logging_dir", "disable_tqdm",
-}  # fmt: skip
-# The key under which a run's record says which checkpoint it was asked to go on from.
-_RESUMED = "resume_from_checkpoint"
 _UNCUT = 1 << 20
-_WEIGHTS = "model_state.pdparams"
 
 
 @dataclass
@@ -65,6 +68,11 @@ class _Inputs:
         data = dict(zip(self.files, self.rows.digests, strict=True)) | (self.dev.digests if self.dev else {})
         return data | {"model_name_or_path": self.base.digest}
 
+    def fingerprint(self, n_ranks: int) -> dict:
+        """What makes two runs with equal arguments the same run."""
+        dev = list(self.dev.digests.values()) if self.dev else None
+        return {"data": self.rows.digests, "dev_data": dev, "model": self.base.digest, "ranks": n_ranks}
+
     @classmethod
     def read(cls, given: TrainArguments) -> "_Inputs":
         files, dev_path = training_rows.find_files(given.dataset_name_or_path, given.dev_dataset_path)
@@ -87,7 +95,7 @@ class _Inputs:
             logger.info("dev: %s queries, %s passages of %s", f"{len(dev.queries):,}", f"{len(dev.corpus):,}", dev_path)
         if dev is None and (given.load_best_model_at_end or given.early_stopping_patience):
             raise ValueError("load_best_model_at_end and early_stopping_patience need dev rows; give dev_dataset_path")
-        metric = trainer.metric(given)
+        metric = judging_metric(given.metric_for_best_model)
         if dev is not None and metric not in METRICS:
             raise ValueError(f"metric_for_best_model is {metric!r}; expected one of {', '.join(METRICS)}")
         return cls(files, rows, base, dev)
@@ -102,7 +110,7 @@ def train(given: TrainArguments) -> TrainingResult:
     ranks = Ranks()
     run = report.RunReport("run_embedding", asdict(given))
     with run.stage("read"):
-        lock = ranks.start(lambda: _prepare_output(given))
+        lock = ranks.start(lambda: resuming.take_folder(given))
     try:
         with run.stage("read"):
             inputs = ranks.all_agree(lambda: _Inputs.read(given))
@@ -112,9 +120,13 @@ def train(given: TrainArguments) -> TrainingResult:
             found = ranks.all_agree(job.preflight)
             run.counts = {"rows": len(inputs.rows), "rejected": len(inputs.rows.rejected)}
             run.results["preflight"] = found.facts | {"warnings": found.warnings}
-        resume = ranks.broadcast_object(ranks.on_first(job.resumed))
+        resume = ranks.broadcast_object(ranks.on_first(lambda: resuming.resumed(given, inputs.fingerprint(ranks.size))))
         with run.stage("train"):
-            loop = trainer.make(job)
+            arguments = trainer_arguments(given, inputs.base, len(job.plan), ranks.size, inputs.dev is not None)
+            job.load()
+            from utils.embedding_trainer import EmbeddingTrainer
+
+            loop = EmbeddingTrainer(job, arguments)
             loop.run(resume)
             loop.finish()
         with run.stage("write"):
@@ -122,8 +134,9 @@ def train(given: TrainArguments) -> TrainingResult:
         metrics = loop.final_metrics
         steps, loss = loop.state.global_step, loop.mean_loss()
         run.results |= {"steps": steps, "loss": loss, "metrics": metrics}
-        ranks.on_first(lambda: write_whole(Path(given.output_dir) / "report.json", run.to_json()))
-        return TrainingResult(given.output_dir, steps, loss, metrics, run.as_dict())
+        about = run.as_dict()
+        ranks.on_first(lambda: write_whole(Path(given.output_dir) / "report.json", as_json(about)))
+        return TrainingResult(given.output_dir, steps, loss, metrics, about)
     finally:
         if lock is not None:
             lock.close()
@@ -149,61 +162,14 @@ def _agree_on_inputs(ranks: Ranks, inputs: _Inputs) -> None:
     ranks.on_first(compare)
 
 
-def _prepare_output(given: TrainArguments):
-    """Make and lock the output folder."""
-    folder = Path(given.output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder}: output_dir is a file; expected a folder, or a path for a new one")
-    if folder.is_dir():
-        if os.path.isdir(given.model_name_or_path) and os.path.samefile(folder, given.model_name_or_path):
-            raise ValueError(f"{folder}: is the base model's folder; give another output_dir")
-        others = {path.name for kind in WEIGHT_PATTERNS for path in folder.glob(kind)} - {_WEIGHTS}
-        if others:
-            raise ValueError(
-                f"{folder}: holds {min(others)}, which would be loaded in place of what is trained or with it; give"
-                " another output_dir"
-            )
-    try:
-        lock = take_lock(folder, LOCK_PATIENCE_S)
-    except OSError as error:
-        raise described(error, f"{folder}: cannot write there") from None
-    if lock is None:
-        raise ValueError(f"{folder}: another run is training there; wait for it or give another output_dir")
-    return lock
-
-
-def _differences(own: dict, record: Path, asked: bool) -> list[str]:
-    """In which arguments the run that a folder's record tells of is another one.
-
-    Args:
-        asked: True if a checkpoint to go on from was asked for; the run goes on as it began where none is.
-    """
-    before = _read_object(record) if record.is_file() else {}
-    names = {*own, *before} - (set() if asked else {_RESUMED})
-    return sorted(name for name in names if own.get(name) != before.get(name))
-
-
-def _read_object(path: Path) -> dict:
-    """A JSON object that an earlier run left.
-
-    Raises:
-        ValueError: it is something else by now.
-    """
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(found, dict):
-            return found
-    except ValueError:
-        pass
-    raise ValueError(f"{path}: is damaged; expected what an earlier run left. Remove its folder, or move it away")
-
-
 class Job:
     """The pieces of a training run, put together from the arguments."""
 
     def __init__(self, given: TrainArguments, ranks: Ranks, inputs: _Inputs):
         self.given, self.ranks, self.rows, self.base = given, ranks, inputs.rows, inputs.base
         self.dev = inputs.dev
+        metric = judging_metric(given.metric_for_best_model)
+        self.judged_by = [metric, *self.dev.digests.values()] if self.dev else []
         self.loss = losses.get(given.loss_type)
         self.pooling = given.pooling or self.base.pooling
         self.normalize = self.base.normalize if given.normalize is None else given.normalize
@@ -214,6 +180,7 @@ class Job:
         longest = self.base.max_length or _UNCUT
         self.limits = (min(given.max_query_len, longest), min(given.max_passage_len, longest))
         self.tokenizers = tuple(self._tokenizer(limit) for limit in self.limits)
+        self.pad_ids = tuple(tokenizer.pad_id for tokenizer in self.tokenizers)
         self.plan = Plan(
             rows=self.rows,
             batch_size=given.per_device_train_batch_size * ranks.size,
@@ -222,13 +189,16 @@ class Job:
             n_ranks=ranks.size,
             group_by_source=given.group_by_source,
             hard_batches=given.hard_batches,
-            drop_last=bool(getattr(given, "dataloader_drop_last", None)),
+            drop_last=bool(given.dataloader_drop_last),
             multiple=given.gradient_accumulation_steps,
         )
         self.collate = Collator(
             self.rows, given.group_size, self.tokenizers, self.templates, ranks.rank, ranks.size,
             given.embedding_negatives_cross_device, self.loss.needs_scores,
         )  # fmt: skip
+        self.objective = losses.objective(
+            self.loss.function, self.normalize, given.embedding_matryoshka_dims, given.embedding_matryoshka_weights
+        )
         self.encoder: TrainableEncoder | None = None
 
     def _tokenizer(self, limit: int) -> tokenizing.Tokenizer:
@@ -253,6 +223,25 @@ class Job:
         )  # fmt: skip
         return found
 
+    def load(self) -> None:
+        """Load the base model, to be trained."""
+        given = self.given
+        runtime.import_paddle().seed(given.seed)
+        lora = (given.lora_rank, given.lora_alpha) if given.lora else None
+        flash_attention = bool(given.use_flash_attention) and engines.device() == "gpu"
+        wanted = "medium" if given.bf16 else given.float32_matmul_precision
+        self.encoder = TrainableEncoder(
+            self.base, self.pooling, given.recompute, flash_attention, lora, given.dropout,
+            faster_precision(self.base, wanted),
+        )  # fmt: skip
+        self.ranks.on_first(self._check_export)
+        if given.word_embeddings == "freeze" or given.freeze_layers:
+            self.encoder.freeze(given.freeze_layers)
+
+    def loader(self) -> Loader:
+        """Our part of the batches."""
+        return Loader(self.plan, self.collate)
+
     def evaluate(self) -> dict[str, float]:
         """The dev metrics of the model as it is now."""
         assert self.encoder is not None and self.dev is not None
@@ -267,49 +256,7 @@ class Job:
         )
         return self.dev.evaluate(encoders, self.ranks)
 
-    def fingerprint(self) -> dict:
-        """What makes two runs the same run."""
-        kept = {name: value for name, value in asdict(self.given).items() if name not in _FREE_TO_CHANGE}
-        dev = list(self.dev.digests.values()) if self.dev else None
-        return kept | {
-            "data": self.rows.digests, "dev_data": dev, "model": self.base.digest, "ranks": self.ranks.size
-        }  # fmt: skip
-
-    def judged_by(self) -> list[str]:
-        """What the best checkpoint is the best by: the metric, and the digests of the dev rows; empty without any."""
-        return [trainer.metric(self.given), *self.dev.digests.values()] if self.dev else []
-
-    def resumed(self) -> str | None:
-        """The checkpoint to go on from, on rank 0: this run's last one, or what ``resume_from_checkpoint`` says.
-
-        Raises:
-            ValueError: the folder holds checkpoints that are not this run's, or none is there where one was asked for.
-        """
-        folder = Path(self.given.output_dir)
-        for stale in folder.glob("checkpoint-*.work"):
-            remove(stale)
-        found = checkpoints(self.given.output_dir)
-        asked = getattr(self.given, "resume_from_checkpoint", None)
-        own = json.loads(json.dumps(self.fingerprint())) | {_RESUMED: asked and os.path.realpath(asked)}
-        record = folder / "run.json"
-        anew = asked is None and self.given.overwrite_output_dir
-        other = _differences(own, record, asked is not None) if found and not anew else []
-        if found and not anew and not other:
-            logger.info("going on from %s", found[-1])
-            return str(found[-1])
-        what = f"checkpoints of a run with other {', '.join(other[:4])}"
-        if asked is not None:
-            found = not_leading_to(asked, found)
-            what = f"{', '.join(path.name for path in found)}, not on the way to {asked}"
-        if found and not self.given.overwrite_output_dir:
-            raise ValueError(f"{folder}: holds {what}; give another output_dir, or --overwrite_output_dir true")
-        for path in found:
-            logger.info("removing %s, of an earlier run", path)
-            remove(path)
-        write_whole(record, (json.dumps(own, ensure_ascii=False, indent=2) + "\n").encode())
-        return asked
-
-    def check_export(self) -> None:
+    def _check_export(self) -> None:
         """Refuse an export that the model does not allow, before it is trained."""
         assert self.encoder is not None
         if self.given.export_format == "huggingface":
@@ -321,7 +268,7 @@ class Job:
     def write_model(self, folder: Path) -> None:
         """The model's files; then its export, if one is asked for, so that its failure costs no model."""
         # An earlier model may have left its export, and files that this one has not, such as a tokenizer.json.
-        with put_into(folder, "the model", ("huggingface", _WEIGHTS, *checkpoint.DESCRIPTION)) as work:
+        with put_into(folder, "the model", ("huggingface", WEIGHTS, *checkpoint.DESCRIPTION)) as work:
             self.write_model_files(work)
         if self.given.export_format == "huggingface":
             with put_into(folder, "the export") as work:
@@ -332,7 +279,7 @@ class Job:
         import paddle
 
         assert self.encoder is not None
-        paddle.save(merged_state(self.encoder.model), str(folder / _WEIGHTS))
+        paddle.save(merged_state(self.encoder.model), str(folder / WEIGHTS))
         self._write_description(folder, for_torch=False)
 
     def write_export(self, folder: Path) -> None:
@@ -347,39 +294,6 @@ class Job:
         export.write_tokenizer(self.base, folder, for_torch)
         # Not the length trained with: every script here encodes up to 512 tokens unless told otherwise.
         longest = min(self.base.max_length or _UNCUT, max(512, *self.limits))
-        export.write_description(folder, self.base, self.pooling, self.normalize, self.templates, longest)
-
-    def trainer_arguments(self):
-        """PaddleNLP's TrainingArguments."""
-        import_paddlenlp()
-        from paddlenlp.trainer import TrainingArguments
-
-        given, options = self.given, self.given.trainer_options()
-        shared = {f.name for f in fields(TrainingArguments)} & {f.name for f in fields(TrainArguments)}
-        options = {name: getattr(given, name) for name in shared} | options
-        on_gpu = engines.device() == "gpu"
-        for name in ("bf16", "fp16"):
-            if options.get(name) and not on_gpu:
-                options[name] = False  # the Trainer's way is a GPU's
-                if name == "fp16" or faster_precision(self.base, "medium") != "medium":
-                    logger.info("%s is of no use here; training in float32", name)
-        if options.pop("sharding", None) and self.ranks.size > 1:
-            logger.info("sharding saves memory only and is not used: every rank keeps the whole optimizer")
-        options |= {
-            "do_train": True, "device": engines.device(), "disable_tqdm": True, "unified_checkpoint": False,
-            "fp16_opt_level": "O1", "recompute": False, "skip_profile_timer": True, "load_best_model_at_end": False,
-        }  # fmt: skip
-        # The Trainer would do so by itself, after it has counted with the other number, and in a log that is off.
-        options["gradient_accumulation_steps"] = min(given.gradient_accumulation_steps, len(self.plan))
-        if len(self.plan) < given.gradient_accumulation_steps:
-            logger.info("an epoch has %d batches: gradient_accumulation_steps is %d, not %d",
-                        len(self.plan), len(self.plan), given.gradient_accumulation_steps)  # fmt: skip
-        options.setdefault("report_to", ["visualdl"])
-        options["do_eval"] = self.dev is not None  # true alone would make PaddleNLP evaluate every few steps
-        if self.dev is None:
-            options["evaluation_strategy"] = "no"
-        try:
-            return TrainingArguments(**options)
-        except Exception as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[-1][:200]
-            raise ValueError(f"PaddleNLP's Trainer does not take these arguments: {reason}") from error
+        sentence_transformers_folder.write(
+            folder, self.base.hidden_size, self.pooling, self.normalize, self.templates, longest
+        )

@@ -18,7 +18,7 @@ _WHY = {"metrics_output_path": "losses and metrics are in <output_dir>/training.
 # Where PaddleNLP's Trainer can report to, and the package that it needs for that.
 _REPORTS = {"visualdl": "visualdl", "tensorboard": "tensorboardX", "wandb": "wandb", "autonlp": "ray"}
 # The least that PaddleNLP's Trainer understands; it takes what is below for something else, or for nothing.
-_LEAST = {"warmup_steps": 0, "eval_steps": 0, "save_steps": 0}
+_LEAST = {"warmup_steps": 0, "eval_steps": 0}
 # Arguments of PaddleNLP's Trainer that this toolkit's data-parallel training cannot honour.
 _NOT_SUPPORTED = {
     "count_trained_tokens": (None, False),
@@ -37,9 +37,9 @@ _NOT_SUPPORTED = {
 
 @dataclass
 class TrainArguments:
-    """Arguments of run_embedding.py that are this toolkit's own, or whose defaults are.
+    """Arguments of run_embedding.py that are this toolkit's own, or whose defaults are, or that it reads.
 
-    ``training_arguments`` adds those of PaddleNLP's Trainer.
+    ``training_arguments`` adds the others of PaddleNLP's Trainer.
     """
 
     model_name_or_path: str = option(
@@ -137,6 +137,13 @@ class TrainArguments:
     zero_padding: bool | None = option(None, "accepted for PaddleNLP's files; changes nothing here")
     eval_with_do_generation: bool | None = option(None, "accepted for PaddleNLP's files; changes nothing here")
     use_flash_attention: bool | None = option(None, "decoders on GPUs: PaddleNLP's flash attention")
+    # Of the Trainer's own, those that are read here too.
+    bf16: bool | None = option(None, ELSEWHERE)
+    fp16: bool | None = option(None, ELSEWHERE)
+    save_steps: int | None = option(None, ELSEWHERE, at_least=0)
+    report_to: list[str] | None = option(None, ELSEWHERE)
+    resume_from_checkpoint: str | None = option(None, ELSEWHERE)
+    dataloader_drop_last: bool | None = option(None, ELSEWHERE)
 
     def check(self) -> None:
         """Rules that tie fields together."""
@@ -159,10 +166,10 @@ class TrainArguments:
                 raise ArgumentError(f"{name} is {value!r}; not supported here: {_WHY.get(name, _DATA_PARALLEL)}")
         if self.max_steps == 0:
             raise ArgumentError("max_steps is 0; expected at least 1, or -1 for as many as num_train_epochs says")
-        if self.save_strategy == "steps" and getattr(self, "save_steps", None) == 0:
+        if self.save_strategy == "steps" and self.save_steps == 0:
             raise ArgumentError("save_steps is 0; expected at least 1, or another save_strategy than 'steps'")
         self._check_reports()
-        if getattr(self, "fp16", None) and getattr(self, "bf16", None):
+        if self.fp16 and self.bf16:
             raise ArgumentError("fp16 and bf16 are both true; expected one of them")
         needs_dev = self.load_best_model_at_end or self.early_stopping_patience
         if needs_dev and self.evaluation_strategy == "no":
@@ -172,7 +179,7 @@ class TrainArguments:
 
     def _check_reports(self) -> None:
         """Whether there is what report_to needs."""
-        names = getattr(self, "report_to", None) or []
+        names = self.report_to or []
         for name in names if names not in (["all"], ["none"]) else []:
             if name not in _REPORTS:
                 expected = f"'all' or 'none' alone, or some of {', '.join(_REPORTS)}"
@@ -182,12 +189,8 @@ class TrainArguments:
 
     def trainer_options(self) -> dict[str, Any]:
         """What was given of PaddleNLP's own arguments, by name."""
-        own = {f.name for f in dataclasses.fields(TrainArguments)}
-        return {
-            f.name: getattr(self, f.name)
-            for f in dataclasses.fields(self)
-            if f.name not in own and getattr(self, f.name) is not None
-        }
+        theirs = [f.name for f in dataclasses.fields(self) if f.metadata["help"] == ELSEWHERE]
+        return {name: getattr(self, name) for name in theirs if getattr(self, name) is not None}
 
 
 def training_arguments() -> type[TrainArguments]:

@@ -15,6 +15,8 @@ from utils.outputs import described, remove, write_whole
 
 logger = logging.getLogger(__name__)
 
+# The trained weights, in PaddleNLP's form.
+WEIGHTS = "model_state.pdparams"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 

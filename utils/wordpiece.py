@@ -4,8 +4,9 @@ transformers and PaddleNLP read such a folder differently: PaddleNLP sets symbol
 punctuation, transformers leaves them in their words. A model wants what it was trained with.
 """
 
-import json
 from pathlib import Path
+
+from utils import json_files
 
 # What PaddleNLP counts as symbols: Unicode's, and some that it names.
 _SYMBOLS = "[\\p{S}\u00ad\u00b2\u00b5\u00ba\u00d8\u014b\u01b1\u3007]"
@@ -22,11 +23,11 @@ def build(folder: Path, symbols_apart: bool):
         symbols_apart: as PaddleNLP's, but for characters that only newer versions of Unicode know.
 
     Raises:
-        ValueError: the files cannot be read.
+        OSError, ValueError: the files cannot be read.
     """
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
-    settings = _read_settings(folder / "tokenizer_config.json")
+    settings = json_files.read_object(folder / "tokenizer_config.json")
     kinds = ("BertTokenizer", "BertTokenizerFast") + (("ErnieTokenizer",) if symbols_apart else ())
     if not (folder / "vocab.txt").is_file() or settings.get("tokenizer_class", kinds[0]) not in kinds:
         return None
@@ -56,15 +57,6 @@ def build(folder: Path, symbols_apart: bool):
     )
     tokenizer.add_special_tokens([token for token in special.values() if token in vocabulary])
     return tokenizer
-
-
-def _read_settings(path: Path) -> dict:
-    if not path.is_file():
-        return {}
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError):
-        raise ValueError(f"{path}: cannot be read; expected a JSON object") from None
 
 
 def _read_vocabulary(path: Path) -> dict[str, int]:

@@ -1,0 +1,319 @@
+"""PaddleNLP's Trainer with our gradients, batches, checkpoints and evaluation.
+
+The Trainer gives the loop, the schedule and the optimizer. Checkpoints appear whole, by rename, and hold
+all that an interrupted training needs to end as an unbroken one. Imports PaddleNLP: import it where it is needed, and
+after ``paddlenlp_models.import_paddlenlp``.
+"""
+
+import json
+import logging
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Protocol
+
+import paddle
+from paddlenlp.trainer import Trainer, TrainingArguments
+from paddlenlp.trainer.trainer_callback import PrinterCallback, TrainerCallback
+
+from utils.distributed import Ranks, through_gloo
+from utils.gradients import GradientStep, reduce
+from utils.losses import LossFunction, Targets
+from utils.outputs import described, remove, write_whole
+from utils.report import Progress
+from utils.standing import Guard, Standing
+from utils.trainable import TrainableEncoder
+from utils.training_arguments import TrainArguments
+from utils.training_data import Loader
+from utils.training_folder import WEIGHTS, Journal, checkpoint_of, is_checkpoint, remove_old
+
+logger = logging.getLogger(__name__)
+
+
+class Job(Protocol):
+    """What is trained, on what, and what is kept of it.
+
+    ``judged_by`` says what the best checkpoint is the best by: the dev metric, and the digests of the dev rows. It is
+    empty where there are none to evaluate.
+    """
+
+    given: TrainArguments
+    ranks: Ranks
+    encoder: TrainableEncoder
+    objective: LossFunction
+    pad_ids: tuple[int, int]
+    judged_by: list[str]
+
+    def loader(self) -> Loader:
+        """Our part of the batches."""
+
+    def evaluate(self) -> dict[str, float]:
+        """The dev metrics of the model as it is now; every rank calls it."""
+
+    def write_model_files(self, folder: Path) -> None:
+        """The model as it is now, as a folder that can be loaded."""
+
+
+class EmbeddingTrainer(Trainer):
+    """PaddleNLP's Trainer of a job whose model is loaded."""
+
+    def __init__(self, job: Job, arguments: TrainingArguments):
+        self.job, self.given, self.ranks = job, job.given, job.ranks
+        super().__init__(
+            model=job.encoder.model, args=arguments, train_dataset=job.loader().dataset, callbacks=[_Watch()]
+        )
+        self.remove_callback(PrinterCallback)
+        self.final_metrics: dict[str, float] = {}
+        self._evaluated_at = -1
+        self._guard = Guard(self.args.gradient_accumulation_steps)
+        self._standing = Standing(job.judged_by)
+        given = job.given
+        self._journal = Journal(Path(given.output_dir) / "training.jsonl")
+        self.step = GradientStep(
+            job.encoder,
+            job.objective,
+            Targets(given.group_size, None, given.embedding_temperature, given.margin),
+            job.pad_ids,
+            given.seed,
+            given.gradcache_chunk_size,
+            job.ranks.rank,
+            given.embedding_negatives_cross_device,
+            self.autocast_smart_context_manager,
+            self._scaled,
+        )  # fmt: skip
+
+    def _scaled(self, loss):
+        loss = loss / self.args.gradient_accumulation_steps
+        return self.scaler.scale(loss) if self.do_grad_scaling else loss
+
+    def run(self, resume: str | None) -> None:
+        """Train, from a checkpoint on if one is given; a training that had ended is not gone on with."""
+        step, standing, ended = self.ranks.broadcast_object(self.ranks.on_first(lambda: self._begin(resume)))
+        if not ended:
+            if self.job.judged_by and resume is None:
+                self._note_where_it_began()
+            with through_gloo():  # the Trainer has collectives of its own
+                self.train(resume_from_checkpoint=resume)
+            return
+        logger.info("%s: the training had ended there", resume)
+        self._load_from_checkpoint(resume)
+        self._agree(self.model)
+        self.state.global_step = step
+        self._take_over(standing)
+
+    def _note_where_it_began(self) -> None:
+        """The dev metrics of the base model: what training is to better."""
+        found = self.job.evaluate()
+        logger.info("before training: %s %.4f", self.job.judged_by[0], found[self.job.judged_by[0]])
+        logs = {f"eval_{name}": value for name, value in found.items()}
+        self.ranks.on_first(lambda: self._journal.add(0, logs, shown=False))
+
+    def _begin(self, resume: str | None) -> tuple[int, dict, bool]:
+        """Cut the journal. Of what is gone on from: step, standing, and whether the training had ended there."""
+        step, standing, ended = 0, {}, False
+        if resume is not None:
+            with _whole(resume):
+                step = json.loads((Path(resume) / "trainer_state.json").read_text())["global_step"]
+                standing = json.loads((Path(resume) / "standing.json").read_text())
+                before = Standing.of(standing, self.job.judged_by)
+                ended = before.ends(self.given.early_stopping_patience) or 0 < self.args.max_steps <= step
+        goes_on_here = resume is not None and os.path.samefile(Path(resume).parent, self.given.output_dir)
+        self._journal.cut(step if goes_on_here else None)
+        return step, standing, ended
+
+    def _take_over(self, standing: dict) -> None:
+        """A checkpoint's standing. A best step whose checkpoint is not in output_dir cannot be ended with."""
+        self._standing = Standing.of(standing, self.job.judged_by)
+        if standing["best_step"] is not None and self._standing.best_step is None:
+            logger.info("the best so far was found on other dev rows, or by another metric: it does not count")
+        best = self._standing.best_step
+        is_here = self.ranks.broadcast_object(best is None or is_checkpoint(checkpoint_of(self.given.output_dir, best)))
+        if self.given.load_best_model_at_end and not is_here:
+            logger.info("step %d was the best so far, but is not in %s: the best from here on counts",
+                        best, self.given.output_dir)  # fmt: skip
+            self._standing.best = self._standing.best_step = None
+
+    def mean_loss(self) -> float:
+        """Over all batches whose loss was a number, of a resumed training too."""
+        return self._standing.loss_sum / max(1, self._standing.n_losses)
+
+    def get_train_dataloader(self) -> Loader:
+        return self.job.loader()
+
+    def _wrap_model(self, model, training=True):
+        # Gradients are summed over ranks by hand, once an update; the ranks need only start alike.
+        self._agree(model)
+        return model
+
+    def _agree(self, model) -> None:
+        """Rank 0's weights on every rank."""
+        if self.ranks.size > 1:
+            with through_gloo():
+                for tensor in model.state_dict().values():
+                    paddle.distributed.broadcast(tensor, src=0)
+
+    def training_step(self, model, inputs, step_control=0):
+        model.train()
+        outcome = self.step(inputs).over(self.ranks)
+        step = self.state.global_step + 1
+        warming_up = step <= self.args.get_warmup_steps(self.state.max_steps)
+        self.ranks.on_first(
+            lambda: self._guard.check(step, outcome.loss, outcome.mean_cosine, warming_up, self.do_grad_scaling)
+        )
+        share = 1 / self.args.gradient_accumulation_steps
+        if not math.isfinite(outcome.loss):
+            # The Trainer adds up losses, and what is added to NaN stays NaN. It divides by the steps less these.
+            self._skip_steps_since_last_logged += share
+            self._skip_global_steps += share
+            return paddle.zeros([])
+        self._standing.loss_sum += outcome.loss
+        self._standing.n_losses += 1
+        return paddle.to_tensor(outcome.loss * share, "float32")
+
+    def evaluate(self, *args, **kwargs):
+        self.final_metrics = self.job.evaluate()
+        self._evaluated_at = self.state.global_step
+        logs = {f"eval_{name}": value for name, value in self.final_metrics.items()}
+        self.log(dict(logs))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)
+        self._standing.note(self.final_metrics[self.job.judged_by[0]], self.state.global_step)
+        if self.given.load_best_model_at_end and self._standing.best_step == self.state.global_step:
+            self.control.should_save = True  # the best may come at a step that save_steps passes over
+        if self._standing.ends(self.given.early_stopping_patience):
+            logger.info(
+                "stopping early: no better %s in %d evaluations", self.job.judged_by[0], self._standing.without_gain
+            )
+            self.control.should_training_stop = True
+        return logs
+
+    def finish(self) -> None:
+        """The best weights if they are asked for, and their metrics."""
+        best = self._standing.best_step
+        if self.given.load_best_model_at_end and best not in (None, self.state.global_step):
+            self._load_weights(str(checkpoint_of(self.given.output_dir, best)))
+            self._agree(self.model)
+            logger.info("the best checkpoint is that of step %d", best)
+            self._evaluated_at = -1
+        if self.job.judged_by and self._evaluated_at != self.state.global_step:
+            self.final_metrics = self.job.evaluate()
+
+    def _load_rng_state(self, checkpoint):
+        """Nothing to load: every random draw is seeded by its place in the training."""
+
+    def _load_from_checkpoint(self, resume_from_checkpoint=None):
+        if resume_from_checkpoint:
+            self._load_weights(resume_from_checkpoint)
+
+    def _load_weights(self, folder: str) -> None:
+        """Of a checkpoint, on rank 0: the adapters if there are any, else everything."""
+        if self.ranks.is_first:
+            name = "adapters.pdopt" if self.given.lora else WEIGHTS
+            with _whole(folder):
+                self.model.set_state_dict(paddle.load(os.path.join(folder, name), return_numpy=True))
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        if checkpoint is None:
+            return
+
+        def load():
+            folder = Path(checkpoint)
+            names = ["optimizer", "scheduler"] + ["scaler"] * (folder / "scaler.pdopt").is_file()
+            with _whole(checkpoint):
+                found = {name: paddle.load(str(folder / f"{name}.pdopt"), return_numpy=True) for name in names}
+                return found | {"standing": json.loads((folder / "standing.json").read_text())}
+
+        states = self.ranks.broadcast_object(self.ranks.on_first(load))
+        names = {name: parameter.name for name, parameter in self.model.named_parameters()}
+        self.optimizer.set_state_dict(_renamed(states["optimizer"], names))
+        self.lr_scheduler.set_state_dict(states["scheduler"])
+        self._take_over(states["standing"])
+        if self.do_grad_scaling and "scaler" in states:
+            self.scaler.load_state_dict(states["scaler"])
+
+    def _save_checkpoint(self, model, metrics=None):
+        self.ranks.on_first(self._write_checkpoint)
+
+    def _write_checkpoint(self) -> None:
+        """The whole state of the training, in a folder that appears by rename."""
+        final = checkpoint_of(self.given.output_dir, self.state.global_step)
+        work = final.with_name(final.name + ".work")
+        try:
+            remove(work)
+            work.mkdir()
+            self.job.write_model_files(work)
+            names = {parameter.name: name for name, parameter in self.model.named_parameters()}
+            paddle.save(_renamed(self.optimizer.state_dict(), names), str(work / "optimizer.pdopt"))
+            paddle.save(self.lr_scheduler.state_dict(), str(work / "scheduler.pdopt"))
+            if self.do_grad_scaling:
+                paddle.save(self.scaler.state_dict(), str(work / "scaler.pdopt"))
+            if self.given.lora:
+                adapters = {name: value for name, value in self.model.state_dict().items() if "lora_" in name}
+                paddle.save(adapters, str(work / "adapters.pdopt"))
+            write_whole(work / "standing.json", json.dumps(asdict(self._standing)).encode())
+            self.state.save_to_json(str(work / "trainer_state.json"))
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(work, final)
+        except OSError as error:
+            shutil.rmtree(work, ignore_errors=True)
+            raise described(error, f"{final}: cannot write the checkpoint") from None
+        remove_old(self.given.output_dir, self.given.save_total_limit, self._standing.best_step)
+
+    def log(self, logs, **kwargs):
+        super().log(logs, **kwargs)
+        self.ranks.on_first(lambda: self._journal.add(self.state.global_step, logs))
+
+
+class _Watch(TrainerCallback):
+    """What must happen at certain points of the Trainer's loop."""
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        loader = kwargs["train_dataloader"]
+        epoch, begun = divmod(state.global_step * args.gradient_accumulation_steps, len(loader))
+        loader.set_epoch(epoch, begun)
+
+    def on_optimizer_begin(self, args, state, control, **kwargs):
+        reduce(kwargs["model"].parameters())
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._progress = Progress("training", state.max_steps, "steps", state.global_step)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._progress.update(1)
+        if state.global_step == 1:
+            control.should_log = True  # a sign of life, however long logging_steps are
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._progress.close()
+
+
+@contextmanager
+def _whole(folder: str | Path) -> Iterator[None]:
+    """What goes wrong because a checkpoint is damaged becomes one line about it."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+            raise described(error, f"{folder}: cannot be read") from None
+        raise ValueError(
+            f"{folder}: cannot be read ({type(error).__name__}); the checkpoint is damaged. Remove it to go on from the"
+            " one before"
+        ) from error
+
+
+def _renamed(state: dict, names: dict[str, str]) -> dict:
+    """An optimizer's state under other names of the parameters.
+
+    Paddle numbers parameters as they are made in a process (``linear_3.w_0``), which a resumed run may do in
+    another order; checkpoints hold the names that the parameters have in their model.
+    """
+    renamed = {}
+    for key, value in state.items():
+        owner = next((name for name in names if key.startswith(name + "_")), None)
+        renamed[key if owner is None else names[owner] + key[len(owner) :]] = value
+    return renamed

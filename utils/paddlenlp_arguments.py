@@ -1,0 +1,63 @@
+"""The arguments of a training as PaddleNLP's Trainer takes them."""
+
+import logging
+from dataclasses import fields
+from typing import TYPE_CHECKING
+
+from utils import engines
+from utils.argument_parsing import ELSEWHERE
+from utils.checkpoint import Checkpoint
+from utils.paddlenlp_models import import_paddlenlp
+from utils.trainable import faster_precision
+from utils.training_arguments import TrainArguments
+
+if TYPE_CHECKING:
+    from paddlenlp.trainer import TrainingArguments
+
+logger = logging.getLogger(__name__)
+
+
+def trainer_arguments(
+    given: TrainArguments, base: Checkpoint, n_batches: int, n_ranks: int, has_dev: bool
+) -> "TrainingArguments":
+    """PaddleNLP's TrainingArguments; what does not suit the device or the data is changed, and said.
+
+    Args:
+        n_batches: of an epoch.
+        has_dev: whether there are dev rows to evaluate.
+
+    Raises:
+        ValueError: PaddleNLP refuses them.
+    """
+    import_paddlenlp()
+    from paddlenlp.trainer import TrainingArguments
+
+    theirs = {f.name for f in fields(TrainingArguments)}
+    ours = {f.name for f in fields(TrainArguments) if f.metadata["help"] != ELSEWHERE}
+    options = {name: getattr(given, name) for name in theirs & ours} | given.trainer_options()
+    on_gpu = engines.device() == "gpu"
+    for name in ("bf16", "fp16"):
+        if options.get(name) and not on_gpu:
+            options[name] = False  # the Trainer's way is a GPU's
+            if name == "fp16" or faster_precision(base, "medium") != "medium":
+                logger.info("%s is of no use here; training in float32", name)
+    if options.pop("sharding", None) and n_ranks > 1:
+        logger.info("sharding saves memory only and is not used: every rank keeps the whole optimizer")
+    options |= {
+        "do_train": True, "device": engines.device(), "disable_tqdm": True, "unified_checkpoint": False,
+        "fp16_opt_level": "O1", "recompute": False, "skip_profile_timer": True, "load_best_model_at_end": False,
+    }  # fmt: skip
+    # The Trainer would do so by itself, after it has counted with the other number, and in a log that is off.
+    options["gradient_accumulation_steps"] = min(given.gradient_accumulation_steps, n_batches)
+    if n_batches < given.gradient_accumulation_steps:
+        logger.info("an epoch has %d batches: gradient_accumulation_steps is %d, not %d",
+                    n_batches, n_batches, given.gradient_accumulation_steps)  # fmt: skip
+    options.setdefault("report_to", ["visualdl"])
+    options["do_eval"] = has_dev  # true alone would make PaddleNLP evaluate every few steps
+    if not has_dev:
+        options["evaluation_strategy"] = "no"
+    try:
+        return TrainingArguments(**options)
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1][:200]
+        raise ValueError(f"PaddleNLP's Trainer does not take these arguments: {reason}") from error

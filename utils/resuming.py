@@ -1,0 +1,104 @@
+"""Whether a training goes on from an earlier run's checkpoint: whose its folder is, and what makes two runs the same.
+
+A run leaves in ``run.json`` what it was asked to do and what it has read, before its first checkpoint.
+"""
+
+import json
+import logging
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO
+
+from utils.checkpoint import WEIGHT_PATTERNS
+from utils.json_files import as_json, read_object
+from utils.outputs import LOCK_PATIENCE_S, described, remove, take_lock, write_whole
+from utils.training_arguments import TrainArguments
+from utils.training_folder import WEIGHTS, checkpoints, not_leading_to
+
+logger = logging.getLogger(__name__)
+
+_RECORD = "run.json"
+# What may differ between a run and the one that it continues.
+_FREE_TO_CHANGE = {
+    "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "logging_steps", "save_total_limit",
+    "export_format", "report_to", "logging_dir", "disable_tqdm",
+}  # fmt: skip
+# The key under which a run's record says which checkpoint it was asked to go on from.
+_RESUMED = "resume_from_checkpoint"
+
+
+def take_folder(given: TrainArguments) -> IO:
+    """Make the output folder, and lock it until what is returned is closed.
+
+    Raises:
+        OSError: it cannot be written.
+        ValueError: it holds what must not be written over or loaded with the model, or another run is training there.
+    """
+    folder = Path(given.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder}: output_dir is a file; expected a folder, or a path for a new one")
+    if folder.is_dir():
+        if os.path.isdir(given.model_name_or_path) and os.path.samefile(folder, given.model_name_or_path):
+            raise ValueError(f"{folder}: is the base model's folder; give another output_dir")
+        others = {path.name for kind in WEIGHT_PATTERNS for path in folder.glob(kind)} - {WEIGHTS}
+        if others:
+            raise ValueError(
+                f"{folder}: holds {min(others)}, which would be loaded in place of what is trained or with it; give"
+                " another output_dir"
+            )
+    try:
+        lock = take_lock(folder, LOCK_PATIENCE_S)
+    except OSError as error:
+        raise described(error, f"{folder}: cannot write there") from None
+    if lock is None:
+        raise ValueError(f"{folder}: another run is training there; wait for it or give another output_dir")
+    return lock
+
+
+def resumed(given: TrainArguments, read: dict) -> str | None:
+    """The checkpoint to go on from, on rank 0: this run's last one, or what ``resume_from_checkpoint`` says.
+
+    Checkpoints that are not this run's are removed if ``overwrite_output_dir`` says so.
+
+    Args:
+        read: digests of all that the run has read, and whatever else its weights depend on, as JSON holds it.
+
+    Raises:
+        ValueError: the folder holds checkpoints that are not this run's, or none is there where one was asked for.
+    """
+    folder = Path(given.output_dir)
+    for stale in folder.glob("checkpoint-*.work"):
+        remove(stale)
+    found = checkpoints(given.output_dir)
+    asked = given.resume_from_checkpoint
+    arguments = {name: value for name, value in asdict(given).items() if name not in _FREE_TO_CHANGE}
+    own = json.loads(json.dumps(arguments | read)) | {_RESUMED: asked and os.path.realpath(asked)}
+    record = folder / _RECORD
+    anew = asked is None and given.overwrite_output_dir
+    other = _differences(own, record, asked is not None) if found and not anew else []
+    if found and not anew and not other:
+        logger.info("going on from %s", found[-1])
+        return str(found[-1])
+    what = f"checkpoints of a run with other {', '.join(other[:4])}"
+    if asked is not None:
+        found = not_leading_to(asked, found)
+        what = f"{', '.join(path.name for path in found)}, not on the way to {asked}"
+    if found and not given.overwrite_output_dir:
+        raise ValueError(f"{folder}: holds {what}; give another output_dir, or --overwrite_output_dir true")
+    for path in found:
+        logger.info("removing %s, of an earlier run", path)
+        remove(path)
+    write_whole(record, as_json(own))
+    return asked
+
+
+def _differences(own: dict, record: Path, asked: bool) -> list[str]:
+    """In which arguments the run that a folder's record tells of is another one.
+
+    Args:
+        asked: True if a checkpoint to go on from was asked for; the run goes on as it began where none is.
+    """
+    before = read_object(record, "what an earlier run left. Remove its folder, or move it away")
+    names = {*own, *before} - (set() if asked else {_RESUMED})
+    return sorted(name for name in names if own.get(name) != before.get(name))
