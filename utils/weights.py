@@ -25,7 +25,7 @@ _UNUSED = "pooler."
 
 
 def load_model(checkpoint: Checkpoint, dtype: str = "float32", **config) -> "nn.Layer":
-    """The checkpoint as PaddleNLP's model.
+    """The checkpoint as PaddleNLP's model. What in it is not floating point stays as the fresh model has it.
 
     Args:
         config: values that override the checkpoint's configuration.
@@ -45,6 +45,8 @@ def load_model(checkpoint: Checkpoint, dtype: str = "float32", **config) -> "nn.
     own = model.state_dict()
     state, missing = {}, []
     for name, parameter in own.items():
+        if not parameter.is_floating_point():  # position_ids and their like, which are made and not trained
+            continue
         torch_name, transposed = names.get(name, (name, False))
         found = torch_name if torch_name in weights else _with_prefix(torch_name, weights)
         if found is None:
@@ -88,10 +90,15 @@ def torch_names(model: "nn.Layer") -> dict[str, tuple[str, bool]]:
 
 
 def to_torch(model: "nn.Layer", state: dict[str, "Tensor"]) -> dict[str, np.ndarray]:
-    """The model's weights ``state`` under Hugging Face's names, linear weights [out, in], float32."""
+    """The model's weights ``state`` under Hugging Face's names, linear weights [out, in], float32.
+
+    Whole numbers, such as ``position_ids``, are left out: transformers makes its own.
+    """
     names = torch_names(model)
     weights = {}
     for name, value in state.items():
+        if not value.is_floating_point():
+            continue
         torch_name, transposed = names[name]
         values = value.astype("float32").numpy()
         weights[torch_name] = np.ascontiguousarray(values.T if transposed else values)
