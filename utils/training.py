@@ -14,7 +14,7 @@ from utils.distributed import Ranks
 from utils.encoder import Encoder, EncoderSettings
 from utils.outputs import LOCK_PATIENCE_S, described, remove, take_lock, write_whole
 from utils.paddlenlp_models import import_paddlenlp
-from utils.trainable import TrainableEncoder, TrainableEngine, faster_precision, merged_state
+from utils.trainable import TrainableEncoder, TrainableEngine, faster_precision, merged_state, shares_of_dropout
 from utils.training_arguments import TrainArguments
 from utils.training_data import Collator, Preflight
 from utils.training_folder import checkpoints, not_leading_to, put_into
@@ -79,6 +79,7 @@ class _Inputs:
             raise ValueError(
                 f"freeze_layers is {given.freeze_layers}; {base.folder} has only {n_layers} layers to train"
             )
+        shares_of_dropout(base, given.dropout)
         if base.hidden_size in dims and not any(given.embedding_matryoshka_weights or [1]):
             raise ValueError("embedding_matryoshka_weights are all 0, the full width's too; expected one above 0")
         dev = None
