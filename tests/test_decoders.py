@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from conftest import write_jsonl
 
-from utils import checkpoint, paddlenlp_models, training
+from utils import checkpoint, paddlenlp_models, training, weights
 from utils.argument_parsing import build
+from utils.engines import PaddleEngine
 from utils.trainable import TrainableEncoder
 from utils.training_arguments import training_arguments
 
@@ -46,6 +47,35 @@ def decoder(tmp_path):
         return checkpoint.resolve(str(tmp_path))
 
     return make
+
+
+@pytest.mark.parametrize("kind", ["gpt", "opt", "bloom"])
+def test_a_decoders_text_is_its_last_tokens_state(decoder, kind):
+    import paddle
+
+    model = decoder(kind)
+    assert model.pooling == "last"
+    engine = PaddleEngine(model, "float32", "cpu")
+    last = (np.arange(IDS.shape[1]) == LENGTHS[:, None] - 1).astype(np.float32)
+    alone = weights.load_model(model)
+    alone.eval()
+    for row, own, length in zip(engine.forward(IDS, LENGTHS, last), IDS, LENGTHS, strict=True):
+        output = alone(paddle.to_tensor(own[None, :length]))
+        hidden = output[0] if isinstance(output, list | tuple) else output
+        np.testing.assert_allclose(row, hidden.numpy()[0, -1], atol=2e-5)
+    same_start = np.array([[5, 9, 11], [5, 20, 31]])
+    one, other = engine.forward(same_start, np.array([3, 3]), np.array([[0, 0, 1], [0, 0, 1]], np.float32))
+    assert np.abs(one - other).max() > 1e-2
+
+
+def test_bloom_freezes_its_word_embeddings_whatever_its_layers_are_called(decoder, tmp_path):
+    model = decoder("bloom")
+    config = {name: value for name, value in model.config.items() if name != "num_hidden_layers"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    encoder = TrainableEncoder(checkpoint.resolve(str(tmp_path)), "last")
+    encoder.freeze()
+    frozen = [name for name, parameter in encoder.model.named_parameters() if parameter.stop_gradient]
+    assert frozen == ["word_embeddings.weight"]
 
 
 def drawn(encoder: TrainableEncoder) -> list[np.ndarray]:

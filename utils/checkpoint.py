@@ -32,7 +32,7 @@ DESCRIPTION = (
 )  # fmt: skip
 
 # Model types whose attention looks only backwards; their sentence is summed up in its last token.
-DECODERS = ("qwen2", "qwen3", "llama", "mistral", "gemma", "gpt")
+DECODERS = ("qwen2", "qwen3", "llama", "mistral", "gemma", "gpt", "opt", "bloom")
 _SIZES = (
     "hidden_size", "vocab_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
     "max_position_embeddings",

@@ -98,9 +98,9 @@ class TrainableEncoder:
         """
         from paddle import nn
 
-        n_layers = self.checkpoint.config["num_hidden_layers"]
         frozen = [self.model.get_input_embeddings()]
         if layers:
+            n_layers = self.checkpoint.config["num_hidden_layers"]
             stacks = (s for s in self.model.sublayers() if isinstance(s, nn.LayerList) and len(s) == n_layers)
             frozen += [*next(stacks)[:layers], getattr(self.model, "embeddings", frozen[0])]
         for layer in frozen:
