@@ -140,9 +140,9 @@ class _DenseSearch:
             if finished is not None:
                 queries = tier.queries if tier is not None else None
                 self.run.counts["searched"] += self._fill(queries, n, depth, store, finished)
-            if store is None:
+            kept = self.ranks.on_first(lambda: store.read() if store is not None else None)
+            if kept is None:
                 return None
-            kept = store.read()
             return Neighbors(kept[:, :depth], kept[:, depth:])
         finally:
             if store is not None:
@@ -190,7 +190,7 @@ class _DenseSearch:
         n_candidates, dim = self.ranks.broadcast_object(sizes)
         if not self.given.index_factory:
             return ShardedIndex.of(self.ranks, passages, n_candidates, dim, engines.device())
-        return _OnFirst(self.ranks.on_first(lambda: self._factory_index(passages, depth)))
+        return _OnFirst(self.ranks, self.ranks.on_first(lambda: self._factory_index(passages, depth)))
 
     def _factory_index(self, passages: np.ndarray, depth: int) -> FactoryIndex:
         given, queries = self.given, self.vectors.queries
@@ -206,13 +206,12 @@ class _DenseSearch:
 class _OnFirst:
     """An index that rank 0 alone holds, searched like a sharded one."""
 
-    def __init__(self, index: FactoryIndex | None):
-        self.index = index
+    def __init__(self, ranks: Ranks, index: FactoryIndex | None):
+        self.ranks, self.index = ranks, index
 
     def search(self, queries: np.ndarray, k: int) -> Neighbors:
-        if self.index is None:
-            return Neighbors(np.zeros((0, k)), np.zeros((0, k), np.int64))
-        return self.index.search(queries, k)
+        found = self.ranks.on_first(lambda: self.index.search(queries, k) if self.index is not None else None)
+        return found or Neighbors(np.zeros((0, k)), np.zeros((0, k), np.int64))
 
 
 def _note(store: EmbeddingStore | None, number: int, rows: np.ndarray, packed: np.ndarray) -> None:
