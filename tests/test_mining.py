@@ -632,6 +632,17 @@ def test_an_approximate_index_reports_its_recall(mine):
         assert message in str(caught.value)
 
 
+def test_what_an_approximate_index_found_is_kept_for_its_own_depth_with_its_recall(mine, tmp_path):
+    options = {"index_factory": "IVF8,Flat", "embedding_cache": str(tmp_path / "fresh")}
+    deep, _ = mine(**options, range_for_sampling="0-60")
+    first, _ = mine(**options, range_for_sampling="0-10")
+    again, _ = mine(**options, range_for_sampling="0-10", relative_margin=0.4)
+    searched = [result.report["counts"]["searched"] for result in (deep, first, again)]
+    assert searched[0] == searched[1] > 0 and searched[2] == 0
+    assert again.report["index"] == first.report["index"] and first.report["index"]["recall"] < 1
+    assert deep.report["index"]["depth"] > first.report["index"]["depth"]
+
+
 def test_what_fails_on_the_first_rank_fails_on_all(tmp_path):
     pairs, queries = [("a", "bc")] * 5, np.zeros((2, 4), np.float32)
     reranker.rerank(LengthReranker(), pairs, Ranks(), tmp_path / "logits")
