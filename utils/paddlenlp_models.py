@@ -33,13 +33,14 @@ def new_model(model: Checkpoint, dtype: str, **config):
 def _new_qwen3(model: Checkpoint, dtype: str, **config):
     import paddle
 
-    from utils.qwen3 import Qwen3Model
+    from utils.qwen3 import DEFAULTS, Qwen3Model
 
     before = paddle.get_default_dtype()
     paddle.set_default_dtype(dtype)
     try:
         with one_line(f"{model.folder}: this qwen3 model cannot be made"):
-            return Qwen3Model(import_paddlenlp().PretrainedConfig.from_dict(model.config, **config))
+            given = {name: value for name, value in model.config.items() if value is not None or name not in DEFAULTS}
+            return Qwen3Model(import_paddlenlp().PretrainedConfig.from_dict(DEFAULTS | given, **config))
     finally:
         paddle.set_default_dtype(before)
 

@@ -53,8 +53,9 @@ def load_model(checkpoint: Checkpoint, dtype: str = "float32", **config) -> "nn.
             missing.append(torch_name)
             continue
         values = weights[found].T if transposed else weights[found]
-        if list(values.shape) != parameter.shape:
-            raise ValueError(f"{checkpoint.folder}: {found} has shape {list(values.shape)}; expected {parameter.shape}")
+        shape, expected = list(values.shape), list(parameter.shape)
+        if shape != expected:
+            raise ValueError(f"{checkpoint.folder}: {found} has shape {shape}; expected {expected}")
         state[name] = paddle.to_tensor(np.ascontiguousarray(values), dtype=parameter.dtype)
     missing = [name for name in missing if not name.startswith(_UNUSED)]
     if missing:
