@@ -16,6 +16,7 @@ from thread_ranks import on_ranks
 from utils import (
     bert_names,
     checkpoint,
+    engines,
     matmul,
     onednn,
     paddlenlp_models,
@@ -181,6 +182,28 @@ def test_ernie_too(run, ernie, tmp_path):
     shares = pooling_weights(lengths, 9, "cls")
     engine = onednn.OneDNNEngine(checkpoint.resolve(ernie), "float32").forward(ids, lengths, shares)
     np.testing.assert_allclose(engine, expected, atol=1e-5)
+
+
+def test_ernies_task_is_the_first_where_it_is_null_and_one_that_it_has(ernie):
+    path, first = Path(ernie) / "config.json", vectors(ernie)
+    config, ids, lengths = json.loads(path.read_text()), np.array([[5, 9, 11]]), np.array([3])
+    found = []
+    for task in (0, None):
+        path.write_text(json.dumps(config | {"task_id": task}))
+        model = checkpoint.resolve(ernie)
+        encoder, engine = TrainableEncoder(model, "cls"), engines.PaddleEngine(model, "float32", "cpu")
+        encoder.model.eval()
+        found += [encoder.embed(ids, lengths).numpy(), engine.forward(ids, lengths, np.eye(1, 3, dtype=np.float32))]
+        np.testing.assert_array_equal(vectors(ernie), first)
+    for other in found[1:]:
+        np.testing.assert_allclose(other, found[0], atol=1e-5)
+    path.write_text(json.dumps(config | {"task_id": 3}))
+    with pytest.raises(ValueError, match=r"config\.json wants the embedding of task 3; there are 3 tasks"):
+        TrainableEncoder(checkpoint.resolve(ernie), "cls")
+    for task in ("1", True, -1, 0.5):
+        path.write_text(json.dumps(config | {"task_id": task}))
+        with pytest.raises(ValueError, match=r"config\.json: task_id is .*; expected a whole number"):
+            checkpoint.resolve(ernie)
 
 
 def test_an_export_that_cannot_be_is_refused_before_training(run, ernie, tmp_path, monkeypatch):

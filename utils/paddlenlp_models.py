@@ -26,7 +26,7 @@ def new_model(model: Checkpoint, dtype: str, **config):
         return _new_qwen3(model, dtype, **config)
     with one_line(f"{model.folder}: PaddleNLP cannot make this {model.model_type} model"):
         return transformers.AutoModel.from_config(
-            transformers.AutoConfig.from_pretrained(str(model.folder), **_rotations(model), **config), dtype=dtype
+            transformers.AutoConfig.from_pretrained(str(model.folder), **_settled(model), **config), dtype=dtype
         )
 
 
@@ -45,9 +45,13 @@ def _new_qwen3(model: Checkpoint, dtype: str, **config):
         paddle.set_default_dtype(before)
 
 
-def _rotations(model: Checkpoint) -> dict:
-    """How fast a decoder's positions are rotated: PaddleNLP looks in one place only, and else assumes a value."""
-    return {"rope_theta": model.config["rope_theta"]} if "rope_theta" in model.config else {}
+def _settled(model: Checkpoint) -> dict:
+    """How fast a decoder's positions are rotated: PaddleNLP looks in one place only, and else assumes a value.
+
+    And ERNIE's task, which may be null for the first.
+    """
+    rotations = {"rope_theta": model.config["rope_theta"]} if "rope_theta" in model.config else {}
+    return rotations | ({} if model.task is None else {"task_id": model.task})
 
 
 def load_tokenizer(folder: Path):

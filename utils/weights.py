@@ -31,7 +31,7 @@ def load_model(checkpoint: Checkpoint, dtype: str = "float32", **config) -> "nn.
         config: values that override the checkpoint's configuration.
 
     Raises:
-        ValueError: weights that the model needs are not in the checkpoint.
+        ValueError: weights that the model needs are not in the checkpoint, or it has no such task.
     """
     import paddle
 
@@ -40,9 +40,13 @@ def load_model(checkpoint: Checkpoint, dtype: str = "float32", **config) -> "nn.
         for layer in model.sublayers():
             if isinstance(layer, paddle.nn.LayerNorm):
                 layer._epsilon = checkpoint.config["layer_norm_eps"]
+    own = model.state_dict()
+    tasks = own.get("embeddings.task_type_embeddings.weight", ())
+    if checkpoint.task is not None and checkpoint.task >= len(tasks):
+        wanted = f"config.json wants the embedding of task {checkpoint.task}"
+        raise ValueError(f"{checkpoint.folder}: {wanted}; there are {len(tasks)} tasks")
     weights, torch_layout = read_weights(checkpoint), checkpoint.is_torch
     names = torch_names(model) if torch_layout else {}
-    own = model.state_dict()
     state, missing = {}, []
     for name, parameter in own.items():
         if not parameter.is_floating_point():  # position_ids and their like, which are made and not trained
