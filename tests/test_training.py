@@ -955,6 +955,10 @@ def test_do_eval_without_dev_rows_evaluates_nothing(run, data, strategy):
         ({"warmup_step": 1}, "did you mean warmup_steps?"),
         ({"loss_type": "contrastiv"}, "did you mean contrastive?"),
         ({"tensor_parallel_degree": 2}, "tensor_parallel_degree is 2; not supported here"),
+        (
+            {"ignore_load_lr_and_optim": True},
+            "ignore_load_lr_and_optim is True; not supported here: a checkpoint is gone on from with its optimizer",
+        ),
         ({"dataset_weights": [1, 2]}, "dataset_weights has 2 numbers for 1 data sets"),
         ({"embedding_matryoshka_weights": [1.0]}, "expected as many as embedding_matryoshka_dims, 0"),
         ({"loss_type": "kl", "group_size": 1}, "kl compares passages"),
