@@ -180,13 +180,38 @@ def test_a_journal_without_its_rows_means_nothing(tmp_path, left):
 
 
 @pytest.mark.parametrize("byte", [b"\x00", b"\xff"])
-def test_a_store_that_holds_no_vectors_is_refused(tmp_path, byte):
-    store = EmbeddingStore(tmp_path, "key", 4, 3)
+@pytest.mark.parametrize("dtype", ["<f4", "<f8"])
+def test_a_store_that_holds_other_vectors_than_were_written_is_refused(tmp_path, byte, dtype):
+    """As after a copy that was broken off, whose file has its size from the start."""
+    store = EmbeddingStore(tmp_path, "key", 4, 3, np.dtype(dtype))
     store.open()
-    store.write([(0, np.arange(4), np.ones((4, 3), np.float32))])
+    store.write([(0, np.arange(4), np.ones((4, 3)))])
     store.finish()
     assert store.read().sum() == 12
-    (store.folder / "vectors").write_bytes(byte * 48)
-    with pytest.raises(ValueError, match="is damaged, no vectors are in it; remove"):
+    path = store.folder / "vectors"
+    whole = path.read_bytes()
+    for left in (0, len(whole) // 2):
+        path.write_bytes(whole[:left] + byte * (len(whole) - left))
+        with pytest.raises(ValueError, match="is damaged, its embeddings are not those written; remove"):
+            store.read()
+    path.write_bytes(whole)
+    (store.folder / "about.json").write_text("[")
+    with pytest.raises(ValueError, match=r"about\.json: is damaged; remove"):
         store.read()
+    (store.folder / "about.json").unlink()
+    assert not store.is_complete
     store.close()
+
+
+@pytest.mark.parametrize("n", [0, 5])
+def test_numbers_that_are_all_zero_are_no_damage(tmp_path, n):
+    """A cross-encoder's logits may be, or an infinite score where a search found too few."""
+    store = EmbeddingStore(tmp_path, "key", n, 1)
+    for value in (0.0, -np.inf):
+        store.open()
+        store.write([(0, np.arange(n), np.full((n, 1), value, np.float32))])
+        store.finish({"index": {"recall": 0.5}})
+        assert store.about["index"] == {"recall": 0.5}
+        np.testing.assert_array_equal(store.read(), np.full((n, 1), value))
+        store.close()
+        (store.folder / "vectors").unlink()

@@ -634,6 +634,61 @@ def test_an_approximate_index_reports_its_recall(mine):
         assert message in str(caught.value)
 
 
+def test_what_an_approximate_index_found_is_kept_for_its_own_depth_with_its_recall(mine, tmp_path):
+    options = {"index_factory": "IVF8,Flat", "embedding_cache": str(tmp_path / "fresh")}
+    deep, _ = mine(**options, range_for_sampling="0-60")
+    first, _ = mine(**options, range_for_sampling="0-10")
+    again, _ = mine(**options, range_for_sampling="0-10", relative_margin=0.4)
+    searched = [result.report["counts"]["searched"] for result in (deep, first, again)]
+    assert searched[0] == searched[1] > 0 and searched[2] == 0
+    assert again.report["index"] == first.report["index"] and first.report["index"]["recall"] < 1
+    assert deep.report["index"]["depth"] > first.report["index"]["depth"]
+
+
+def test_what_fails_on_the_first_rank_fails_on_all(tmp_path):
+    pairs, queries = [("a", "bc")] * 5, np.zeros((2, 4), np.float32)
+    reranker.rerank(LengthReranker(), pairs, Ranks(), tmp_path / "logits")
+    embedding.embed(Alike(), ["a"] * 5, Ranks(), tmp_path / "vectors", "texts")
+    for path in tmp_path.glob("*/*/vectors"):
+        path.write_bytes(b"1" * path.stat().st_size)
+
+    class Failing:
+        def search(self, queries, k):
+            raise ValueError("is damaged")
+
+    def work(ranks):
+        for collective in (
+            lambda: reranker.rerank(LengthReranker(), pairs if ranks.is_first else None, ranks, tmp_path / "logits"),
+            lambda: embedding.embed(
+                Alike(), ["a"] * 5 if ranks.is_first else None, ranks, tmp_path / "vectors", "texts"
+            ),
+            lambda: mining_search._OnFirst(ranks, Failing() if ranks.is_first else None).search(queries, 3),
+        ):
+            with pytest.raises(ValueError, match="is damaged"):
+                collective()
+        return True
+
+    assert on_ranks(2, work) == [True, True]
+
+
+class Alike:
+    """Gives every text the same vector."""
+
+    dim = 2
+
+    def description(self) -> dict:
+        return {}
+
+    def token_lengths(self, texts) -> np.ndarray:
+        return np.ones(len(texts), np.int64)
+
+    def plan(self, lengths) -> list[np.ndarray]:
+        return [np.arange(len(lengths))]
+
+    def encode_batches(self, texts, batches):
+        return (np.ones((len(rows), 2), np.float32) for rows in batches)
+
+
 def test_a_reranker_has_the_last_word(mine, tiny_model, tmp_path, monkeypatch):
     folder = tmp_path / "reranker"
     make_tiny_bert(folder, labels=1)

@@ -150,3 +150,18 @@ def test_recomputing_changes_no_gradient(qwen3):
     assert plain.keys() == recomputed.keys() and len(plain) == len(dict(encoder.model.named_parameters()))
     for name, gradient in plain.items():
         np.testing.assert_allclose(recomputed[name], gradient, rtol=1e-5, atol=1e-6)
+
+
+def test_what_a_configuration_leaves_out_is_as_transformers_has_it(qwen3):
+    """Its Qwen3Config of version 5: positions are rotated by 10,000, and a head is 128 wide whatever hidden_size is."""
+    path = Path(
+        qwen3(rope_parameters=None, rope_theta=10000.0, rms_norm_eps=1e-6, attention_dropout=0.0), "config.json"
+    )
+    explicit, config = _vectors(path.parent), json.loads(path.read_text())
+    for name in ("rope_theta", "rms_norm_eps", "attention_bias", "attention_dropout"):
+        del config[name]
+    path.write_text(json.dumps(config))
+    np.testing.assert_array_equal(_vectors(path.parent), explicit)
+    path.write_text(json.dumps(config | {"head_dim": None}))
+    with pytest.raises(ValueError, match=r"q_proj.weight has shape \[32, 48\]; expected \[32, 512\]"):
+        _vectors(path.parent)

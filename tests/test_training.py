@@ -16,6 +16,7 @@ from thread_ranks import on_ranks
 from utils import (
     bert_names,
     checkpoint,
+    engines,
     matmul,
     onednn,
     paddlenlp_models,
@@ -183,6 +184,28 @@ def test_ernie_too(run, ernie, tmp_path):
     shares = pooling_weights(lengths, 9, "cls")
     engine = onednn.OneDNNEngine(checkpoint.resolve(ernie), "float32").forward(ids, lengths, shares)
     np.testing.assert_allclose(engine, expected, atol=1e-5)
+
+
+def test_ernies_task_is_the_first_where_it_is_null_and_one_that_it_has(ernie):
+    path, first = Path(ernie) / "config.json", vectors(ernie)
+    config, ids, lengths = json.loads(path.read_text()), np.array([[5, 9, 11]]), np.array([3])
+    found = []
+    for task in (0, None):
+        path.write_text(json.dumps(config | {"task_id": task}))
+        model = checkpoint.resolve(ernie)
+        encoder, engine = TrainableEncoder(model, "cls"), engines.PaddleEngine(model, "float32", "cpu")
+        encoder.model.eval()
+        found += [encoder.embed(ids, lengths).numpy(), engine.forward(ids, lengths, np.eye(1, 3, dtype=np.float32))]
+        np.testing.assert_array_equal(vectors(ernie), first)
+    for other in found[1:]:
+        np.testing.assert_allclose(other, found[0], atol=1e-5)
+    path.write_text(json.dumps(config | {"task_id": 3}))
+    with pytest.raises(ValueError, match=r"config\.json wants the embedding of task 3; there are 3 tasks"):
+        TrainableEncoder(checkpoint.resolve(ernie), "cls")
+    for task in ("1", True, -1, 0.5):
+        path.write_text(json.dumps(config | {"task_id": task}))
+        with pytest.raises(ValueError, match=r"config\.json: task_id is .*; expected a whole number"):
+            checkpoint.resolve(ernie)
 
 
 def test_an_export_that_cannot_be_is_refused_before_training(run, ernie, tmp_path, monkeypatch):
@@ -936,6 +959,10 @@ def test_do_eval_without_dev_rows_evaluates_nothing(run, data, strategy):
         ({"warmup_step": 1}, "did you mean warmup_steps?"),
         ({"loss_type": "contrastiv"}, "did you mean contrastive?"),
         ({"tensor_parallel_degree": 2}, "tensor_parallel_degree is 2; not supported here"),
+        (
+            {"ignore_load_lr_and_optim": True},
+            "ignore_load_lr_and_optim is True; not supported here: a checkpoint is gone on from with its optimizer",
+        ),
         ({"dataset_weights": [1, 2]}, "dataset_weights has 2 numbers for 1 data sets"),
         ({"embedding_matryoshka_weights": [1.0]}, "expected as many as embedding_matryoshka_dims, 0"),
         ({"loss_type": "kl", "group_size": 1}, "kl compares passages"),

@@ -303,6 +303,44 @@ def test_missing_negatives_are_filled_with_other_queries_positives(rows, tmp_pat
         assert all(name == "n" if i == 0 and k == 1 else name[0] == "p" for k, name in enumerate(names))
 
 
+@pytest.mark.parametrize("n_others", [300, 40, 2, 0])
+def test_a_query_of_many_positives_gets_other_queries_positives(tmp_path, n_others):
+    """However much of the pool is its own; its rows' own negatives come first, and once."""
+    made = [row("q", [f"p{i}"], ["other0"] * (i % 2)) for i in range(200)]
+    made += [row(f"q{i}", [f"other{i}"]) for i in range(n_others)]
+    rows = read([write_jsonl(tmp_path / "a.jsonl", made)], None, "error", False)
+    others = {i for i, text in enumerate(rows.passages) if text.startswith("other")}
+    plan = Plan(rows, 4, 4, seed=0)
+    found = [example.passages[1:].tolist() for example in drawn(plan, range(200))]
+    if n_others > 3:
+        assert all(len(set(negatives)) == 3 and set(negatives) <= others for negatives in found)
+        assert len({passage for negatives in found for passage in negatives}) > 0.6 * n_others
+    elif n_others:
+        assert all(set(negatives) == others for negatives in found)
+    assert all(rows.passages[negatives[0]] == "other0" for negatives in found[1::2])
+    backwards = drawn(Plan(rows, 4, 4, seed=0), range(199, -1, -1))  # what is drawn first changes nothing
+    assert [example.passages[1:].tolist() for example in backwards] == found[::-1]
+
+
+@pytest.mark.parametrize("n_others", [300, 20])
+def test_random_negatives_of_a_query_cost_no_more_for_its_many_positives(tmp_path, n_others):
+    class Counted(set):
+        n = 0
+
+        def __contains__(self, passage):
+            Counted.n += 1
+            return super().__contains__(passage)
+
+        def __or__(self, other):
+            raise AssertionError("copied for one row")
+
+    made = [row("q", [f"p{i}"]) for i in range(200)] + [row(f"q{i}", [f"other{i}"]) for i in range(n_others)]
+    rows = read([write_jsonl(tmp_path / "a.jsonl", made)], None, "error", False)
+    rows.known_positives[0] = Counted(rows.known_positives[0])
+    drawn(Plan(rows, 4, 2, seed=0), range(200))
+    assert Counted.n < 200 + n_others + 10 * 200
+
+
 def test_each_rank_tokenises_its_part_and_masks_the_whole(rows):
     examples = Plan(rows, 7, 2, seed=0).epoch(0)[0]
     parts = [Collator(rows, 2, (Words(), Words()), ("a {text}", "{text}"), r, 3)(examples, 0) for r in range(3)]

@@ -1,5 +1,6 @@
 """Weights in PyTorch's older format, against the same in safetensors, and in other types."""
 
+import json
 import pickle
 import shutil
 import sys
@@ -10,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from utils import checkpoint, weights
+from utils import checkpoint, export, paddlenlp_models, weights
 from utils.engines import PaddleEngine
-from utils.weight_files import read_weights
+from utils.weight_files import read_weights, write_weights
 
 LAYER_NORM = "encoder.layer.1.output.LayerNorm"
 
@@ -144,3 +145,28 @@ def test_a_model_makes_its_masks_in_its_own_type(tiny_model, monkeypatch):
     monkeypatch.setattr(engine, "_model", model)
     engine.forward(np.ones((1, 3), np.int64), np.array([3]), np.full((1, 3), 1 / 3, np.float32))
     assert seen == ["bfloat16"] and paddle.get_default_dtype() == "float32"
+
+
+@pytest.mark.parametrize("kind", ["albert", "squeezebert"])
+def test_a_model_with_whole_numbers_among_its_weights_is_loaded_from_either_format(tmp_path, kind):
+    import paddle
+
+    config = {"model_type": kind, "architectures": [{"albert": "AlbertModel", "squeezebert": "SqueezeBertModel"}[kind]]}
+    config |= {"vocab_size": 30, "hidden_size": 16, "embedding_size": 16, "num_hidden_layers": 2}
+    config |= {"num_attention_heads": 4, "intermediate_size": 24, "max_position_embeddings": 32, "pad_token_id": 0}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "vocab.txt").write_text("a\n")
+    kept = tmp_path / "model_state.pdparams"
+    kept.touch()
+    model = paddlenlp_models.new_model(checkpoint.resolve(str(tmp_path)), "float32")
+    state = model.state_dict()
+    assert not state["embeddings.position_ids"].is_floating_point()
+    paddle.save(state, str(kept))
+    found = [weights.load_model(checkpoint.resolve(str(tmp_path))).state_dict()]
+    if kind == "albert":  # PyTorch's form of the other is none that is supported
+        export.check_torch_weights(model, checkpoint.resolve(str(tmp_path)))
+        kept.unlink()
+        write_weights(weights.to_torch(model, state), tmp_path / "model.safetensors")
+        found.append(weights.load_model(checkpoint.resolve(str(tmp_path))).state_dict())
+    for own in found:
+        assert all((own[name] == values).all() for name, values in state.items())

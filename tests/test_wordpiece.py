@@ -83,6 +83,59 @@ def test_settings_may_begin_with_a_byte_order_mark(tmp_path, tiny_model):
         assert _tokens(before, "Card card") == _tokens(after, "Card card") and before.pad_id == after.pad_id
 
 
+def test_added_tokens_are_not_split(tmp_path):
+    """Numbers and ids as transformers 5 gives them."""
+    n, five = len(vocabulary()), {str(i): {"content": word, "special": True} for i, word in enumerate(vocabulary()[:5])}
+    texts = ["<q> card", "lost<q>card", "<Q> <d>"]
+    for settings, expected in (
+        ({"added_tokens_decoder": five}, [[2, 1, 23, 1, 6, 3], [2, 5, 1, 23, 1, 6, 3], [2, 1, 23, 1, 1, 10, 1, 3]]),
+        (
+            {"added_tokens_decoder": five | {str(n): {"content": "<q>", "special": True}}},
+            [[2, n, 6, 3], [2, 5, n, 6, 3], [2, 1, 23, 1, 1, 10, 1, 3]],
+        ),
+        (
+            {"added_tokens_decoder": {str(n): {"content": "<Q>", "normalized": True, "single_word": True}}},
+            [[2, n, 6, 3], [2, 5, 1, 23, 1, 6, 3], [2, n, 1, 10, 1, 3]],
+        ),
+        (
+            {"added_tokens_decoder": None, "additional_special_tokens": ["<q>", {"content": "<d>"}]},
+            [[2, n, 6, 3], [2, 5, n, 6, 3], [2, 1, 23, 1, n + 1, 3]],
+        ),
+        (
+            {"extra_special_tokens": {"query_token": "<q>"}},
+            [[2, n, 6, 3], [2, 5, n, 6, 3], [2, 1, 23, 1, 1, 10, 1, 3]],
+        ),
+    ):
+        folder = bare_vocabulary(tmp_path, "bert", **settings)
+        assert [list(ids) for ids in tokenizing.load(folder, 9, for_torch=True)(texts)] == expected
+    assert wordpiece.build(folder, symbols_apart=True) is None  # which PaddleNLP reads in a way of its own
+
+
+def test_settings_that_are_null_are_not_there(tmp_path):
+    names = ("do_lower_case", "tokenize_chinese_chars", "strip_accents", "added_tokens_decoder", "mask_token")
+    folder = bare_vocabulary(tmp_path, "bert", **dict.fromkeys(names))
+    assert _tokens(tokenizing.load(folder, 9, for_torch=True), "Löst用") == ["[CLS]", "lost", "用", "[SEP]"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"do_lower_case": "yes"}, "do_lower_case is 'yes'; expected true or false"),
+        ({"strip_accents": 0}, "strip_accents is 0; expected true or false"),
+        ({"tokenize_chinese_chars": []}, r"tokenize_chinese_chars is \[\]; expected true or false"),
+        ({"added_tokens_decoder": ["<q>"]}, "its added tokens cannot be read"),
+        ({"added_tokens_decoder": {"x": {"content": "<q>"}}}, "its added tokens cannot be read"),
+        ({"added_tokens_decoder": {"9": "<q>"}}, "its added tokens cannot be read"),
+        ({"additional_special_tokens": 3}, "its added tokens cannot be read"),
+        ({"added_tokens_decoder": {"9": {"content": "<q>"}}}, "has '<q>' as 9; expected 95, its place in vocab.txt or"),
+    ],
+)
+def test_settings_that_cannot_be_are_named_with_their_file(tmp_path, settings, message):
+    folder = bare_vocabulary(tmp_path, "bert", **settings)
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json: .*" + message):
+        tokenizing.load(folder, 9, for_torch=True)
+
+
 def test_damaged_files_are_named(tmp_path):
     folder = bare_vocabulary(tmp_path, "bert")
     (folder / "vocab.txt").write_bytes(b"[PAD]\n\xff\n")

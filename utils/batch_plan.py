@@ -11,6 +11,8 @@ from utils.training_rows import TrainingRows
 
 # Entries put aside for a later batch that are looked at again for the next one, in batches.
 _LOOK_BACK = 16
+# Passages as many as a query's own positives are drawn for a row's random negatives, up to this many positives.
+_FEW_POSITIVES = 64
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ class Plan:
     multiple: int = 1
     hard_batches: bool = False
     _made: dict[int, Epoch] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _others: dict[int, np.ndarray] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __len__(self) -> int:
         """Batches in an epoch."""
@@ -160,17 +163,28 @@ class Plan:
 
     def _random_negatives(self, rng: np.random.Generator, row: int, drawn: np.ndarray, count: int) -> np.ndarray:
         """Other queries' positives, for a row that has too few negatives of its own."""
-        pool = self.rows.all_positives
-        forbidden = self.rows.known_positives[int(self.rows.query_ids[row])] | set(drawn.tolist())
-        found: list[int] = []
-        for passage in rng.choice(pool, min(len(pool), count + len(forbidden)), replace=False).tolist():
-            if passage not in forbidden and len(found) < count:
-                found.append(passage)
+        query, own = int(self.rows.query_ids[row]), set(drawn.tolist())
+        pool, known = self.rows.all_positives, self.rows.known_positives[query]
+        found: dict[int, None] = {}
+        if len(known) <= _FEW_POSITIVES:
+            tried = rng.choice(pool, min(len(pool), count + len(known | own)), replace=False)
+            found = dict.fromkeys(passage for passage in tried.tolist() if passage not in known and passage not in own)
+        elif 2 * (len(known) + len(own) + count) <= len(pool):
+            while len(found) < count:  # at least every other one will do
+                tried = pool[rng.integers(len(pool), size=2 * count)].tolist()
+                found |= dict.fromkeys(passage for passage in tried if passage not in known and passage not in own)
+        else:
+            if query not in self._others:
+                self._others[query] = pool[[passage not in known for passage in pool.tolist()]]
+            others = self._others[query]
+            tried = rng.choice(others, min(len(others), count + len(own)), replace=False)
+            found = dict.fromkeys(passage for passage in tried.tolist() if passage not in own)
+        negatives = list(found)[:count]
         # A corpus of a few passages may not hold enough of them: then they repeat, or known positives, which
         # the loss masks, stand in.
-        while len(found) < count:
-            found.append(found[0] if found else int(pool[0]))
-        return np.array(found, np.int64)
+        while len(negatives) < count:
+            negatives.append(negatives[0] if negatives else int(pool[0]))
+        return np.array(negatives, np.int64)
 
     def _deal(self, queries: list[int], positives: list[int]) -> list[int]:
         """An order of which each ``batch_size``, from the first on, make a batch in which no query and no positive

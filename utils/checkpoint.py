@@ -27,7 +27,7 @@ TOKENIZER_FILES = (
 DESCRIPTION = ("config.json", *TOKENIZER_FILES, *sentence_transformers_folder.FILES)
 
 # Model types whose attention looks only backwards; their sentence is summed up in its last token.
-DECODERS = ("qwen2", "qwen3", "llama", "mistral", "gemma", "gpt")
+DECODERS = ("qwen2", "qwen3", "llama", "mistral", "gemma", "gpt", "opt", "bloom")
 _SIZES = (
     "hidden_size", "vocab_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
     "max_position_embeddings",
@@ -76,7 +76,7 @@ class Checkpoint:
     @property
     def task(self) -> int | None:
         """ERNIE 3's task, of which every token gets the embedding; None for other models."""
-        return int(self.config.get("task_id", 0)) if self.config.get("use_task_id") else None
+        return self.config.get("task_id") or 0 if self.config.get("use_task_id") else None
 
     def weight_files(self) -> list[Path]:
         """The files that hold the weights, of the first kind that is there."""
@@ -223,6 +223,9 @@ def _check_config(path: Path, config: dict) -> None:
         value = config.get(name)
         if value is not None and (type(value) is not int or not 0 < value < 1 << 31):
             raise ValueError(f"{path}: {name} is {value!r}; expected a positive whole number")
+    task = config.get("task_id")
+    if task is not None and (type(task) is not int or task < 0):
+        raise ValueError(f"{path}: task_id is {task!r}; expected a whole number, 0 or above")
     if not isinstance(config.get("hidden_act", ""), str):
         raise ValueError(f"{path}: hidden_act is {config['hidden_act']!r}; expected a name")
     heads = config.get("num_attention_heads", 1)

@@ -71,7 +71,7 @@ def embed(
         encoded = 0
         if finished is not None:
             encoded = _fill(encoder, ranks.broadcast_texts(texts), ranks, store, finished, what)
-        return (store.read() if store is not None else None), encoded
+        return ranks.on_first(lambda: store.read() if store is not None else None), encoded
     finally:
         if store is not None:
             store.close()

@@ -4,7 +4,8 @@ A store is a folder named by a fingerprint of everything that the vectors depend
 their order and the encoder's own description (weights, tokenizer, template, lengths, pooling, dtype).
 Any change gives another folder, so a stale vector cannot be read. In it, ``vectors.partial`` (raw
 little-endian float32 rows) is filled batch by batch and ``journal`` notes each finished batch after
-its rows are on disk; when all are there the file is renamed to ``vectors``.
+its rows are on disk; when all are there the file is renamed to ``vectors``. ``about.json`` tells a
+damaged file from a whole one, whatever numbers are in it.
 """
 
 import hashlib
@@ -19,7 +20,7 @@ from typing import IO
 
 import numpy as np
 
-from utils.outputs import described, take_lock
+from utils.outputs import described, take_lock, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -61,8 +62,21 @@ class EmbeddingStore:
 
     @property
     def is_complete(self) -> bool:
-        """True once every vector is there."""
-        return (self.folder / "vectors").exists()
+        """True once every vector is there, with what tells a damaged file."""
+        return (self.folder / "vectors").exists() and (self.folder / "about.json").exists()
+
+    @property
+    def about(self) -> dict:
+        """What ``finish`` was given to keep, and the digest of some rows; requires ``is_complete``.
+
+        Raises:
+            ValueError: it is something else by now.
+        """
+        path = self.folder / "about.json"
+        try:
+            return dict(json.loads(path.read_bytes()))
+        except (ValueError, TypeError):
+            raise ValueError(f"{path}: is damaged; remove {self.folder} and run again") from None
 
     def open(self) -> set[int]:
         """Lock the store and return the numbers of the batches that are finished.
@@ -109,31 +123,44 @@ class EmbeddingStore:
         except OSError as error:
             raise described(error, f"{self.folder}: cannot write {self.what}") from None
 
-    def finish(self) -> None:
-        """All batches are written: make the store complete."""
+    def finish(self, about: dict | None = None) -> None:
+        """All batches are written: make the store complete, and keep a few facts about it beside the vectors."""
         assert self._data is not None and self._journal is not None
         try:
             os.fsync(self._data.fileno())
             self._data.close()
             self._journal.close()
+            digest = self._digest(self.folder / "vectors.partial")
+            write_whole(self.folder / "about.json", json.dumps((about or {}) | {"some_rows": digest}).encode())
             os.replace(self.folder / "vectors.partial", self.folder / "vectors")
             (self.folder / "journal").unlink()
         except OSError as error:
             raise described(error, f"{self.folder}: cannot write {self.what}") from None
 
     def read(self) -> np.ndarray:
-        """The vectors, [n, dim], memory-mapped and read-only; requires ``is_complete``."""
+        """The vectors, [n, dim], memory-mapped and read-only; requires ``is_complete``.
+
+        Raises:
+            ValueError: the file is damaged, as after a copy that was broken off.
+        """
         path = self.folder / "vectors"
         if path.stat().st_size != self.n * self.dim * self.dtype.itemsize:
             raise ValueError(f"{path}: is not {self.n} x {self.dim} {self.dtype}; remove {self.folder} and run again")
+        if self.about.get("some_rows") != self._digest(path):
+            raise ValueError(
+                f"{path}: is damaged, its {self.what} are not those written; remove {self.folder} and run again"
+            )
+        return self._mapped(path)
+
+    def _mapped(self, path: Path) -> np.ndarray:
         if self.n == 0:
             return np.zeros((0, self.dim), self.dtype)
-        vectors = np.memmap(path, self.dtype, "r", shape=(self.n, self.dim))
-        if self.dtype == _DTYPE:
-            some = vectors[np.linspace(0, self.n - 1, min(self.n, _CHECKED_ROWS)).astype(int)]
-            if not np.isfinite(some).all() or not some.any():
-                raise ValueError(f"{path}: is damaged, no vectors are in it; remove {self.folder} and run again")
-        return vectors
+        return np.memmap(path, self.dtype, "r", shape=(self.n, self.dim))
+
+    def _digest(self, path: Path) -> str:
+        """SHA-256, in hex, of evenly spaced rows."""
+        some = self._mapped(path)[np.linspace(0, self.n - 1, min(self.n, _CHECKED_ROWS)).astype(int)]
+        return hashlib.sha256(np.ascontiguousarray(some)).hexdigest()
 
     def close(self) -> None:
         """Let go of the files and the lock; a store in which nothing was finished is removed."""

@@ -46,8 +46,9 @@ def check_torch_weights(model: "nn.Layer", checkpoint: Checkpoint) -> None:
     if checkpoint.task:
         raise ValueError(f"config.json wants task_id {checkpoint.task}, and transformers knows only task 0")
     names = weights.torch_names(model)
-    for name in model.state_dict():
-        if name not in names and ".lora_" not in name:  # adapters are merged into what has a name
+    for name, value in model.state_dict().items():
+        # Adapters are merged into what has a name.
+        if value.is_floating_point() and name not in names and ".lora_" not in name:
             raise ValueError(f"PaddleNLP has no Hugging Face name for {name} of {type(model).__name__}")
 
 

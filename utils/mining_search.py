@@ -118,6 +118,7 @@ class _DenseSearch:
         self.given, self.ranks, self.run, self.inputs = given, ranks, run, inputs
         self.vectors, self.folder = vectors, folder
         self._index: ShardedIndex | _OnFirst | None = None
+        self._recall: dict | None = None
 
     def neighbors(self, tier: Tier | None) -> Neighbors | None:
         """Those of a tier's queries, on rank 0, which alone knows the tier; from the store if it has them."""
@@ -127,11 +128,14 @@ class _DenseSearch:
             nonlocal store
             assert self.inputs is not None and tier is not None
             home = self.folder / f"neighbors-{self._key(tier)}"
-            depth = _kept_depth(home, tier.depth(self.given.window[1], self.inputs.n_candidates))
+            depth = tier.depth(self.given.window[1], self.inputs.n_candidates)
+            if not self.given.index_factory:  # an approximate index may find others first where it looks for more
+                depth = _kept_depth(home, depth)
             store = EmbeddingStore(home, f"{depth}", len(tier.queries), 2 * depth, np.dtype("<f8"), "neighbours")
             finished = store.open()
             if store.is_complete:
                 logger.info("search: all neighbours are in %s", store.folder)
+                self._report(store.about.get("index"))
                 finished = None
             return len(tier.queries), depth, finished
 
@@ -140,9 +144,9 @@ class _DenseSearch:
             if finished is not None:
                 queries = tier.queries if tier is not None else None
                 self.run.counts["searched"] += self._fill(queries, n, depth, store, finished)
-            if store is None:
+            kept = self.ranks.on_first(lambda: store.read() if store is not None else None)
+            if kept is None:
                 return None
-            kept = store.read()
             return Neighbors(kept[:, :depth], kept[:, depth:])
         finally:
             if store is not None:
@@ -179,7 +183,7 @@ class _DenseSearch:
                     searched += stop - start
                 progress.update(stop - start)
         runtime.give_back_memory()
-        ranks.on_first(lambda: store.finish() if store is not None else None)
+        ranks.on_first(lambda: store.finish({"index": self._recall}) if store is not None else None)
         return searched
 
     def _made_index(self, depth: int) -> "ShardedIndex | _OnFirst":
@@ -190,29 +194,33 @@ class _DenseSearch:
         n_candidates, dim = self.ranks.broadcast_object(sizes)
         if not self.given.index_factory:
             return ShardedIndex.of(self.ranks, passages, n_candidates, dim, engines.device())
-        return _OnFirst(self.ranks.on_first(lambda: self._factory_index(passages, depth)))
+        return _OnFirst(self.ranks, self.ranks.on_first(lambda: self._factory_index(passages, depth)))
 
     def _factory_index(self, passages: np.ndarray, depth: int) -> FactoryIndex:
         given, queries = self.given, self.vectors.queries
         index = FactoryIndex(passages, given.index_factory, given.index_parameters)
         sample = np.sort(np.random.default_rng(0).permutation(len(queries))[:_RECALL_QUERIES])
         recall = index.recall(np.ascontiguousarray(queries[sample]), depth)
-        about = {"factory": given.index_factory, "recall": recall, "depth": depth, "queries": len(sample)}
-        self.run.results["index"] = about
+        self._recall = {"factory": given.index_factory, "recall": recall, "depth": depth, "queries": len(sample)}
+        self._report(self._recall)
         logger.info("search: %s finds %.1f%% of the exact top %d", given.index_factory, 100 * recall, depth)
         return index
+
+    def _report(self, recall: dict | None) -> None:
+        """How well an approximate index finds, of the first tier: each has a depth of its own."""
+        if recall is not None:
+            self.run.results.setdefault("index", recall)
 
 
 class _OnFirst:
     """An index that rank 0 alone holds, searched like a sharded one."""
 
-    def __init__(self, index: FactoryIndex | None):
-        self.index = index
+    def __init__(self, ranks: Ranks, index: FactoryIndex | None):
+        self.ranks, self.index = ranks, index
 
     def search(self, queries: np.ndarray, k: int) -> Neighbors:
-        if self.index is None:
-            return Neighbors(np.zeros((0, k)), np.zeros((0, k), np.int64))
-        return self.index.search(queries, k)
+        found = self.ranks.on_first(lambda: self.index.search(queries, k) if self.index is not None else None)
+        return found or Neighbors(np.zeros((0, k)), np.zeros((0, k), np.int64))
 
 
 def _note(store: EmbeddingStore | None, number: int, rows: np.ndarray, packed: np.ndarray) -> None:

@@ -29,15 +29,16 @@ def new_model(model: "Checkpoint", dtype: str, **config):
         return _new_qwen3(model, dtype, **config)
     with one_line(f"{model.folder}: PaddleNLP cannot make this {model.model_type} model"):
         return transformers.AutoModel.from_config(
-            transformers.AutoConfig.from_pretrained(str(model.folder), **_rotations(model), **config), dtype=dtype
+            transformers.AutoConfig.from_pretrained(str(model.folder), **_settled(model), **config), dtype=dtype
         )
 
 
 def _new_qwen3(model: "Checkpoint", dtype: str, **config):
-    from utils.qwen3 import Qwen3Model
+    from utils.qwen3 import DEFAULTS, Qwen3Model
 
+    given = {name: value for name, value in model.config.items() if value is not None or name not in DEFAULTS}
     with default_dtype(dtype), one_line(f"{model.folder}: this qwen3 model cannot be made"):
-        return Qwen3Model(import_paddlenlp().PretrainedConfig.from_dict(model.config, **config))
+        return Qwen3Model(import_paddlenlp().PretrainedConfig.from_dict(DEFAULTS | given, **config))
 
 
 @contextlib.contextmanager
@@ -58,9 +59,13 @@ def first_output(output):
     return output[0] if isinstance(output, list | tuple) else output
 
 
-def _rotations(model: "Checkpoint") -> dict:
-    """How fast a decoder's positions are rotated: PaddleNLP looks in one place only, and else assumes a value."""
-    return {"rope_theta": model.config["rope_theta"]} if "rope_theta" in model.config else {}
+def _settled(model: "Checkpoint") -> dict:
+    """How fast a decoder's positions are rotated: PaddleNLP looks in one place only, and else assumes a value.
+
+    And ERNIE's task, which may be null for the first.
+    """
+    rotations = {"rope_theta": model.config["rope_theta"]} if "rope_theta" in model.config else {}
+    return rotations | ({} if model.task is None else {"task_id": model.task})
 
 
 def load_tokenizer(folder: Path):

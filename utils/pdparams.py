@@ -14,7 +14,7 @@ def read(path: Path) -> dict[str, np.ndarray]:
     """The floating-point weights of a file of ``paddle.save``, as float32.
 
     Raises:
-        ValueError: no such file, or a damaged one.
+        ValueError: no such file, a damaged one, or one that holds more than arrays, numbers and text.
     """
     try:
         with open(path, "rb") as stream:
@@ -23,6 +23,8 @@ def read(path: Path) -> dict[str, np.ndarray]:
             state[name] = np.concatenate([state.pop(part) for part in parts["slices"]]).reshape(parts["OriginShape"])
     except OSError:
         raise
+    except _UnknownError as error:
+        raise ValueError(f"{path}: holds {error}, which is not read here; expected arrays and numbers alone") from None
     except Exception as error:  # noqa: BLE001 - a damaged pickle ends in whatever its bytes happen to ask for
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{path}: no weights of Paddle's, or a damaged file ({reason})") from None
@@ -40,13 +42,17 @@ def floats(state: dict) -> dict[str, np.ndarray]:
     return {name: values.astype(np.float32, copy=False) for name, values in weights.items() if values.dtype.kind == "f"}
 
 
+class _UnknownError(pickle.UnpicklingError):
+    """Says what a file holds that is not allowed."""
+
+
 class _Reader(pickle.Unpickler):
-    """Arrays in dictionaries and tuples, and nothing else."""
+    """Arrays and numbers in dictionaries and tuples, and nothing else."""
 
     def find_class(self, module: str, name: str):
         if (module, name) in _HARMLESS:
             return _HARMLESS[module, name]
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        raise _UnknownError(" ".join(f"{module}.{name}".split())[:200])
 
 
 def _value(name: str, values: dict):
@@ -61,12 +67,19 @@ def _bytes(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
-_RECONSTRUCT = np.zeros(0).__reduce__()[0]
+# How NumPy keeps an array, one in protocol 5, and a number; its second version has another name for the place.
+_OF_NUMPY = {
+    ("multiarray", "_reconstruct"): np.zeros(0).__reduce__()[0],
+    ("numeric", "_frombuffer"): np.zeros(0).__reduce_ex__(5)[0],
+    ("multiarray", "scalar"): np.float32(0).__reduce__()[0],
+}
 _HARMLESS = {
+    (f"{core}.{module}", name): function
+    for core in ("numpy.core", "numpy._core")
+    for (module, name), function in _OF_NUMPY.items()
+} | {
     ("numpy", "ndarray"): np.ndarray,
     ("numpy", "dtype"): np.dtype,
-    ("numpy.core.multiarray", "_reconstruct"): _RECONSTRUCT,
-    ("numpy._core.multiarray", "_reconstruct"): _RECONSTRUCT,
     ("collections", "OrderedDict"): OrderedDict,
     ("builtins", "tuple"): tuple,
     ("__builtin__", "tuple"): tuple,

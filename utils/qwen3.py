@@ -10,13 +10,18 @@ from paddle.distributed.fleet.utils import recompute
 if TYPE_CHECKING:
     from paddle import Tensor
 
+# What transformers' Qwen3Config takes for what a config.json leaves out.
+DEFAULTS = {
+    "head_dim": 128, "rope_theta": 10_000.0, "rms_norm_eps": 1e-6, "attention_bias": False, "attention_dropout": 0.0,
+}  # fmt: skip
+
 
 class Qwen3Model(nn.Layer):
     """Token ids to the last layer's states.
 
     Args:
-        config: PaddleNLP's configuration object, of a Qwen3 ``config.json``; ``checkpoint`` has seen to it that
-            attention is full.
+        config: PaddleNLP's configuration object, of a Qwen3 ``config.json`` and ``DEFAULTS``; ``checkpoint`` has seen
+            to it that attention is full.
     """
 
     def __init__(self, config):
@@ -67,10 +72,9 @@ class _Attention(nn.Layer):
 
     def __init__(self, config):
         super().__init__()
-        hidden, bias = config.hidden_size, None if getattr(config, "attention_bias", False) else False
+        hidden, bias = config.hidden_size, None if config.attention_bias else False
         self.heads, self.groups = config.num_attention_heads, config.num_key_value_heads
-        self.width = getattr(config, "head_dim", None) or hidden // self.heads
-        self.dropout = getattr(config, "attention_dropout", 0.0)
+        self.width, self.dropout = config.head_dim, config.attention_dropout
         self.q_proj = nn.Linear(hidden, self.heads * self.width, bias_attr=bias)
         self.k_proj = nn.Linear(hidden, self.groups * self.width, bias_attr=bias)
         self.v_proj = nn.Linear(hidden, self.groups * self.width, bias_attr=bias)

@@ -137,7 +137,7 @@ def rerank(
     try:
         finished = ranks.broadcast_object(ranks.on_first(open_store))
         n_scored = _fill(reranker, pairs, ranks, store, finished) if finished is not None else 0
-        return (np.array(store.read()[:, 0]) if store is not None else None), n_scored
+        return ranks.on_first(lambda: np.array(store.read()[:, 0]) if store is not None else None), n_scored
     finally:
         if store is not None:
             store.close()

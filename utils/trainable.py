@@ -18,8 +18,13 @@ from utils.paddlenlp_models import first_output
 if TYPE_CHECKING:
     from paddle import Tensor, nn
 
-# What configurations call the shares of dropout in an encoder and in a decoder.
-_DROPOUT = ("hidden_dropout_prob", "attention_probs_dropout_prob"), ("attention_dropout",)
+# What PaddleNLP's configurations call the shares of dropout: of encoders, GPT and OPT, and of others. In some models
+# PaddleNLP drops nothing, whatever their configuration says.
+_USUAL_DROPOUT = ("hidden_dropout_prob", "attention_probs_dropout_prob")
+_DROPOUT = {
+    "qwen2": ("attention_dropout",), "qwen3": ("attention_dropout",), "gemma": ("attention_dropout",),
+    "bloom": ("hidden_dropout", "attention_dropout"), "llama": (), "mistral": (),
+}  # fmt: skip
 
 # The linear sublayers that adapters go into, by the ends of their names in PaddleNLP's models.
 _ADAPTED = (
@@ -35,6 +40,18 @@ def faster_precision(checkpoint: Checkpoint, wanted: str) -> str:
     """
     by_ours = engines.device() == "cpu" and onednn.supports(checkpoint) and matmul.bfloat16_is_fast()
     return wanted if by_ours and (wanted == "medium" or runtime.cpu_has("amx_bf16")) else "highest"
+
+
+def shares_of_dropout(checkpoint: Checkpoint, dropout: float | None) -> dict[str, float]:
+    """What the checkpoint's configuration must say for that share of dropout; nothing for None.
+
+    Raises:
+        ValueError: there is no dropout in such a model.
+    """
+    names = _DROPOUT.get(checkpoint.model_type, _USUAL_DROPOUT)
+    if dropout and not names:
+        raise ValueError(f"dropout is {dropout}; PaddleNLP has none in {checkpoint.model_type} models, so leave it out")
+    return {} if dropout is None else dict.fromkeys(names, dropout)
 
 
 class TrainableEncoder:
@@ -68,9 +85,8 @@ class TrainableEncoder:
             # Transposes as views are copied element by element when they are used: five times as slow.
             paddle.set_flags({"FLAGS_use_stride_kernel": False})
         extra = {"use_flash_attention": True} if flash_attention and checkpoint.is_decoder else {}
-        if dropout is not None:
-            shares = dict.fromkeys(_DROPOUT[checkpoint.is_decoder], dropout)
-            extra, checkpoint = extra | shares, replace(checkpoint, config=checkpoint.config | shares)
+        shares = shares_of_dropout(checkpoint, dropout)
+        extra, checkpoint = extra | shares, replace(checkpoint, config=checkpoint.config | shares)
         self.model = weights.load_model(checkpoint, **extra)
         if lora is not None:
             self.model = _with_adapters(self.model, checkpoint, *lora)
@@ -82,9 +98,9 @@ class TrainableEncoder:
         """
         from paddle import nn
 
-        n_layers = self.checkpoint.config["num_hidden_layers"]
         frozen = [self.model.get_input_embeddings()]
         if layers:
+            n_layers = self.checkpoint.config["num_hidden_layers"]
             stacks = (s for s in self.model.sublayers() if isinstance(s, nn.LayerList) and len(s) == n_layers)
             frozen += [*next(stacks)[:layers], getattr(self.model, "embeddings", frozen[0])]
         for layer in frozen:

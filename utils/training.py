@@ -25,7 +25,7 @@ from utils.encoder import Encoder, EncoderSettings
 from utils.json_files import as_json
 from utils.outputs import write_whole
 from utils.paddlenlp_arguments import trainer_arguments
-from utils.trainable import TrainableEncoder, TrainableEngine, faster_precision, merged_state
+from utils.trainable import TrainableEncoder, TrainableEngine, faster_precision, merged_state, shares_of_dropout
 from utils.training_arguments import TrainArguments
 from utils.training_data import Collator, Loader, Preflight
 from utils.training_folder import WEIGHTS, put_into
@@ -87,6 +87,7 @@ class _Inputs:
             raise ValueError(
                 f"freeze_layers is {given.freeze_layers}; {base.folder} has only {n_layers} layers to train"
             )
+        shares_of_dropout(base, given.dropout)
         if base.hidden_size in dims and not any(given.embedding_matryoshka_weights or [1]):
             raise ValueError("embedding_matryoshka_weights are all 0, the full width's too; expected one above 0")
         dev = None

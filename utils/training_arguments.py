@@ -14,7 +14,10 @@ LOSS_TYPES = ("contrastive", "symmetric", "triplet", "hinge", "pairwise_logistic
 WORD_EMBEDDINGS = ("train", "freeze")
 PRECISIONS = ("highest", "high")
 _DATA_PARALLEL = "training is data-parallel"
-_WHY = {"metrics_output_path": "losses and metrics are in <output_dir>/training.jsonl"}
+_WHY = {
+    "metrics_output_path": "losses and metrics are in <output_dir>/training.jsonl",
+    "ignore_load_lr_and_optim": "a checkpoint is gone on from with its optimizer; else give it as model_name_or_path",
+}
 # Where PaddleNLP's Trainer can report to, and the package that it needs for that.
 _REPORTS = {"visualdl": "visualdl", "tensorboard": "tensorboardX", "wandb": "wandb", "autonlp": "ray"}
 # The least that PaddleNLP's Trainer understands; it takes what is below for something else, or for nothing.
@@ -28,7 +31,7 @@ _NOT_SUPPORTED = {
     "use_expert_parallel": (None, False), "distributed_dataloader": (None, False),
     "offload_optim": (None, False), "do_predict": (None, False), "do_export": (None, False),
     "amp_master_grad": (None, False), "skip_data_intervals": (None,), "label_names": (None,),
-    "ignore_data_skip": (None, False), "flatten_param_grads": (None, False),
+    "ignore_data_skip": (None, False), "ignore_load_lr_and_optim": (None, False), "flatten_param_grads": (None, False),
     "hybrid_parallel_topo_order": (None, "pp_first", "sharding_first"),
     # It leaves a process behind; training.jsonl has the metrics.
     "metrics_output_path": (None,),

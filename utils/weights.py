@@ -25,13 +25,13 @@ _UNUSED = "pooler."
 
 
 def load_model(checkpoint: Checkpoint, dtype: str = "float32", **config) -> "nn.Layer":
-    """The checkpoint as PaddleNLP's model.
+    """The checkpoint as PaddleNLP's model. What in it is not floating point stays as the fresh model has it.
 
     Args:
         config: values that override the checkpoint's configuration.
 
     Raises:
-        ValueError: weights that the model needs are not in the checkpoint.
+        ValueError: weights that the model needs are not in the checkpoint, or it has no such task.
     """
     import paddle
 
@@ -40,19 +40,26 @@ def load_model(checkpoint: Checkpoint, dtype: str = "float32", **config) -> "nn.
         for layer in model.sublayers():
             if isinstance(layer, paddle.nn.LayerNorm):
                 layer._epsilon = checkpoint.config["layer_norm_eps"]
+    own = model.state_dict()
+    tasks = own.get("embeddings.task_type_embeddings.weight", ())
+    if checkpoint.task is not None and checkpoint.task >= len(tasks):
+        wanted = f"config.json wants the embedding of task {checkpoint.task}"
+        raise ValueError(f"{checkpoint.folder}: {wanted}; there are {len(tasks)} tasks")
     weights, torch_layout = read_weights(checkpoint), checkpoint.is_torch
     names = torch_names(model) if torch_layout else {}
-    own = model.state_dict()
     state, missing = {}, []
     for name, parameter in own.items():
+        if not parameter.is_floating_point():  # position_ids and their like, which are made and not trained
+            continue
         torch_name, transposed = names.get(name, (name, False))
         found = torch_name if torch_name in weights else _with_prefix(torch_name, weights)
         if found is None:
             missing.append(torch_name)
             continue
         values = weights[found].T if transposed else weights[found]
-        if list(values.shape) != parameter.shape:
-            raise ValueError(f"{checkpoint.folder}: {found} has shape {list(values.shape)}; expected {parameter.shape}")
+        shape, expected = list(values.shape), list(parameter.shape)
+        if shape != expected:
+            raise ValueError(f"{checkpoint.folder}: {found} has shape {shape}; expected {expected}")
         state[name] = paddle.to_tensor(np.ascontiguousarray(values), dtype=parameter.dtype)
     missing = [name for name in missing if not name.startswith(_UNUSED)]
     if missing:
@@ -88,10 +95,15 @@ def torch_names(model: "nn.Layer") -> dict[str, tuple[str, bool]]:
 
 
 def to_torch(model: "nn.Layer", state: dict[str, "Tensor"]) -> dict[str, np.ndarray]:
-    """The model's weights ``state`` under Hugging Face's names, linear weights [out, in], float32."""
+    """The model's weights ``state`` under Hugging Face's names, linear weights [out, in], float32.
+
+    Whole numbers, such as ``position_ids``, are left out: transformers makes its own.
+    """
     names = torch_names(model)
     weights = {}
     for name, value in state.items():
+        if not value.is_floating_point():
+            continue
         torch_name, transposed = names[name]
         values = value.astype("float32").numpy()
         weights[torch_name] = np.ascontiguousarray(values.T if transposed else values)

@@ -13,6 +13,7 @@ _SYMBOLS = "[\\p{S}\u00ad\u00b2\u00b5\u00ba\u00d8\u014b\u01b1\u3007]"
 _SPECIAL = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]",
             "mask_token": "[MASK]"}  # fmt: skip
 _NEEDED = ("unk_token", "cls_token", "sep_token")
+_TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 _PLAIN_SETTINGS = {"do_basic_tokenize": (True,), "never_split": (None, [])}
 
 
@@ -27,7 +28,8 @@ def build(folder: Path, symbols_apart: bool):
     """
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
-    settings = json_files.read_object(folder / "tokenizer_config.json")
+    path = folder / "tokenizer_config.json"
+    settings = json_files.read_object(path)
     kinds = ("BertTokenizer", "BertTokenizerFast") + (("ErnieTokenizer",) if symbols_apart else ())
     if not (folder / "vocab.txt").is_file() or settings.get("tokenizer_class", kinds[0]) not in kinds:
         return None
@@ -39,11 +41,14 @@ def build(folder: Path, symbols_apart: bool):
     special = {name: _content(settings.get(name, usual)) for name, usual in _SPECIAL.items()}
     if not {special[name] for name in _NEEDED} <= vocabulary.keys():
         return None
+    added = _added_tokens(settings, path)
+    if symbols_apart and any(token.content not in special.values() for token in added.values()):
+        return None  # PaddleNLP knows only some of them, and reads those in a way of its own
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token=special["unk_token"], max_input_chars_per_word=100))
     tokenizer.normalizer = normalizers.BertNormalizer(
-        handle_chinese_chars=settings.get("tokenize_chinese_chars", True),
-        strip_accents=settings.get("strip_accents"),
-        lowercase=settings.get("do_lower_case", True),
+        handle_chinese_chars=_flag(settings, "tokenize_chinese_chars", True, path),
+        strip_accents=_flag(settings, "strip_accents", None, path),
+        lowercase=_flag(settings, "do_lower_case", True, path),
     )
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     if symbols_apart:
@@ -56,7 +61,45 @@ def build(folder: Path, symbols_apart: bool):
         special_tokens=[(token, vocabulary[token]) for token in (first, last)],
     )
     tokenizer.add_special_tokens([token for token in special.values() if token in vocabulary])
+    for number, token in added.items():
+        tokenizer.add_tokens([token])
+        found = tokenizer.token_to_id(token.content)
+        if isinstance(number, int) and found != number:
+            raise ValueError(
+                f"{path}: added_tokens_decoder has {token.content!r} as {number}; expected {found}, its place in"
+                " vocab.txt or the next after it"
+            )
     return tokenizer
+
+
+def _flag(settings: dict, name: str, usual: bool | None, path: Path) -> bool | None:
+    value = settings.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise ValueError(f"{path}: {name} is {value!r}; expected true or false")
+    return usual if value is None else value
+
+
+def _added_tokens(settings: dict, path: Path) -> dict:
+    """``AddedToken`` by number, then by name those that are only named as special: they are numbered in that order."""
+    from tokenizers import AddedToken
+
+    try:
+        decoder = {int(number): token for number, token in (settings.get("added_tokens_decoder") or {}).items()}
+        added = {
+            number: AddedToken(decoder[number]["content"], **{f: decoder[number].get(f) is True for f in _TOKEN_FLAGS})
+            for number in sorted(decoder)
+        }
+        known = {token.content for token in added.values()}
+        extra = settings.get("extra_special_tokens") or []  # what transformers 5 calls them
+        extra = list(extra.values()) if isinstance(extra, dict) else extra
+        names = [_content(token) for token in [*(settings.get("additional_special_tokens") or []), *extra]]
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise ValueError(
+            f"{path}: its added tokens cannot be read; expected added_tokens_decoder as an object of tokens by number,"
+            " and additional_special_tokens as a list"
+        ) from None
+    named = {name: AddedToken(name, normalized=False, special=True) for name in names if name not in known}
+    return added | named
 
 
 def _read_vocabulary(path: Path) -> dict[str, int]:
@@ -67,5 +110,5 @@ def _read_vocabulary(path: Path) -> dict[str, int]:
     return {token: number for number, token in enumerate(lines[:-1] if lines[-1] == "" else lines)}
 
 
-def _content(token: str | dict) -> str:
-    return token.get("content", "") if isinstance(token, dict) else str(token)
+def _content(token: str | dict | None) -> str:
+    return token.get("content", "") if isinstance(token, dict) else str(token or "")
