@@ -80,7 +80,7 @@ FORBIDDEN = {
     },
     "mining_inputs": {"paddle", "paddlenlp", "faiss", "encoder", "engines", "distributed", "search"},
     "losses": {"numpy", "arguments", "records", "training_data", "tokenizing"},
-    "number_lists": HEAVY - {"numpy"} | {"records", "distributed", "training"},
+    "ragged": HEAVY - {"numpy"} | {"records", "distributed", "training", "search"},
     "training_rows": {"paddle", "paddlenlp", "faiss", "dedup", "trainable", "training"},
     "hard_batches": HEAVY - {"numpy"} | {"records", "distributed", "trainable", "training"},
     "batch_plan": HEAVY - {"numpy"} | {"distributed", "tokenizing", "trainable", "training"},

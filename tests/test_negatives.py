@@ -9,8 +9,9 @@ import pytest
 from utils import negatives
 from utils.arguments import MARGIN_POSITIVES
 from utils.margins import Background, measure_background
-from utils.mining_problem import Groups, Problem
+from utils.mining_problem import Problem
 from utils.negatives import Negative, Rules, choose, screen
+from utils.ragged import Ragged
 from utils.rankings import Rankings, tiers_of
 from utils.scores import Neighbors, pair_scores
 from utils.search import ExactIndex
@@ -29,7 +30,7 @@ def make_problem(n_queries=60, n_passages=200, dim=16, seed=0) -> Problem:
     positives = [sorted({int(p) for p in rng.integers(0, 100, rng.integers(1, 4))}) for _ in range(n_queries)]
     forbidden = [[*own, 150 + i % 7] for i, own in enumerate(positives)]
     rows = np.concatenate([np.arange(n_queries), [3, 3, 7]])
-    return Problem(rows, queries, passages, Groups.of(positives), Groups.of(forbidden), n_passages)
+    return Problem(rows, queries, passages, Ragged.of(positives), Ragged.of(forbidden), n_passages)
 
 
 def neighbors_of(problem: Problem, depth: int) -> Neighbors:
@@ -136,7 +137,7 @@ def often_asked(n_rows: int, n_passages: int = 500) -> tuple[Problem, Rankings]:
     problem = make_problem(n_passages=n_passages)
     positives = [problem.positives[query].tolist() for query in range(60)]
     positives[5] = list(range(0, 480, 4))
-    groups = Groups.of(positives)
+    groups = Ragged.of(positives)
     rows = np.concatenate([np.arange(60), np.full(n_rows, 5)])
     problem = replace(problem, query_of_row=rows, positives=groups, forbidden=groups)
     lists = [(tier.queries, tier.depth(30, n_passages)) for tier in tiers_of(groups)]
@@ -202,7 +203,7 @@ def random_rules(seed: int) -> Rules:
 def test_a_higher_positive_drops_fewer_and_a_single_one_is_all_three(margin):
     problem = make_problem()
     single = replace(
-        problem, positives=Groups.of([own[:1].tolist() for own in map(problem.positives.__getitem__, range(60))])
+        problem, positives=Ragged.of([own[:1].tolist() for own in map(problem.positives.__getitem__, range(60))])
     )
     several, alone = (
         [mine(given, Rules((0, 150), margin_positive=which, **{margin: 0.2}), 200)[0] for which in MARGIN_POSITIVES]
@@ -219,13 +220,13 @@ def test_a_reranker_s_margin_is_measured_from_the_same_positive():
     problem, rules = make_problem(), Rules()
     _, screened, _ = mine(problem, rules)
     rng = np.random.default_rng(8)
-    logits, own = rng.standard_normal(len(screened.left.rows)), rng.standard_normal(len(problem.positives.rows))
+    logits, own = rng.standard_normal(len(screened.left.scores)), rng.standard_normal(len(problem.positives.values))
     groups = np.split(own, problem.positives.lims[1:-1])
-    query = np.repeat(np.arange(60), screened.left.sizes())
+    query = screened.left.rows.owners()
     for which, of in (("lowest", min), ("median", np.median), ("highest", max)):
         kept = np.array([logit <= of(groups[i]) - 0.5 for i, logit in zip(query, logits, strict=True)])
         found = negatives.apply_reranker(problem, screened, logits, own, 0.5, which)
-        assert found.left.rows.tolist() == screened.left.rows[kept].tolist()
+        assert found.left.rows.values.tolist() == screened.left.rows.values[kept].tolist()
         assert found.by_margin.tolist() == [bool((~kept[query == i]).any()) for i in range(60)]
 
 
@@ -337,9 +338,9 @@ def test_a_vector_of_zeros_is_like_nothing():
 
 def test_negatives_are_read_like_lists():
     columns = np.array([5, 3, 9]), np.array([0.5, 0.25, 0.75]), np.array([0, 2, -1])
-    found = negatives.Negatives(np.array([0, 2, 2, 3]), *columns)
+    found = negatives.Negatives(Ragged(np.array([0, 2, 2, 3]), columns[0]), *columns[1:])
     lists = [[Negative(5, 0.5, 0), Negative(3, 0.25, 2)], [], [Negative(9, 0.75, -1)]]
-    assert found == lists and found != lists[:2] and list(found) == lists and found.sizes().tolist() == [2, 0, 1]
+    assert found == lists and found != lists[:2] and list(found) == lists and found.rows.sizes().tolist() == [2, 0, 1]
     assert found[-1] == lists[-1] and found[1:] == lists[1:] and type(found[0][0].row) is int
     with pytest.raises(IndexError):
         found[3]
@@ -372,7 +373,7 @@ def test_vectors_of_any_length_are_compared_by_their_cosine():
     near = [set(plain.presumed[row].tolist()) for row in range(60)]
     # The windows differ, for they go by the product; within them the same passages are near-copies.
     for row, there in enumerate(near):
-        seen = there | set(plain.left.rows[plain.left.lims[row] : plain.left.lims[row + 1]].tolist())
+        seen = there | set(plain.left.rows[row].tolist())
         assert set(other.presumed[row].tolist()) & seen <= there
 
 

@@ -9,11 +9,13 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
 from utils import beir
 from utils.arguments import EvaluateArguments
+from utils.ragged import Ragged
 from utils.records import RecordError, Source, parse_record, read_lines
 
 logger = logging.getLogger(__name__)
@@ -21,53 +23,47 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Judgments:
-    """Passages with a grade of each query: those of query i are ``rows[lims[i]:lims[i + 1]]``, ascending.
+    """Passages with a grade of each query.
 
-    lims: int64 [q + 1]. rows: int64, row numbers of passages. grades: int64.
+    rows: int64, each query's passages, ascending. grades: int64, one for each of ``rows.values``.
     """
 
-    lims: np.ndarray
-    rows: np.ndarray
+    rows: Ragged
     grades: np.ndarray
 
     @classmethod
     def of(cls, judged: list[dict[int, int]]) -> "Judgments":
         """From each query's passages and their grades."""
-        lims = np.cumsum([0, *map(len, judged)])
-        rows = np.fromiter((row for passages in judged for row in sorted(passages)), np.int64, lims[-1])
-        grades = np.fromiter((passages[row] for passages in judged for row in sorted(passages)), np.int64, lims[-1])
-        return cls(lims, rows, grades)
+        rows = Ragged.of(map(sorted, judged))
+        every = (passages[row] for passages in judged for row in sorted(passages))
+        return cls(rows, np.fromiter(every, np.int64, len(rows.values)))
 
-    def n_relevant(self, start: int, size: int) -> np.ndarray:
-        """Passages with a grade of at least 1, for ``size`` queries from ``start`` on: int64 [size]."""
-        lims = self.lims[start : start + size + 1]
-        return np.diff(np.concatenate([[0], np.cumsum(self.grades[lims[0] : lims[-1]] >= 1)])[lims - lims[0]])
+    @cached_property
+    def n_relevant(self) -> np.ndarray:
+        """Each query's passages with a grade of at least 1, int64 [q]."""
+        return self.rows.counts(self.grades >= 1)
 
     def of_query(self, query: int) -> Iterator[tuple[int, int]]:
         """(row, grade) of a query's judged passages."""
-        part = slice(self.lims[query], self.lims[query + 1])
-        return zip(self.rows[part].tolist(), self.grades[part].tolist(), strict=True)
+        return zip(self.rows[query].tolist(), self.grades[self.rows.part(query)].tolist(), strict=True)
 
-    def lookup(self, start: int, rows: np.ndarray, n_passages: int) -> np.ndarray:
+    def lookup(self, start: int, rows: np.ndarray) -> np.ndarray:
         """The grades of ``rows``, int64 [b, k], for the queries from ``start`` on; 0 where there is none."""
-        part = slice(self.lims[start], self.lims[start + len(rows)])
-        if part.start == part.stop:
-            return np.zeros(rows.shape, np.int64)
-        counts = np.diff(self.lims[start : start + len(rows) + 1])
-        keys = np.repeat(np.arange(len(rows)), counts) * n_passages + self.rows[part]
-        wanted = np.arange(len(rows))[:, None] * n_passages + rows
-        place = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
-        return np.where((keys[place] == wanted) & (rows >= 0), self.grades[part][place], 0)
+        place = self.rows.find(np.arange(start, start + len(rows)), rows)
+        grades, there = np.zeros(rows.shape, np.int64), place >= 0
+        grades[there] = self.grades[place[there]]
+        return grades
 
     def ideal(self, start: int, size: int, k: int) -> np.ndarray:
         """The ``k`` highest grades of each of ``size`` queries from ``start`` on, descending: float64 [size, k]."""
         best = np.zeros((size, k), np.float64)
-        part = slice(self.lims[start], self.lims[start + size])
-        query = np.repeat(np.arange(size), np.diff(self.lims[start : start + size + 1]))
-        order = np.lexsort((-self.grades[part], query))
-        place = np.arange(len(order)) - (self.lims[start : start + size] - self.lims[start])[query]
+        lims = self.rows.lims[start : start + size + 1]
+        grades = self.grades[lims[0] : lims[-1]]
+        query = np.repeat(np.arange(size), np.diff(lims))
+        order = np.lexsort((-grades, query))
+        place = np.arange(len(order)) - (lims[:-1] - lims[0])[query]
         used = place < k
-        best[query[used], place[used]] = np.maximum(self.grades[part][order], 0)[used]
+        best[query[used], place[used]] = np.maximum(grades[order], 0)[used]
         return best
 
 
@@ -109,7 +105,7 @@ class Collection:
         for texts in (self.queries, self.passages, self.query_ids):
             for text in texts:
                 hasher.update(b"%d:" % len(text) + text.encode())
-        for array in (self.judgments.lims, self.judgments.rows, self.judgments.grades):
+        for array in (self.judgments.rows.lims, self.judgments.rows.values, self.judgments.grades):
             hasher.update(array.astype("<i8").tobytes())
         return hasher.hexdigest()[:16]
 
@@ -332,9 +328,8 @@ def _check_positives(collection: Collection, given: EvaluateArguments) -> None:
         ValueError: no query has a positive in the corpus.
     """
     judgments = collection.judgments
-    reachable = (judgments.grades >= 1) & (judgments.rows < collection.n_corpus)
-    found = np.diff(np.concatenate([[0], np.cumsum(reachable)])[judgments.lims])
-    n_without = int((found == 0).sum())
+    reachable = (judgments.grades >= 1) & (judgments.rows.values < collection.n_corpus)
+    n_without = int((judgments.rows.counts(reachable) == 0).sum())
     collection.counts["queries_without_positive_in_corpus"] = n_without
     collection.counts["positives"] = int((judgments.grades >= 1).sum())
     collection.counts["positives_not_in_corpus"] = collection.counts["positives"] - int(reachable.sum())

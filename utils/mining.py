@@ -189,8 +189,8 @@ def _rerank(
     if job is not None:
         assert inputs is not None
         left, groups = job.screened.left, job.problem.positives
-        queries = [np.repeat(np.arange(len(inputs.queries)), sizes) for sizes in (left.sizes(), groups.sizes())]
-        passages = np.concatenate([left.rows, groups.rows])
+        queries = [left.rows.owners(), groups.owners()]
+        passages = np.concatenate([left.rows.values, groups.values])
         keys, which = np.unique(np.concatenate(queries) * len(inputs.passages) + passages, return_inverse=True)
         pairs = [divmod(key, len(inputs.passages)) for key in keys.tolist()]
         pairs = [(inputs.queries[query], inputs.passages[passage]) for query, passage in pairs]
@@ -199,7 +199,7 @@ def _rerank(
         return
     run.results["reranker"] = {"digest": reranker.model.digest, "margin": given.reranker_margin}
     logits = logits[which]
-    n_left = len(left.rows)
+    n_left = len(left.rows.values)
     job.screened = negatives.apply_reranker(
         job.problem, job.screened, logits[:n_left], logits[n_left:], given.reranker_margin, given.margin_positive
     )
@@ -261,7 +261,7 @@ def _write(
     result: MiningResult,
 ) -> None:
     """The mined rows, the side files and the report; then let them appear together."""
-    dropped = result.negatives.sizes() < given.negatives_needed
+    dropped = result.negatives.rows.sizes() < given.negatives_needed
     shape = mining_formats.writer(given.output_format, given.output_scores, given.answer_key, given.no_answer_text)
     n_lines = 0
     with outputs.stage() as stream:
@@ -282,7 +282,7 @@ def _write(
     _warn_of_short_rows(given, inputs, run.counts, screened, result)
     run.results["drops_by_reason"] = result.drops_by_reason
     found = result.negatives
-    mined_scores = found.scores[(found.ranks >= 0) & ~np.repeat(dropped, found.sizes())]
+    mined_scores = found.scores[(found.ranks >= 0) & ~np.repeat(dropped, found.rows.sizes())]
     run.results["scores"] = {"positives": _distribution(positives), "negatives": _distribution(mined_scores)}
     with outputs.stage(".report.json") as stream:
         stream.write(run.to_json())
@@ -317,7 +317,7 @@ def _warn_of_short_rows(
 
 def _advice_on_positives(given: MiningArguments, inputs: Inputs, screened: Screened, result: MiningResult) -> str:
     """Names margin_positive if margins leave nothing to over a third of the rows, and some have several positives."""
-    bare = (result.negatives.sizes() == 0) & screened.by_margin[inputs.query_of_row]
+    bare = (result.negatives.rows.sizes() == 0) & screened.by_margin[inputs.query_of_row]
     several = int((inputs.positives.sizes()[inputs.query_of_row[bare]] > 1).sum())
     if 3 * bare.sum() <= len(bare) or not several or given.margin_positive == "highest":
         return ""
@@ -362,7 +362,7 @@ def _counts(
 ) -> dict[str, int]:
     """What went where. Rows and candidates must add up."""
     n_rows = len(inputs.query_of_row)
-    total = len(result.negatives.rows)
+    total = len(result.negatives.rows.values)
     mined = int((result.negatives.ranks >= 0).sum())
     counts = {
         "input": inputs.n_rows,
@@ -370,7 +370,7 @@ def _counts(
         "dropped_short": int(dropped.sum()),
         "rejected": inputs.n_rejected_rows,
         "short": len(result.short_queries),
-        "without_negatives": int((result.negatives.sizes() == 0).sum()),
+        "without_negatives": int((result.negatives.rows.sizes() == 0).sum()),
         "output_lines": n_lines,
         "queries": len(inputs.queries),
         "passages": len(inputs.passages),

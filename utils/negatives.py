@@ -13,7 +13,8 @@ import numpy as np
 
 from utils.mapped import release
 from utils.margins import Background, score_limit, similarity_limit
-from utils.mining_problem import Groups, Problem
+from utils.mining_problem import Problem
+from utils.ragged import Growing, Ragged
 from utils.rankings import Rankings
 from utils.scores import rounding_bound, scores_of
 
@@ -31,6 +32,8 @@ _BLOCK_ROWS = 1024
 _PAIRS = 1 << 18
 # How often backfill draws for a row at most, if too many draws look like answers; and how many it tests at once.
 _DRAWS, _TRIED = 4, 32
+# Of rows, scores and ranks.
+_COLUMNS = (np.int32, np.float64, np.int32)
 # Streams of random numbers that must not repeat each other.
 _SAMPLING, _BACKFILL = 0, 1
 
@@ -47,35 +50,41 @@ class Negative(NamedTuple):
     rank: int
 
 
-class Negatives(Sequence):
-    """Each row's negatives, as lists of ``Negative`` that are made when they are asked for.
+@dataclass(frozen=True, eq=False)
+class Candidates:
+    """Each query's candidates that are left, best first; or each row's negatives.
 
     Attributes:
-        lims: int64 [rows + 1]; those of row i are ``lims[i]:lims[i + 1]``.
-        rows, scores, ranks: int32, float64 and int32 [negatives], the columns.
+        rows: int32, each query's passages.
+        scores, ranks: float64 and int32, one for each of ``rows.values``.
     """
 
-    def __init__(self, lims: np.ndarray, rows: np.ndarray, scores: np.ndarray, ranks: np.ndarray):
-        self.lims, self.rows, self.scores, self.ranks = lims, rows, scores, ranks
+    rows: Ragged
+    scores: np.ndarray
+    ranks: np.ndarray
+
+    def keep(self, stays: np.ndarray) -> "Candidates":
+        """Those where ``stays`` (bool, one for each candidate) is true."""
+        return Candidates(self.rows.keep(stays), self.scores[stays], self.ranks[stays])
+
+
+class Negatives(Candidates, Sequence):
+    """Each row's negatives, as lists of ``Negative`` that are made when they are asked for."""
 
     def __len__(self) -> int:
-        return len(self.lims) - 1
+        return len(self.rows)
 
     def __getitem__(self, i):
         if isinstance(i, slice):
             return [self[k] for k in range(*i.indices(len(self)))]
         i = range(len(self))[i]
-        part = slice(self.lims[i], self.lims[i + 1])
-        columns = (column[part].tolist() for column in (self.rows, self.scores, self.ranks))
+        part = self.rows.part(i)
+        columns = (column[part].tolist() for column in (self.rows.values, self.scores, self.ranks))
         return [Negative(*values) for values in zip(*columns, strict=True)]
 
     def __eq__(self, other: object) -> bool:
         """As of lists."""
         return isinstance(other, Sequence) and list(self) == list(other)
-
-    def sizes(self) -> np.ndarray:
-        """How many each row has, int64 [rows]."""
-        return np.diff(self.lims)
 
 
 @dataclass
@@ -111,24 +120,6 @@ class Rules:
         return sum(count for _, count in self.parts)
 
 
-class Candidates(NamedTuple):
-    """Each query's candidates that are left, best first: those of query i are ``lims[i]:lims[i + 1]``."""
-
-    lims: np.ndarray
-    rows: np.ndarray
-    scores: np.ndarray
-    ranks: np.ndarray
-
-    def sizes(self) -> np.ndarray:
-        """How many each query has, int64 [queries]."""
-        return np.diff(self.lims)
-
-    def keep(self, stays: np.ndarray) -> "Candidates":
-        """Those where ``stays`` (bool, one for each candidate) is true."""
-        before = np.concatenate([[0], np.cumsum(stays)])
-        return Candidates(before[self.lims], self.rows[stays], self.scores[stays], self.ranks[stays])
-
-
 @dataclass
 class Screened:
     """What the tests on single candidates leave of each query's.
@@ -142,7 +133,7 @@ class Screened:
     """
 
     left: Candidates
-    presumed: Groups
+    presumed: Ragged
     drops: dict[str, int]
     n_window: int
     by_margin: np.ndarray
@@ -167,7 +158,7 @@ def screen(
     times = problem.times_asked()
     by_margin = np.zeros(len(times), bool)
     asked = np.flatnonzero(times)
-    left = _Growing(len(asked), len(asked) * min(problem.n_candidates, rules.window[1] - rules.window[0]))
+    left = Growing(len(asked), len(asked) * min(problem.n_candidates, rules.window[1] - rules.window[0]), _COLUMNS)
     n_near, rows_near = [], []
     n_window = 0
     for start in range(0, len(asked), _BLOCK_ROWS):
@@ -198,10 +189,11 @@ def screen(
         rows_near.append(rows.astype(np.int32))
         progress(int(times[block].sum()))
     n_left, n_presumed = np.zeros((2, len(times)), np.int64)
-    lims, *columns = left.columns()
-    n_left[asked], n_presumed[asked] = np.diff(lims), np.concatenate(n_near)
-    presumed = Groups.cut(n_presumed, np.concatenate(rows_near))
-    return Screened(Candidates(Groups.cut(n_left, columns[0]).lims, *columns), presumed, drops, n_window, by_margin)
+    rows_left, columns = left.finish()
+    n_left[asked], n_presumed[asked] = rows_left.sizes(), np.concatenate(n_near)
+    candidates = Candidates(Ragged.cut(n_left, rows_left.values), *columns)
+    presumed = Ragged.cut(n_presumed, np.concatenate(rows_near))
+    return Screened(candidates, presumed, drops, n_window, by_margin)
 
 
 def _by_place(parts: list[tuple[np.ndarray, ...]], n: int) -> tuple[np.ndarray, ...]:
@@ -213,33 +205,6 @@ def _by_place(parts: list[tuple[np.ndarray, ...]], n: int) -> tuple[np.ndarray, 
     place, *columns = (np.concatenate(column) for column in zip(*parts, strict=True))
     order = np.argsort(place, kind="stable")
     return np.bincount(place, minlength=n), *(column[order] for column in columns)
-
-
-class _Growing:
-    """Rows, scores and ranks of each query's, or each input row's, passages, added in their order.
-
-    Args:
-        n_rows: how many queries or rows there will be.
-        most: how many passages there may be. Those that do not come take no memory.
-    """
-
-    def __init__(self, n_rows: int, most: int):
-        self._lims = np.zeros(n_rows + 1, np.int64)
-        self._columns = tuple(np.empty(most, dtype) for dtype in (np.int32, np.float64, np.int32))
-        self._n = 0
-
-    def add(self, sizes: Sequence[int] | np.ndarray, *columns: Sequence | np.ndarray) -> None:
-        """The next ones: how many passages each has, and those of all in turn."""
-        ends = self._lims[self._n] + np.cumsum(sizes)
-        part = slice(self._lims[self._n], ends[-1])
-        for column, values in zip(self._columns, columns, strict=True):
-            column[part] = values
-        self._lims[self._n + 1 : self._n + 1 + len(sizes)] = ends
-        self._n += len(sizes)
-
-    def columns(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Where each row's passages begin and end, and the columns."""
-        return (self._lims, *(column[: self._lims[-1]] for column in self._columns))
 
 
 def _tests(
@@ -277,7 +242,7 @@ def _near_a_positive(
     near = np.zeros_like(open_)
     where, place = np.nonzero(open_)
     candidates = rows[where, place]
-    for which, positive in problem.positives.members_in_parts(queries[where], _PAIRS):
+    for which, positive in problem.positives.take_in_parts(queries[where], _PAIRS):
         close = which[problem.cosines(candidates[which], positive) >= cut]
         near[where[close], place[close]] = True
     return near
@@ -294,15 +259,15 @@ def apply_reranker(
     """Drop the candidates whose logit is within ``margin`` of their query's lowest, median or highest positive's.
 
     Args:
-        logits: float [candidates], in the order of ``screened.left``.
-        positive_logits: float, in the order of ``problem.positives.rows``.
+        logits: float [candidates], in the order of ``screened.left.rows.values``.
+        positive_logits: float, in the order of ``problem.positives.values``.
     """
     left, times = screened.left, problem.times_asked()
     n = len(times)
-    query = np.repeat(np.arange(n), left.sizes())
+    query = left.rows.owners()
     near = logits > problem.positives.one_of_each(positive_logits, margin_positive)[query] - margin
-    before = np.repeat(np.arange(n), screened.presumed.sizes()), screened.presumed.rows
-    presumed = Groups.cut(*_by_place([before, (query[near], left.rows[near])], n))
+    before = screened.presumed.owners(), screened.presumed.values
+    presumed = Ragged.cut(*_by_place([before, (query[near], left.rows.values[near])], n))
     drops = screened.drops | {"reranker_margin": int(times[query[near]].sum())}
     by_margin = screened.by_margin | (np.bincount(query[near], minlength=n) > 0)
     return Screened(left.keep(~near), presumed, drops, screened.n_window, by_margin)
@@ -324,16 +289,17 @@ def choose(
     drops = dict(screened.drops)
     n_rows = len(problem.query_of_row)
     left = screened.left
-    most = np.full(n_rows, problem.n_candidates) if rules.backfill else left.sizes()[problem.query_of_row]
-    chosen = _Growing(n_rows, int(np.minimum(most, rules.wanted).sum()))
+    most = np.full(n_rows, problem.n_candidates) if rules.backfill else left.rows.sizes()[problem.query_of_row]
+    chosen = Growing(n_rows, int(np.minimum(most, rules.wanted).sum()), _COLUMNS)
     short = []
     copies = _Copies(problem, rules, background)
     reference = problem.positives.one_of_each(positives, rules.margin_positive)
     for row, query in enumerate(problem.query_of_row.tolist()):
-        part = slice(left.lims[query], left.lims[query + 1])
-        picked, too_alike = _draw(row, left.rows[part], left.scores[part], rules, background, copies)
+        part = left.rows.part(query)
+        own, own_scores = left.rows.values[part], left.scores[part]
+        picked, too_alike = _draw(row, own, own_scores, rules, background, copies)
         drops["negative_similarity"] += too_alike
-        rows, scores, ranks = left.rows[part][picked], left.scores[part][picked], left.ranks[part][picked]
+        rows, scores, ranks = own[picked], own_scores[picked], left.ranks[part][picked]
         if len(picked) < rules.wanted:
             short.append(row)
             if rules.backfill:
@@ -345,7 +311,8 @@ def choose(
             release(problem.passage_vectors)
             progress(_BLOCK_ROWS)
     progress(n_rows % _BLOCK_ROWS)
-    return MiningResult(Negatives(*chosen.columns()), np.array(short, np.int64), drops)
+    rows, columns = chosen.finish()
+    return MiningResult(Negatives(rows, *columns), np.array(short, np.int64), drops)
 
 
 def _draw(

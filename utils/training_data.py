@@ -137,7 +137,7 @@ def preflight(
                 f"{cut:.0%} of the {name} are longer than max_{('query', 'passage')[side]}_len = {limits[side]} "
                 f"tokens (half are longer than {np.median(lengths):.0f}); what is cut off cannot be learnt"
             )
-    counts = rows.negatives.lengths
+    counts = rows.negatives.sizes()
     wanted = plan.group_size - 1
     facts |= {"rows_without_negatives": int((counts == 0).sum()), "negatives_that_are_positives": rows.n_false}
     if wanted == 0 and counts.any() and not plan.hard_batches:
