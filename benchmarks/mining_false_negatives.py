@@ -38,6 +38,7 @@ from utils.mining_inputs import Inputs  # noqa: E402
 from utils.mining_problem import Problem  # noqa: E402
 from utils.ragged import Ragged  # noqa: E402
 from utils.rankings import Rankings  # noqa: E402
+from utils.sampling import choose  # noqa: E402
 from utils.search import ExactIndex  # noqa: E402
 
 _SENTENCE = re.compile(r"[^。！？；!?;.\n]+[。！？；!?;.\n]*\s*")
@@ -122,9 +123,8 @@ def judge(problem: Problem, rankings: Rankings, wrong: list[set[int]]) -> None:
     print(f"the margin measured: {auto}")
 
     def mine(background=measured, **options) -> types.SimpleNamespace:
-        rules = negatives.Rules(**options)
-        screened = negatives.screen(problem, rankings, positives, rules, background)
-        rows = negatives.choose(problem, screened, positives, rules, background).negatives
+        criteria = negatives.Criteria(problem, positives, negatives.Rules(**options), background)
+        rows = choose(criteria, negatives.screen(criteria, rankings)).negatives
         kept = sum(n.row in wrong[query] for query, row in zip(problem.query_of_row, rows, strict=True) for n in row)
         return types.SimpleNamespace(kept=kept, short=sum(len(row) < 5 for row in rows), total=sum(map(len, rows)))
 

@@ -30,6 +30,7 @@ from utils.encoder import Encoder  # noqa: E402
 from utils.mining_problem import Problem  # noqa: E402
 from utils.ragged import Ragged  # noqa: E402
 from utils.rankings import Rankings  # noqa: E402
+from utils.sampling import choose  # noqa: E402
 from utils.search import ShardedIndex  # noqa: E402
 
 
@@ -86,10 +87,11 @@ def mine(queries: str, passages: str, positives: str, depth: int, wanted: int, o
     problem = Problem(np.arange(n), query_vectors, passage_vectors, own, own, n_passages)
     scores = problem.positive_scores()
     background, _ = margins.measure_background(problem, scores)
-    screened = negatives.screen(problem, Rankings.of(found), scores, rules, background)
+    criteria = negatives.Criteria(problem, scores, rules, background)
+    screened = negatives.screen(criteria, Rankings.of(found))
     np.save(output, found.rows)
     del found
-    chosen = negatives.choose(problem, screened, scores, rules, background).negatives
+    chosen = choose(criteria, screened).negatives
     mined = [[texts[negative.row] for negative in row] for row in chosen]
     seconds = time.perf_counter() - started
     return {

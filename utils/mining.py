@@ -19,11 +19,12 @@ from utils.mining_formats import MinedRow
 from utils.mining_inputs import Inputs
 from utils.mining_problem import Problem
 from utils.mining_search import Vectors, find_candidates
-from utils.negatives import MiningResult, Rules, Screened
+from utils.negatives import Criteria, Rules, Screened
 from utils.outputs import Outputs, write_rejected
 from utils.rankings import Rankings
 from utils.records import to_line
 from utils.reranker import Reranker, rerank
+from utils.sampling import MiningResult, choose
 
 logger = logging.getLogger(__name__)
 
@@ -147,10 +148,7 @@ class _Job:
     """On rank 0: what is being decided, between its steps."""
 
     given: MiningArguments
-    problem: Problem
-    rules: Rules
-    background: Background
-    positives: np.ndarray
+    criteria: Criteria
     screened: Screened
 
 
@@ -168,11 +166,9 @@ def _screen(
         inputs.n_candidates, vectors.normalized,
     )  # fmt: skip
     with run.stage("choose"), report.Progress("screen", len(inputs.query_of_row), "rows") as progress:
-        positives = problem.positive_scores()
-        background = _background(given, run, problem, positives)
-        rules = _rules(given, run, problem, rankings, positives, background)
-        screened = negatives.screen(problem, rankings, positives, rules, background, progress.update)
-    return _Job(given, problem, rules, background, positives, screened)
+        criteria = _criteria(given, run, problem, rankings)
+        screened = negatives.screen(criteria, rankings, progress.update)
+    return _Job(given, criteria, screened)
 
 
 def _rerank(
@@ -188,7 +184,7 @@ def _rerank(
     pairs = None
     if job is not None:
         assert inputs is not None
-        left, groups = job.screened.left, job.problem.positives
+        left, groups = job.screened.left, job.criteria.problem.positives
         queries = [left.rows.owners(), groups.owners()]
         passages = np.concatenate([left.rows.values, groups.values])
         keys, which = np.unique(np.concatenate(queries) * len(inputs.passages) + passages, return_inverse=True)
@@ -201,27 +197,24 @@ def _rerank(
     logits = logits[which]
     n_left = len(left.rows.values)
     job.screened = negatives.apply_reranker(
-        job.problem, job.screened, logits[:n_left], logits[n_left:], given.reranker_margin, given.margin_positive
+        job.criteria, job.screened, logits[:n_left], logits[n_left:], given.reranker_margin
     )
 
 
 def _choose_and_write(outputs: Outputs, run: report.RunReport, inputs: Inputs | None, job: _Job | None) -> MiningResult:
     assert inputs is not None and job is not None
     with run.stage("choose"), report.Progress("choose", len(inputs.query_of_row), "rows") as progress:
-        result = negatives.choose(job.problem, job.screened, job.positives, job.rules, job.background, progress.update)
+        result = choose(job.criteria, job.screened, progress.update)
     with run.stage("write"):
-        _write(job.given, outputs, run, inputs, job.positives, job.screened, result)
+        _write(job.given, outputs, run, inputs, job.criteria.positives, job.screened, result)
     return result
 
 
-def _rules(
-    given: MiningArguments,
-    run: report.RunReport,
-    problem: Problem,
-    rankings: Rankings,
-    positives: np.ndarray,
-    background: Background,
-) -> Rules:
+def _criteria(given: MiningArguments, run: report.RunReport, problem: Problem, rankings: Rankings) -> Criteria:
+    positives = problem.positive_scores()
+    background, run.results["background"] = margins.measure_background(problem, positives)
+    if given.score_baseline is not None:
+        background = Background(given.score_baseline, given.score_baseline, background.spread)
     rules = Rules(
         window=given.window,
         parts=tuple(given.parts),
@@ -235,20 +228,12 @@ def _rules(
         seed=given.seed,
         backfill=given.short_rows == "backfill",
     )
-    if given.relative_margin == "auto":
-        reference = problem.positives.one_of_each(positives, rules.margin_positive)
-        margin, counted = margins.measure_margin(problem, rankings, reference, rules.window[1], background)
+    criteria, margin = Criteria(problem, positives, rules, background), given.relative_margin
+    if margin == "auto":
+        depth = rules.window[1]
+        margin, counted = margins.measure_margin(problem, rankings, criteria.reference, depth, background)
         run.results["relative_margin"] = {"measured": margin, "counted": counted}
-        return replace(rules, relative_margin=margin)
-    return replace(rules, relative_margin=given.relative_margin)
-
-
-def _background(given: MiningArguments, run: report.RunReport, problem: Problem, positives: np.ndarray) -> Background:
-    background, about = margins.measure_background(problem, positives)
-    run.results["background"] = about
-    if given.score_baseline is not None:
-        background = Background(given.score_baseline, given.score_baseline, background.spread)
-    return background
+    return replace(criteria, rules=replace(rules, relative_margin=margin))
 
 
 def _write(

@@ -7,7 +7,7 @@ import numpy as np
 
 
 class Ragged(Sequence):
-    """Row i is ``values[lims[i]:lims[i + 1]]``: compressed rows, without columns' names.
+    """Row i is ``values[lims[i]:lims[i + 1]]``, as in a compressed sparse matrix.
 
     Args:
         lims: int64 [n + 1], ascending from 0.
