@@ -91,6 +91,7 @@ FORBIDDEN = {
     },
     "sampling": {"paddle", "paddlenlp", "faiss", "records", "encoder", "engines", "outputs", "distributed", "rankings"},
     "mining_formats": HEAVY | {"outputs", "distributed", "arguments"},
+    "mining_outputs": {"paddle", "paddlenlp", "faiss", "encoder", "engines", "distributed", "search", "mining"},
     "candidates": {"paddle", "paddlenlp", "faiss", "encoder", "engines", "distributed", "outputs"},
     "reranker": {"faiss", "records", "search", "outputs", "negatives", "sampling"},
     "mining_search": {
