@@ -35,8 +35,10 @@ from utils.arguments import MiningArguments, build  # noqa: E402
 from utils.distributed import Ranks  # noqa: E402
 from utils.embedding import build_encoders, embed  # noqa: E402
 from utils.mining_inputs import Inputs  # noqa: E402
-from utils.mining_problem import Groups, Problem  # noqa: E402
+from utils.mining_problem import Problem  # noqa: E402
+from utils.ragged import Ragged  # noqa: E402
 from utils.rankings import Rankings  # noqa: E402
+from utils.sampling import choose  # noqa: E402
 from utils.search import ExactIndex  # noqa: E402
 
 _SENTENCE = re.compile(r"[^。！？；!?;.\n]+[。！？；!?;.\n]*\s*")
@@ -88,7 +90,7 @@ def load(data: str, pool: str, n_passages: int) -> tuple[Inputs, list[set[int]]]
     given = build(MiningArguments, input_data_path=data, candidate_pool=None if pool == "-" else pool)
     inputs = Inputs.read(given)
     rng = np.random.default_rng(1)
-    answers = np.unique(inputs.positives.rows)
+    answers = np.unique(inputs.positives.values)
     chosen = np.sort(rng.permutation(answers)[:n_passages])
     copies, owner = plant([inputs.passages[row] for row in chosen], inputs.passages, 2)
     copies_of: dict[int, set[int]] = {}
@@ -102,12 +104,12 @@ def load(data: str, pool: str, n_passages: int) -> tuple[Inputs, list[set[int]]]
     return inputs, wrong
 
 
-def hide(inputs: Inputs) -> tuple[Groups, Groups, list[set[int]]]:
+def hide(inputs: Inputs) -> tuple[Ragged, Ragged, list[set[int]]]:
     """The positives and the forbidden passages if only each query's first positive were known, and the others."""
     first = [own[:1].tolist() for own in map(inputs.positives.__getitem__, range(len(inputs.queries)))]
     hidden = [set(inputs.positives[query].tolist()) - set(first[query]) for query in range(len(inputs.queries))]
     forbidden = [sorted(set(inputs.forbidden[query].tolist()) - hidden[query]) for query in range(len(inputs.queries))]
-    return Groups.of(first), Groups.of(forbidden), hidden
+    return Ragged.of(first), Ragged.of(forbidden), hidden
 
 
 def judge(problem: Problem, rankings: Rankings, wrong: list[set[int]]) -> None:
@@ -121,9 +123,8 @@ def judge(problem: Problem, rankings: Rankings, wrong: list[set[int]]) -> None:
     print(f"the margin measured: {auto}")
 
     def mine(background=measured, **options) -> types.SimpleNamespace:
-        rules = negatives.Rules(**options)
-        screened = negatives.screen(problem, rankings, positives, rules, background)
-        rows = negatives.choose(problem, screened, positives, rules, background).negatives
+        criteria = negatives.Criteria(problem, positives, negatives.Rules(**options), background)
+        rows = choose(criteria, negatives.screen(criteria, rankings)).negatives
         kept = sum(n.row in wrong[query] for query, row in zip(problem.query_of_row, rows, strict=True) for n in row)
         return types.SimpleNamespace(kept=kept, short=sum(len(row) < 5 for row in rows), total=sum(map(len, rows)))
 

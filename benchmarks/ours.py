@@ -27,8 +27,10 @@ from utils.dedup import remove_near_duplicates  # noqa: E402
 from utils.distributed import Ranks  # noqa: E402
 from utils.embedding import build_encoders  # noqa: E402
 from utils.encoder import Encoder  # noqa: E402
-from utils.mining_problem import Groups, Problem  # noqa: E402
+from utils.mining_problem import Problem  # noqa: E402
+from utils.ragged import Ragged  # noqa: E402
 from utils.rankings import Rankings  # noqa: E402
+from utils.sampling import choose  # noqa: E402
 from utils.search import ShardedIndex  # noqa: E402
 
 
@@ -73,7 +75,7 @@ def mine(queries: str, passages: str, positives: str, depth: int, wanted: int, o
     # As the script holds them.
     query_vectors, passage_vectors = np.load(queries, mmap_mode="r"), np.load(passages, mmap_mode="r")
     n, n_passages, dim = len(query_vectors), len(passage_vectors), query_vectors.shape[1]
-    own = Groups.of([[row] for row in np.load(positives).tolist()])
+    own = Ragged.of([[row] for row in np.load(positives).tolist()])
     texts = [f"passage {row}" for row in range(n_passages)]
     # The rival's defaults: no margins, no near-copies looked for.
     rules = negatives.Rules(window=(0, depth), parts=(("top", wanted),))
@@ -85,10 +87,11 @@ def mine(queries: str, passages: str, positives: str, depth: int, wanted: int, o
     problem = Problem(np.arange(n), query_vectors, passage_vectors, own, own, n_passages)
     scores = problem.positive_scores()
     background, _ = margins.measure_background(problem, scores)
-    screened = negatives.screen(problem, Rankings.of(found), scores, rules, background)
+    criteria = negatives.Criteria(problem, scores, rules, background)
+    screened = negatives.screen(criteria, Rankings.of(found))
     np.save(output, found.rows)
     del found
-    chosen = negatives.choose(problem, screened, scores, rules, background).negatives
+    chosen = choose(criteria, screened).negatives
     mined = [[texts[negative.row] for negative in row] for row in chosen]
     seconds = time.perf_counter() - started
     return {

@@ -13,14 +13,14 @@ AREAS = {
     "machine": ("runtime mapped shared_memory threads compiled", ""),
     "products": ("avx512 amx matmul amx_matmul amx_attention amx_attention_gradients kernel_maths", "machine"),
     "ranks": ("distributed", "machine"),
-    "rows": ("records number_lists beir mining_formats", ""),
+    "rows": ("records ragged merged_positives beir mining_formats", ""),
     "files": ("outputs json_files", "records"),
     "stores": ("embedding_store", "files"),
     "reports": ("report", "runtime files"),
     "formulae": ("metrics statistics losses standing", ""),
     "scores": ("scores search_kernels", "machine"),
     "screens": ("search_screens screening", "machine products scores"),
-    "search": ("search faiss_search dedup", "machine products ranks scores screens"),
+    "search": ("search faiss_search dealing dedup thresholds", "machine products ranks scores screens"),
     "models": (
         "sentence_transformers_folder bundled_model checkpoint weight_files pdparams bert_names weights"
         " paddlenlp_models qwen3", "machine files",
@@ -29,8 +29,9 @@ AREAS = {
     "encoding": ("encoder_kernels onednn engines encoder", "machine products models texts"),
     "embedding": ("embedding reranker", "arguments machine ranks stores reports models encoding"),
     "collections": ("collection trec comparison", "arguments rows statistics"),
-    "negatives": ("mining_problem rankings margins negatives", "machine scores"),
+    "negatives": ("mining_problem rankings margins negatives sampling", "machine ragged scores"),
     "candidates": ("candidates mining_inputs", "arguments rows files stores mining_problem"),
+    "mined": ("mining_outputs", "arguments machine rows files reports negatives candidates"),
     "mining_search": (
         "mining_search", "arguments machine ranks stores reports scores search engines rankings candidates",
     ),
@@ -58,7 +59,8 @@ AREAS = {
     "cleaning": ("cleaning", "arguments machine ranks rows files stores reports search encoding embedding"),
     "mining": (
         "mining",
-        "arguments machine ranks rows files stores reports search embedding negatives candidates mining_search",
+        "arguments machine ranks rows files stores reports search embedding negatives candidates mining_search"
+        " mined",
     ),
     "training": (
         "training",
@@ -68,9 +70,9 @@ AREAS = {
 }  # fmt: skip
 # The packages that are not Python's own, and who may import them.
 PACKAGES = {
-    "numpy": "mapped shared_memory products ranks number_lists stores metrics statistics scores screens search"
+    "numpy": "mapped shared_memory products ranks ragged stores metrics statistics scores screens search"
     " bundled_model weight_files pdparams weights paddlenlp_models tokenizing encoding embedding collections negatives"
-    " candidates mining_search batches cpu trainable gradients dev evaluated evaluation cleaning mining",
+    " candidates mining_search batches cpu trainable gradients dev evaluated evaluation cleaning mined mining",
     "paddle": "runtime ranks losses qwen3 paddlenlp_models weights engines reranker cpu_pylayers trainable gradients"
     " trainer training",
     "paddlenlp": "paddlenlp_models trainable trainer",

@@ -5,7 +5,7 @@ import pytest
 from thread_ranks import on_ranks
 
 from utils import dedup, screening
-from utils.dedup import DedupResult, Duplicate, Duplicates, find_threshold, remove_near_duplicates
+from utils.dedup import DedupResult, Duplicate, Duplicates, remove_near_duplicates
 from utils.distributed import Ranks
 from utils.scores import pair_scores
 from utils.screening import ScreenedIndex, Sketcher
@@ -102,8 +102,8 @@ def test_a_block_of_nothing_but_copies_is_decided_within_bounds(monkeypatch):
     monkeypatch.setattr(dedup, "_MOST_PAIRS", 40_000)
     monkeypatch.setattr(dedup, "_PART_ROWS", 50)
     monkeypatch.setattr(dedup._FullIndex, "block_rows", 1000)
-    joined, most = dedup._Pairs.joined, []
-    monkeypatch.setattr(dedup._Pairs, "joined", lambda parts: most.append(len(joined(parts)[0])) or joined(parts))
+    joined, most = dedup.Pairs.joined, []
+    monkeypatch.setattr(dedup.Pairs, "joined", lambda parts: most.append(len(joined(parts)[0])) or joined(parts))
     vectors = np.repeat(clustered(100, 8)[:1], 1000, axis=0)
     result = clean(vectors, 0.9)
     assert result.kept_rows.tolist() == [0]
@@ -136,15 +136,6 @@ def test_only_the_given_rows_take_part():
     kept, removed = one_by_one(vectors[rows], 0.8)
     assert result.kept_rows.tolist() == rows[kept].tolist()
     assert [d.row for d in result.duplicates] == rows[list(removed)].tolist()
-
-
-@pytest.mark.parametrize("target", [1, 50, 200, 399, 400, 1000])
-def test_find_threshold(target):
-    vectors = clustered(400, 24, seed=5)
-    result = find_threshold(lambda t: clean(vectors, t), target)
-    assert len(result.kept_rows) <= target
-    if result.threshold < 1.0:
-        assert len(one_by_one(vectors, result.threshold + dedup.THRESHOLD_STEP)[0]) > target
 
 
 def test_duplicates_are_a_sequence_like_a_list_of_them():

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from utils import margins
-from utils.mining_problem import Groups, Problem
+from utils.mining_problem import Problem
+from utils.ragged import Ragged
 from utils.rankings import Rankings
 from utils.scores import Neighbors
 from utils.search import ExactIndex
@@ -45,7 +46,7 @@ def answered_problem(n_answers: int, n_queries: int = 1000) -> tuple[Problem, li
     across = unit(rng.standard_normal((*near.shape, 64)))
     passages = unit(near[..., None] * queries[:, None] + np.sqrt(1 - near**2)[..., None] * across).reshape(-1, 64)
     answers = [set(range(first, first + n_answers)) for first in range(0, len(passages), near.shape[1])]
-    labelled = Groups.of([[int(rng.choice(sorted(own)))] for own in answers])
+    labelled = Ragged.of([[int(rng.choice(sorted(own)))] for own in answers])
     return Problem(np.arange(n_queries), queries, passages, labelled, labelled, len(passages)), answers
 
 
@@ -81,20 +82,6 @@ def counted_one_by_one(problem, neighbors, lowest, background, answers, n_bands)
                 (above if distance > 0 else below)[band] += 1
                 wrong[band] += distance < 0 and passage in own
     return [wrong, below, above]
-
-
-@pytest.mark.parametrize("dtype", [np.float64, np.float32])
-def test_what_margins_are_measured_from_equals_brute_force(dtype):
-    rng = np.random.default_rng(6)
-    sizes = [0, 1, 2, 3, 28, 0, 0, 5, 4, 1, 0]
-    groups, values = Groups.cut(sizes, np.arange(sum(sizes))), rng.standard_normal(sum(sizes)).astype(dtype)
-    values[5:7] = values[4]  # equal scores
-    parts = np.split(values.astype(np.float64), groups.lims[1:-1])
-    for which, of in (("lowest", np.min), ("median", np.median), ("highest", np.max)):
-        expected = [of(part) if len(part) else np.inf for part in parts]
-        assert groups.one_of_each(values, which).tolist() == expected
-        nothing = Groups.cut([0, 0], np.zeros(0, np.int64)).one_of_each(values[:0], which)
-        assert nothing.tolist() == [np.inf, np.inf]
 
 
 def measured(problem: Problem, n_neighbors: int = 25, depth: int = 20) -> float:

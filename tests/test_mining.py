@@ -276,7 +276,7 @@ def test_rows_that_other_tools_cannot_take_are_set_aside(mine, tmp_path, caplog,
     source = write_jsonl(tmp_path / "qa.json", rows)
     strict = {"input_data_path": source, "relative_margin": 0.6, "num_negatives": 12}
     kept, out = mine(**strict)
-    sizes, plain, side = kept.negatives.sizes(), read_jsonl(out), Path(out + ".short.jsonl")
+    sizes, plain, side = kept.negatives.rows.sizes(), read_jsonl(out), Path(out + ".short.jsonl")
     assert 0 < (sizes == 0).sum() < (sizes < 12).sum() < 90 == len(plain) and not side.exists()
 
     caplog.clear()

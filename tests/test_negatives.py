@@ -9,9 +9,11 @@ import pytest
 from utils import negatives
 from utils.arguments import MARGIN_POSITIVES
 from utils.margins import Background, measure_background
-from utils.mining_problem import Groups, Problem
-from utils.negatives import Negative, Rules, choose, screen
+from utils.mining_problem import Problem
+from utils.negatives import Criteria, Rules, screen
+from utils.ragged import Ragged
 from utils.rankings import Rankings, tiers_of
+from utils.sampling import choose
 from utils.scores import Neighbors, pair_scores
 from utils.search import ExactIndex
 
@@ -29,7 +31,7 @@ def make_problem(n_queries=60, n_passages=200, dim=16, seed=0) -> Problem:
     positives = [sorted({int(p) for p in rng.integers(0, 100, rng.integers(1, 4))}) for _ in range(n_queries)]
     forbidden = [[*own, 150 + i % 7] for i, own in enumerate(positives)]
     rows = np.concatenate([np.arange(n_queries), [3, 3, 7]])
-    return Problem(rows, queries, passages, Groups.of(positives), Groups.of(forbidden), n_passages)
+    return Problem(rows, queries, passages, Ragged.of(positives), Ragged.of(forbidden), n_passages)
 
 
 def neighbors_of(problem: Problem, depth: int) -> Neighbors:
@@ -38,14 +40,17 @@ def neighbors_of(problem: Problem, depth: int) -> Neighbors:
     )
 
 
-def mine(problem: Problem, rules: Rules, depth: int = 60, baseline: float | None = None):
+def criteria_of(problem: Problem, rules: Rules) -> Criteria:
     positives = problem.positive_scores()
-    background, _ = measure_background(problem, positives)
+    return Criteria(problem, positives, rules, measure_background(problem, positives)[0])
+
+
+def mine(problem: Problem, rules: Rules, depth: int = 60, baseline: float | None = None):
+    criteria = criteria_of(problem, rules)
     if baseline is not None:
-        background = Background(baseline, baseline, background.spread)
-    neighbors = neighbors_of(problem, depth)
-    screened = screen(problem, Rankings.of(neighbors), positives, rules, background)
-    return choose(problem, screened, positives, rules, background), screened, background
+        criteria = replace(criteria, background=Background(baseline, baseline, criteria.background.spread))
+    screened = screen(criteria, Rankings.of(neighbors_of(problem, depth)))
+    return choose(criteria, screened), screened, criteria.background
 
 
 def by_the_book(problem: Problem, rules: Rules, background: Background, depth: int) -> tuple[list, dict]:
@@ -136,7 +141,7 @@ def often_asked(n_rows: int, n_passages: int = 500) -> tuple[Problem, Rankings]:
     problem = make_problem(n_passages=n_passages)
     positives = [problem.positives[query].tolist() for query in range(60)]
     positives[5] = list(range(0, 480, 4))
-    groups = Groups.of(positives)
+    groups = Ragged.of(positives)
     rows = np.concatenate([np.arange(60), np.full(n_rows, 5)])
     problem = replace(problem, query_of_row=rows, positives=groups, forbidden=groups)
     lists = [(tier.queries, tier.depth(30, n_passages)) for tier in tiers_of(groups)]
@@ -152,11 +157,9 @@ def test_a_query_that_many_rows_ask_gets_what_the_rules_say(monkeypatch, pairs):
     monkeypatch.setattr(negatives, "_PAIRS", pairs)
     problem, rankings = often_asked(6)
     rules = Rules(window=(0, 30), max_score=0.9, positive_similarity=0.95, negative_similarity=0.9)
-    positives = problem.positive_scores()
-    background, _ = measure_background(problem, positives)
-    screened = screen(problem, rankings, positives, rules, background)
-    result = choose(problem, screened, positives, rules, background)
-    expected, drops = by_the_book(problem, rules, background, 150)
+    criteria = criteria_of(problem, rules)
+    result = choose(criteria, screen(criteria, rankings))
+    expected, drops = by_the_book(problem, rules, criteria.background, 150)
     assert [[tuple(n) for n in row] for row in result.negatives] == expected
     assert drops["positive_similarity"] > 0 and drops["forbidden"] > 0
     assert result.drops_by_reason == drops
@@ -164,11 +167,10 @@ def test_a_query_that_many_rows_ask_gets_what_the_rules_say(monkeypatch, pairs):
 
 def test_memory_does_not_grow_with_how_often_a_query_is_asked():
     problem, rankings = often_asked(1000)
-    positives, rules = problem.positive_scores(), Rules(window=(0, 30), positive_similarity=0.8)
-    background, _ = measure_background(problem, positives)
-    screen(problem, rankings, positives, rules, background)  # what is compiled or imported once
+    criteria = criteria_of(problem, Rules(window=(0, 30), positive_similarity=0.8))
+    screen(criteria, rankings)  # what is compiled or imported once
     tracemalloc.start()
-    screen(problem, rankings, positives, rules, background)
+    screen(criteria, rankings)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 4e6  # a comparison for each row would make 1,000 x 30 x 120 pairs, of 16 bytes and more
@@ -202,7 +204,7 @@ def random_rules(seed: int) -> Rules:
 def test_a_higher_positive_drops_fewer_and_a_single_one_is_all_three(margin):
     problem = make_problem()
     single = replace(
-        problem, positives=Groups.of([own[:1].tolist() for own in map(problem.positives.__getitem__, range(60))])
+        problem, positives=Ragged.of([own[:1].tolist() for own in map(problem.positives.__getitem__, range(60))])
     )
     several, alone = (
         [mine(given, Rules((0, 150), margin_positive=which, **{margin: 0.2}), 200)[0] for which in MARGIN_POSITIVES]
@@ -216,16 +218,16 @@ def test_a_higher_positive_drops_fewer_and_a_single_one_is_all_three(margin):
 
 
 def test_a_reranker_s_margin_is_measured_from_the_same_positive():
-    problem, rules = make_problem(), Rules()
-    _, screened, _ = mine(problem, rules)
+    problem = make_problem()
+    _, screened, _ = mine(problem, Rules())
     rng = np.random.default_rng(8)
-    logits, own = rng.standard_normal(len(screened.left.rows)), rng.standard_normal(len(problem.positives.rows))
+    logits, own = rng.standard_normal(len(screened.left.scores)), rng.standard_normal(len(problem.positives.values))
     groups = np.split(own, problem.positives.lims[1:-1])
-    query = np.repeat(np.arange(60), screened.left.sizes())
+    query = screened.left.rows.owners()
     for which, of in (("lowest", min), ("median", np.median), ("highest", max)):
         kept = np.array([logit <= of(groups[i]) - 0.5 for i, logit in zip(query, logits, strict=True)])
-        found = negatives.apply_reranker(problem, screened, logits, own, 0.5, which)
-        assert found.left.rows.tolist() == screened.left.rows[kept].tolist()
+        found = negatives.apply_reranker(criteria_of(problem, Rules(margin_positive=which)), screened, logits, own, 0.5)
+        assert found.left.rows.values.tolist() == screened.left.rows.values[kept].tolist()
         assert found.by_margin.tolist() == [bool((~kept[query == i]).any()) for i in range(60)]
 
 
@@ -251,79 +253,6 @@ def test_unlabelled_copies_of_positives_are_not_taken_by_default():
         assert not copies & {negative.row for negative in chosen}
 
 
-def test_strategies_differ_in_how_near_their_negatives_are():
-    problem = make_problem(n_queries=200)
-
-    def mean_score(parts, **options):
-        result, _, _ = mine(problem, Rules(parts=parts, window=(0, 50), **options))
-        return np.mean([negative.score for row in result.negatives for negative in row])
-
-    top, drawn = mean_score((("top", 8),)), mean_score((("random", 8),))
-    easy, easiest = mean_score((("easy", 8),), temperature=2.0), mean_score((("easy", 8),), temperature=0.2)
-    assert top > drawn > easy > easiest
-    assert top > mean_score((("top", 4), ("easy", 4))) > easiest
-
-
-def test_easy_draws_by_softmax_of_falling_similarity():
-    background, rules = Background(0.0, 0.0, 1.0), Rules(parts=(("easy", 1),), temperature=0.5)
-    scores = np.array([0.9, 0.5, 0.1])
-    problem = make_problem()
-    counts = np.zeros(3)
-    for row in range(4000):
-        copies = negatives._Copies(problem, rules, background)
-        picked, _ = negatives._draw(row, np.array([1, 2, 3]), scores, rules, background, copies)
-        counts[picked] += 1
-    expected = np.exp(-scores / 0.5)
-    np.testing.assert_allclose(counts / 4000, expected / expected.sum(), atol=0.03)
-
-
-def test_backfill_is_marked_and_avoids_presumed_positives():
-    problem = make_problem()
-    result, screened, _ = mine(problem, Rules(relative_margin=0.9, parts=(("top", 20),), backfill=True))
-    assert len(result.short_queries)
-    for row in result.short_queries:
-        marked = [negative.row for negative in result.negatives[row] if negative.rank == -1]
-        assert not set(marked) & set(screened.presumed[problem.query_of_row[row]].tolist())
-    assert min(negative.rank for row in result.negatives for negative in row) == -1
-
-
-def may_be_drawn(problem: Problem, query: int, rules: Rules, background: Background) -> set[int]:
-    """What backfill may give a query, passage by passage: no rule but min_score speaks against it."""
-    free = replace(rules, window=(rules.window[0], problem.n_candidates), parts=(("top", problem.n_candidates),))
-    free = replace(free, min_score=None, negative_similarity=None)
-    alone = replace(problem, query_of_row=np.array([query]))
-    return {passage for passage, *_ in by_the_book(alone, free, background, problem.n_candidates)[0][0]}
-
-
-@pytest.mark.parametrize("n_passages", [200, 3000])
-@pytest.mark.parametrize("seed", range(3))
-def test_backfill_draws_no_likely_answers(seed, n_passages):
-    problem = make_problem(n_queries=12, n_passages=n_passages, seed=seed)
-    problem = replace(problem, query_of_row=np.array([0, 1, 2, 2]))
-    rules = Rules((12, 20), (("top", 25),), max_score=0.5, min_score=0.99, positive_similarity=0.7, backfill=True)
-    result, _, background = mine(problem, rules, depth=40)
-    for row, chosen in enumerate(result.negatives):
-        query = int(problem.query_of_row[row])
-        allowed = may_be_drawn(problem, query, rules, background)
-        drawn = {negative.row for negative in chosen}
-        assert len(drawn) == len(chosen) == 25 <= len(allowed) < n_passages - 12
-        assert drawn <= allowed and all(negative.rank == -1 for negative in chosen)
-    assert result.negatives[2] != result.negatives[3]  # each row has draws of its own
-
-
-def test_backfill_takes_what_there_is():
-    problem = replace(make_problem(n_queries=4, n_passages=120), query_of_row=np.arange(4))
-    rules = Rules(window=(5, 6), relative_margin=0.95, min_score=2.0, parts=(("top", 25),), backfill=True)
-    result, _, background = mine(problem, rules)
-    sizes = set()
-    for query in range(4):
-        allowed = may_be_drawn(problem, query, rules, background)
-        assert {negative.row for negative in result.negatives[query]} <= allowed
-        assert len(result.negatives[query]) == min(25, len(allowed))
-        sizes.add(len(allowed))
-    assert min(sizes) < 25 < max(sizes)
-
-
 def test_a_vector_of_zeros_is_like_nothing():
     problem = make_problem()
     vectors = 3 * problem.passage_vectors
@@ -335,27 +264,14 @@ def test_a_vector_of_zeros_is_like_nothing():
     assert np.isfinite(list(about["passage_passage"].values())).all()
 
 
-def test_negatives_are_read_like_lists():
-    columns = np.array([5, 3, 9]), np.array([0.5, 0.25, 0.75]), np.array([0, 2, -1])
-    found = negatives.Negatives(np.array([0, 2, 2, 3]), *columns)
-    lists = [[Negative(5, 0.5, 0), Negative(3, 0.25, 2)], [], [Negative(9, 0.75, -1)]]
-    assert found == lists and found != lists[:2] and list(found) == lists and found.sizes().tolist() == [2, 0, 1]
-    assert found[-1] == lists[-1] and found[1:] == lists[1:] and type(found[0][0].row) is int
-    with pytest.raises(IndexError):
-        found[3]
-
-
 def test_passages_outside_the_pool_are_never_mined():
     problem = make_problem()
     problem = Problem(
         problem.query_of_row, problem.query_vectors, problem.passage_vectors, problem.positives, problem.forbidden, 40
     )
     neighbors = ExactIndex(16, vectors=problem.passage_vectors[:40]).search(problem.query_vectors, 40)
-    positives = problem.positive_scores()
-    background, _ = measure_background(problem, positives)
-    rules = Rules(parts=(("top", 30),), relative_margin=0.3, backfill=True)
-    screened = screen(problem, Rankings.of(neighbors), positives, rules, background)
-    result = choose(problem, screened, positives, rules, background)
+    criteria = criteria_of(problem, Rules(parts=(("top", 30),), relative_margin=0.3, backfill=True))
+    result = choose(criteria, screen(criteria, Rankings.of(neighbors)))
     assert max(negative.row for row in result.negatives for negative in row) < 40
 
 
@@ -372,7 +288,7 @@ def test_vectors_of_any_length_are_compared_by_their_cosine():
     near = [set(plain.presumed[row].tolist()) for row in range(60)]
     # The windows differ, for they go by the product; within them the same passages are near-copies.
     for row, there in enumerate(near):
-        seen = there | set(plain.left.rows[plain.left.lims[row] : plain.left.lims[row + 1]].tolist())
+        seen = there | set(plain.left.rows[row].tolist())
         assert set(other.presumed[row].tolist()) & seen <= there
 
 
@@ -382,9 +298,6 @@ def test_no_candidates_at_all():
     problem = Problem(
         np.arange(3), problem.query_vectors, problem.passage_vectors, problem.positives, problem.forbidden, 200
     )
-    positives = problem.positive_scores()
-    background, _ = measure_background(problem, positives)
-    rules = Rules(positive_similarity=0.7, negative_similarity=0.9)
-    screened = screen(problem, Rankings.of(nothing), positives, rules, background)
-    result = choose(problem, screened, positives, rules, background)
+    criteria = criteria_of(problem, Rules(positive_similarity=0.7, negative_similarity=0.9))
+    result = choose(criteria, screen(criteria, Rankings.of(nothing)))
     assert result.negatives == [[], [], []] and result.short_queries.tolist() == [0, 1, 2]

@@ -3,7 +3,7 @@
 import numpy as np
 
 from utils import rankings
-from utils.mining_problem import Groups
+from utils.ragged import Ragged
 from utils.rankings import Rankings, tiers_of
 from utils.scores import Neighbors
 
@@ -11,7 +11,7 @@ from utils.scores import Neighbors
 def test_few_queries_with_most_of_the_positives_do_not_lengthen_all_lists():
     rng = np.random.default_rng(0)
     sizes = np.where(rng.random(5000) < 0.01, rng.integers(65, 3000, 5000), rng.integers(1, 4, 5000))
-    tiers = tiers_of(Groups.cut(sizes, np.zeros(sizes.sum(), np.int64)))
+    tiers = tiers_of(Ragged.cut(sizes, np.zeros(sizes.sum(), np.int64)))
     assert np.array_equal(np.sort(np.concatenate([tier.queries for tier in tiers])), np.arange(5000))
     for tier in tiers:
         assert tier.most_forbidden == sizes[tier.queries].max() and (np.diff(tier.queries) > 0).all()
@@ -21,7 +21,7 @@ def test_few_queries_with_most_of_the_positives_do_not_lengthen_all_lists():
 
 
 def test_queries_with_few_forbidden_passages_share_one_length():
-    tiers = tiers_of(Groups.cut([1, 64, 3], np.zeros(68, np.int64)))
+    tiers = tiers_of(Ragged.cut([1, 64, 3], np.zeros(68, np.int64)))
     assert [(tier.queries.tolist(), tier.most_forbidden) for tier in tiers] == [([0, 1, 2], 64)]
 
 

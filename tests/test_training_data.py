@@ -12,7 +12,7 @@ from conftest import make_rows, write_jsonl
 
 from utils import hard_batches, training_data
 from utils.batch_plan import Example, Plan
-from utils.number_lists import NumberLists
+from utils.ragged import Ragged
 from utils.records import RecordError
 from utils.training_data import Collator, ignored, preflight
 from utils.training_rows import find_files, read
@@ -166,14 +166,6 @@ def test_an_epoch_is_made_once(rows, monkeypatch):
     assert made == [0, 1] and list(plan._made) == [1]
 
 
-def test_number_lists():
-    lists = [[3, 1], [], [7], [2, 2, 5]]
-    held = NumberLists.of(lists)
-    assert [own.tolist() for own in held] == lists and held.lengths.tolist() == [2, 0, 1, 3]
-    assert [own.tolist() for own in held.take(np.array([3, 1, 0, 3]))] == [lists[i] for i in (3, 1, 0, 3)]
-    assert list(NumberLists.of([]).take(np.zeros(0, np.int64))) == []
-
-
 def test_duplicates_do_not_meet_in_a_batch(tmp_path):
     made = [row(f"q{i % 25}", [f"p{i % 25 // 2}"]) for i in range(100)]
     rows = read([write_jsonl(tmp_path / "a.jsonl", made)], None, "error", False)
@@ -248,7 +240,7 @@ def test_a_hard_batch_takes_the_example_with_the_most_links_next(seed):
     n, size = 40, 8
     positives, queries = rng.integers(0, 25, n), rng.integers(0, 35, n)
     negatives = [rng.permutation(30)[: rng.integers(0, 6)] for _ in range(n)]
-    ordered = hard_batches.order(positives, queries, NumberLists.of(negatives), size)
+    ordered = hard_batches.order(positives, queries, Ragged.of(negatives), size)
     assert sorted(ordered) == list(range(n))
 
     def link(a: int, b: int) -> float:
@@ -276,7 +268,7 @@ def test_hard_batches_of_rows_that_all_name_the_same_passages():
     n = 20_000
     positives = np.arange(n) % 10
     negatives = [np.delete(np.arange(10), i % 10) for i in range(n)]
-    ordered = np.array(hard_batches.order(positives, np.arange(n), NumberLists.of(negatives), 10))
+    ordered = np.array(hard_batches.order(positives, np.arange(n), Ragged.of(negatives), 10))
     assert np.array_equal(np.sort(ordered), np.arange(n))
     assert all(len(set(batch)) == 10 for batch in positives[ordered].reshape(-1, 10))
 

@@ -1,6 +1,5 @@
 """The cleaning job: rows in, near-duplicates out, every row accounted for."""
 
-import itertools
 import logging
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -8,14 +7,14 @@ from pathlib import Path
 
 import numpy as np
 
-from utils import dedup, engines, report
+from utils import dedup, engines, merged_positives, report, thresholds
 from utils.arguments import CleanArguments, text_values
 from utils.dedup import DedupResult
 from utils.distributed import Ranks
 from utils.embedding import build_encoders, embed
 from utils.embedding_store import derive, read_user_vectors
 from utils.outputs import Outputs, write_rejected
-from utils.records import RawLine, RecordError, Source, fold, parse_object, passages_key, to_line
+from utils.records import RawLine, RecordError, Source, fold, parse_object, to_line
 from utils.search import Neighbors, ShardedIndex
 
 logger = logging.getLogger(__name__)
@@ -59,14 +58,6 @@ class CleaningResult:
 
 _REASONS = ("exact", "similar", "leakage")
 _SUFFIXES = (".removed.jsonl", ".rejected.jsonl", ".report.json")
-# Fewer queries than this say little of what unrelated ones score: they may all be alike. The threshold measured on
-# them goes no higher than what hardly any model gives unrelated queries.
-_ENOUGH_QUERIES, _HIGHEST_MEASURED = 50, 0.97
-# The threshold where none is given; and, for models that unrelated queries get as much from, how much of the way from
-# those up to 1.
-_THRESHOLD, _ABOVE_UNRELATED = 0.75, 0.85
-# What float32 may leave of a unit vector's cosine with itself.
-_SAME = 1 - 1e-6
 # Removals to show to a person: those that the threshold decided the most narrowly.
 _SHOWN, _SHOWN_WIDTH = 3, 50
 
@@ -204,44 +195,22 @@ def _decide(
             return dedup.remove_near_duplicates(vectors, rows, dim, threshold, ranks, device, progress.update)
 
     if given.target_size is not None:
-        return dedup.find_threshold(decide, given.target_size), nearest
+        return thresholds.find(decide, given.target_size), nearest
     return decide(threshold), nearest
 
 
 def _threshold(given: CleanArguments, vectors: np.ndarray, run: report.RunReport) -> float | None:
-    """The threshold that is given, or else one that lies above what unrelated queries score with this model.
-
-    Models differ in that; a threshold within it removes rows at random. None where ``target_size`` finds it.
-    """
-    mean = high = -1.0
+    """The threshold that is given, or else one that suits the model. None where ``target_size`` finds it."""
+    unrelated = thresholds.Unrelated.of(vectors)
     if len(vectors) > 1:
-        scores = dedup.unrelated_scores(vectors)
-        mean, high = float(scores.mean()), float(scores[int(0.99 * (len(scores) - 1))])
-        run.results["unrelated_queries"] = {"mean": round(mean, 4), "99th_percentile": round(high, 4)}
-    above = round(mean + _ABOVE_UNRELATED * (1 - mean), 2)
-    threshold = given.similarity_threshold
+        run.results["unrelated_queries"] = unrelated.described()
     if given.target_size is not None:
-        if threshold is not None:
+        if given.similarity_threshold is not None:
             logger.info("similarity_threshold is not used: target_size finds its own")
         return None
-    if threshold is None and high < _THRESHOLD:
-        return _THRESHOLD
-    if threshold is None and len(vectors) < _ENOUGH_QUERIES:
-        above = min(above, _HIGHEST_MEASURED)
-        logger.info("threshold: %g; %d queries are few to measure it by, so look at what is removed, or give one",
-                    above, len(vectors))  # fmt: skip
-        return above
-    if threshold is None:
-        logger.info("threshold: %g, because unrelated queries score %.2f on average with this model", above, mean)
-        return above
-    threshold = min(threshold, _SAME)
-    if len(vectors) >= _ENOUGH_QUERIES and threshold <= high:
-        logger.warning(
-            "warning: the threshold %g lies within what unrelated queries score with this model (mean %.2f, "
-            "99th percentile %.2f): many removals will be wrong; try %g, and read what is removed",
-            threshold, mean, high, above,
-        )  # fmt: skip
-    return threshold
+    if given.similarity_threshold is not None:
+        return thresholds.checked(given.similarity_threshold, unrelated)
+    return thresholds.measured(unrelated)
 
 
 def _nearest_reference(
@@ -335,14 +304,17 @@ def _closest(inputs: _Inputs, removed: list[Removed]) -> list[dict]:
 def _write_rows(given: CleanArguments, outputs: Outputs, inputs: _Inputs, removed: dict[int, Removed]) -> None:
     """The kept rows byte for byte, and the removed ones with their explanation."""
     queries = inputs.queries
-    gained = _positives_to_merge(queries, removed) if given.merge_positives else {}
+    gained = {}
+    if given.merge_positives:
+        kept_for = {row: r.kept_row for row, r in removed.items() if r.reason != "leakage"}
+        gained = merged_positives.gather(_good_lines(queries), queries.source.path, kept_for)
     with outputs.stage() as kept_stream, outputs.stage(".removed.jsonl") as removed_stream:
         for row, raw in _good_lines(queries):
             reason = removed.get(row)
             if reason is None:
                 content = raw.content + b"\n"
                 if row in gained:
-                    content = _with_positives(raw, queries.source.path, gained[row])
+                    content = merged_positives.added_to(raw, queries.source.path, gained[row])
                 kept_stream.write(content)
                 continue
             where = inputs.reference if reason.reason == "leakage" else queries
@@ -362,51 +334,3 @@ def _good_lines(queries: _Queries) -> Iterator[tuple[int, RawLine]]:
     """The good rows' numbers and lines, from a second pass over the file."""
     bad = {error.line for error in queries.source.rejected}
     return enumerate(raw for raw in queries.source.raw_lines() if raw.number not in bad)
-
-
-def _positives_to_merge(queries: _Queries, removed: dict[int, Removed]) -> dict[int, dict[str, float | None]]:
-    """For each kept row that gains any, the positives of the rows that were removed for it, and a teacher's scores."""
-    gained: dict[int, dict[str, float | None]] = {}
-    for row, raw in _good_lines(queries):
-        reason = removed.get(row)
-        if reason is not None and reason.reason != "leakage":
-            record = parse_object(raw, queries.source.path)
-            passages = record.get(passages_key(record, "pos_passage"), [])
-            scores = _scores(record, "pos_scores", len(passages)) or [None] * len(passages)
-            own = gained.setdefault(reason.kept_row, {})
-            for passage, score in zip(passages, scores, strict=True):
-                if own.get(passage) is None:
-                    own[passage] = score
-    return gained
-
-
-def _scores(row: dict, key: str, n: int) -> list | None:
-    """A teacher's scores of n passages, if there are so many."""
-    scores = row.get(key)
-    return scores if isinstance(scores, list) and len(scores) == n else None
-
-
-def _with_positives(raw: RawLine, path: str, more: dict[str, float | None]) -> bytes:
-    """The row with new positives, which are negatives no longer; the line as it was if none is new.
-
-    A teacher's scores go with their passages. Where one is unknown, the list would no longer fit, and is left out.
-    """
-    row = parse_object(raw, path)
-    key, negatives = passages_key(row, "pos_passage"), passages_key(row, "neg_passage")
-    old = row.get(key, [])
-    new = {passage: score for passage, score in more.items() if passage not in old}
-    if not new:
-        return raw.content + b"\n"
-    row[key] = [*old, *new]
-    scores = _scores(row, "pos_scores", len(old))
-    if scores is not None and None not in new.values():
-        row["pos_scores"] = [*scores, *new.values()]
-    else:
-        row.pop("pos_scores", None)
-    if negatives in row:
-        stays = [passage not in new for passage in row[negatives]]
-        scores = _scores(row, "neg_scores", len(stays))
-        row[negatives] = list(itertools.compress(row[negatives], stays))
-        if scores is not None:
-            row["neg_scores"] = list(itertools.compress(scores, stays))
-    return to_line(row)

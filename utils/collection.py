@@ -9,11 +9,13 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
 from utils import beir
 from utils.arguments import EvaluateArguments
+from utils.ragged import Ragged
 from utils.records import RecordError, Source, parse_record, read_lines
 
 logger = logging.getLogger(__name__)
@@ -21,53 +23,47 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Judgments:
-    """Passages with a grade of each query: those of query i are ``rows[lims[i]:lims[i + 1]]``, ascending.
+    """Passages with a grade of each query.
 
-    lims: int64 [q + 1]. rows: int64, row numbers of passages. grades: int64.
+    rows: int64, each query's passages, ascending. grades: int64, one for each of ``rows.values``.
     """
 
-    lims: np.ndarray
-    rows: np.ndarray
+    rows: Ragged
     grades: np.ndarray
 
     @classmethod
     def of(cls, judged: list[dict[int, int]]) -> "Judgments":
         """From each query's passages and their grades."""
-        lims = np.cumsum([0, *map(len, judged)])
-        rows = np.fromiter((row for passages in judged for row in sorted(passages)), np.int64, lims[-1])
-        grades = np.fromiter((passages[row] for passages in judged for row in sorted(passages)), np.int64, lims[-1])
-        return cls(lims, rows, grades)
+        rows = Ragged.of(map(sorted, judged))
+        every = (passages[row] for passages in judged for row in sorted(passages))
+        return cls(rows, np.fromiter(every, np.int64, len(rows.values)))
 
-    def n_relevant(self, start: int, size: int) -> np.ndarray:
-        """Passages with a grade of at least 1, for ``size`` queries from ``start`` on: int64 [size]."""
-        lims = self.lims[start : start + size + 1]
-        return np.diff(np.concatenate([[0], np.cumsum(self.grades[lims[0] : lims[-1]] >= 1)])[lims - lims[0]])
+    @cached_property
+    def n_relevant(self) -> np.ndarray:
+        """Each query's passages with a grade of at least 1, int64 [q]."""
+        return self.rows.counts(self.grades >= 1)
 
     def of_query(self, query: int) -> Iterator[tuple[int, int]]:
         """(row, grade) of a query's judged passages."""
-        part = slice(self.lims[query], self.lims[query + 1])
-        return zip(self.rows[part].tolist(), self.grades[part].tolist(), strict=True)
+        return zip(self.rows[query].tolist(), self.grades[self.rows.part(query)].tolist(), strict=True)
 
-    def lookup(self, start: int, rows: np.ndarray, n_passages: int) -> np.ndarray:
+    def lookup(self, start: int, rows: np.ndarray) -> np.ndarray:
         """The grades of ``rows``, int64 [b, k], for the queries from ``start`` on; 0 where there is none."""
-        part = slice(self.lims[start], self.lims[start + len(rows)])
-        if part.start == part.stop:
-            return np.zeros(rows.shape, np.int64)
-        counts = np.diff(self.lims[start : start + len(rows) + 1])
-        keys = np.repeat(np.arange(len(rows)), counts) * n_passages + self.rows[part]
-        wanted = np.arange(len(rows))[:, None] * n_passages + rows
-        place = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
-        return np.where((keys[place] == wanted) & (rows >= 0), self.grades[part][place], 0)
+        place = self.rows.find(np.arange(start, start + len(rows)), rows)
+        grades, there = np.zeros(rows.shape, np.int64), place >= 0
+        grades[there] = self.grades[place[there]]
+        return grades
 
     def ideal(self, start: int, size: int, k: int) -> np.ndarray:
         """The ``k`` highest grades of each of ``size`` queries from ``start`` on, descending: float64 [size, k]."""
         best = np.zeros((size, k), np.float64)
-        part = slice(self.lims[start], self.lims[start + size])
-        query = np.repeat(np.arange(size), np.diff(self.lims[start : start + size + 1]))
-        order = np.lexsort((-self.grades[part], query))
-        place = np.arange(len(order)) - (self.lims[start : start + size] - self.lims[start])[query]
+        lims = self.rows.lims[start : start + size + 1]
+        grades = self.grades[lims[0] : lims[-1]]
+        query = np.repeat(np.arange(size), np.diff(lims))
+        order = np.lexsort((-grades, query))
+        place = np.arange(len(order)) - (lims[:-1] - lims[0])[query]
         used = place < k
-        best[query[used], place[used]] = np.maximum(self.grades[part][order], 0)[used]
+        best[query[used], place[used]] = np.maximum(grades[order], 0)[used]
         return best
 
 
@@ -109,7 +105,7 @@ class Collection:
         for texts in (self.queries, self.passages, self.query_ids):
             for text in texts:
                 hasher.update(b"%d:" % len(text) + text.encode())
-        for array in (self.judgments.lims, self.judgments.rows, self.judgments.grades):
+        for array in (self.judgments.rows.lims, self.judgments.rows.values, self.judgments.grades):
             hasher.update(array.astype("<i8").tobytes())
         return hasher.hexdigest()[:16]
 
@@ -134,53 +130,75 @@ def read(given: EvaluateArguments) -> Collection:
     return collection
 
 
+class _Numbered:
+    """Texts, numbered in the order in which they are first read.
+
+    Args:
+        merge: whether equal texts, letter for letter, share one number.
+
+    Attributes:
+        texts: by number.
+        rows: of each, how many were read before it.
+        n_read: how many were read.
+    """
+
+    def __init__(self, merge: bool = True):
+        self.texts: list[str] = []
+        self.rows: list[int] = []
+        self.n_read = 0
+        self._merge, self._first = merge, dict[str, int]()
+
+    def add(self, text: str) -> int:
+        """The next text's number."""
+        number, new = self._first.setdefault(text, len(self.texts)), len(self.texts)
+        if not self._merge or number == new:
+            number = new
+            self.texts.append(text)
+            self.rows.append(self.n_read)
+        self.n_read += 1
+        return number
+
+    def n_different(self) -> int:
+        """How many texts there are, each counted once."""
+        return len(self._first)
+
+
 def _read_rows(given: EvaluateArguments) -> Collection:
     """Our own rows: every passage named is in the corpus, unless a corpus file says what is."""
     assert given.dev_path is not None
-    corpus: dict[str, int] = {}
-    passage_rows: list[int] = []
+    corpus, queries = _Numbered(), _Numbered()
     rejected: list[RecordError] = []
-    n_read = 0
-
-    def add(text: str) -> None:
-        nonlocal n_read
-        if corpus.setdefault(text, len(corpus)) == len(passage_rows):
-            passage_rows.append(n_read)
-        n_read += 1
-
     if given.corpus_path is not None:
         for text in read_corpus_file(given.corpus_path, rejected if given.on_bad_row == "skip" else None):
-            add(text)
-    queries: dict[str, int] = {}
-    query_rows: list[int] = []
+            corpus.add(text)
     lines: list[int] = []
     positives: list[dict[str, None]] = []
     source = Source(given.dev_path, ("query", "pos_passage"), given.on_bad_row)
-    for number, record in enumerate(source):
-        query = queries.setdefault(record.query, len(queries))
+    for record in source:
+        query = queries.add(record.query)
         if query == len(positives):
-            query_rows.append(number)
             lines.append(record.line)
             positives.append({})
         positives[query] |= dict.fromkeys(record.pos_passage)
         for text in (*(record.pos_passage if given.corpus_path is None else ()), *record.neg_passage):
-            add(text)
+            corpus.add(text)
     rejected += source.rejected
     if given.neg_path is not None:
         negatives = Source(given.neg_path, ("neg_passage",), given.on_bad_row)
         for record in negatives:
             for text in record.neg_passage:
-                add(text)
+                corpus.add(text)
         rejected += negatives.rejected
-    n_corpus = len(corpus)
-    judged = [{corpus.setdefault(text, len(corpus)): 1 for text in texts} for texts in positives]
+    n_corpus, n_read, passage_rows = len(corpus.texts), corpus.n_read, np.array(corpus.rows, np.int64)
+    # Positives that the corpus lacks come after it, and none of them counts as read.
+    judged = [{corpus.add(text): 1 for text in texts} for texts in positives]
     return Collection(
-        queries=list(queries),
-        passages=list(corpus),
+        queries=queries.texts,
+        passages=corpus.texts,
         n_corpus=n_corpus,
         judgments=Judgments.of(judged),
-        query_rows=np.array(query_rows, np.int64),
-        passage_rows=np.array(passage_rows, np.int64),
+        query_rows=np.array(queries.rows, np.int64),
+        passage_rows=passage_rows,
         n_query_rows=source.n_rows,
         n_passage_rows=n_read,
         query_ids=[f"q{line}" for line in lines],
@@ -188,8 +206,8 @@ def _read_rows(given: EvaluateArguments) -> Collection:
         rejected=rejected,
         counts={
             "query_rows": source.n_rows,
-            "queries": len(queries),
-            "query_rows_merged": source.n_rows - len(source.rejected) - len(queries),
+            "queries": len(queries.texts),
+            "query_rows_merged": queries.n_read - len(queries.texts),
             "query_rows_rejected": len(source.rejected),
             "passages_read": n_read,
             "passages": n_corpus,
@@ -224,30 +242,64 @@ def _read_beir(given: EvaluateArguments) -> Collection:
     """A BEIR folder: the queries that the split judges, and the whole corpus."""
     folder = given.dev_path
     assert folder is not None
-    path = beir.qrels_path(folder, given.split)
+    beir.qrels_path(folder, given.split)  # a split that is not there is refused before the corpus is read
     rejected: list[RecordError] = []
     bad = rejected if given.on_bad_row == "skip" else None
-    passage_ids: dict[str, int] = {}
-    passages: list[str] = []
-    passage_rows: list[int] = []
-    by_text: dict[str, int] = {}
-    n_read = 0
-    for passage_id, text in beir.read_corpus(folder, bad):
-        row = by_text.setdefault(text, len(passages))
-        if row == len(passages) or not given.merge_equal_texts:
-            row = len(passages)
-            passages.append(text)
-            passage_rows.append(n_read)
-        passage_ids[passage_id] = row
-        n_read += 1
+    passages = _Numbered(merge=given.merge_equal_texts)
+    passage_ids = {passage_id: passages.add(text) for passage_id, text in beir.read_corpus(folder, bad)}
     texts = dict(beir.read_queries(folder, bad))
     numbers = {query_id: number for number, query_id in enumerate(texts)}
+    judged, n_qrels = _read_judgments(folder, given.split, texts, passage_ids, bad)
+    query_ids = sorted(judged, key=numbers.__getitem__)
+    n_equal = passages.n_read - passages.n_different()
+    if n_equal and not given.merge_equal_texts:
+        logger.warning(
+            "%s of %s passages have the text of an earlier one; each counts by its own id (merge_equal_texts: as one)",
+            f"{n_equal:,}", f"{passages.n_read:,}",
+        )  # fmt: skip
+    first_ids: dict[int, str] = {}
+    for passage_id, row in passage_ids.items():
+        first_ids.setdefault(row, passage_id)
+    return Collection(
+        queries=[texts[query_id] for query_id in query_ids],
+        passages=passages.texts,
+        n_corpus=len(passages.texts),
+        judgments=Judgments.of([judged[query_id] for query_id in query_ids]),
+        query_rows=np.array([numbers[query_id] for query_id in query_ids], np.int64),
+        passage_rows=np.array(passages.rows, np.int64),
+        n_query_rows=len(texts),
+        n_passage_rows=passages.n_read,
+        query_ids=query_ids,
+        passage_ids=[first_ids[row] for row in range(len(passages.texts))],
+        rejected=rejected,
+        counts={
+            "query_rows": len(texts),
+            "queries": len(query_ids),
+            "queries_not_judged": len(texts) - len(query_ids),
+            "passages_read": passages.n_read,
+            "passages": len(passages.texts),
+            "passages_merged": passages.n_read - len(passages.texts),
+            "judgments": n_qrels,
+        },
+    )
+
+
+def _read_judgments(
+    folder: str, split: str, queries: dict[str, str], passages: dict[str, int], bad: list[RecordError] | None
+) -> tuple[dict[str, dict[int, int]], int]:
+    """For each judged query's id its passages' grades, the highest where there are several; and how many were read.
+
+    Args:
+        queries, passages: by id, what may be judged.
+        bad: takes judgments of anything else; None refuses them.
+    """
+    path = beir.qrels_path(folder, split)
     judged: dict[str, dict[int, int]] = {}
     n_qrels = 0
-    for judgment in beir.read_qrels(folder, given.split, bad):
-        row = passage_ids.get(judgment.passage_id, -1)
-        if judgment.query_id not in texts or row < 0:
-            what, name = ("query", "queries") if judgment.query_id not in texts else ("passage", "corpus")
+    for judgment in beir.read_qrels(folder, split, bad):
+        row = passages.get(judgment.passage_id, -1)
+        if judgment.query_id not in queries or row < 0:
+            what, name = ("query", "queries") if judgment.query_id not in queries else ("passage", "corpus")
             unknown = judgment.query_id if what == "query" else judgment.passage_id
             reason = f"{what} {unknown!r:.80} is not there; expected an id of {name}.jsonl"
             error = RecordError(path, judgment.line, reason)
@@ -260,38 +312,7 @@ def _read_beir(given: EvaluateArguments) -> Collection:
         grades[row] = max(judgment.grade, grades.get(row, judgment.grade))
     if not judged:
         raise ValueError(f"{path}: no judgment names a query and a passage that are there")
-    query_ids = sorted(judged, key=numbers.__getitem__)
-    n_equal = n_read - len(by_text)
-    if n_equal and not given.merge_equal_texts:
-        logger.warning(
-            "%s of %s passages have the text of an earlier one; each counts by its own id (merge_equal_texts: as one)",
-            f"{n_equal:,}", f"{n_read:,}",
-        )  # fmt: skip
-    first_ids: dict[int, str] = {}
-    for passage_id, row in passage_ids.items():
-        first_ids.setdefault(row, passage_id)
-    return Collection(
-        queries=[texts[query_id] for query_id in query_ids],
-        passages=passages,
-        n_corpus=len(passages),
-        judgments=Judgments.of([judged[query_id] for query_id in query_ids]),
-        query_rows=np.array([numbers[query_id] for query_id in query_ids], np.int64),
-        passage_rows=np.array(passage_rows, np.int64),
-        n_query_rows=len(texts),
-        n_passage_rows=n_read,
-        query_ids=query_ids,
-        passage_ids=[first_ids[row] for row in range(len(passages))],
-        rejected=rejected,
-        counts={
-            "query_rows": len(texts),
-            "queries": len(query_ids),
-            "queries_not_judged": len(texts) - len(query_ids),
-            "passages_read": n_read,
-            "passages": len(passages),
-            "passages_merged": n_read - len(passages),
-            "judgments": n_qrels,
-        },
-    )
+    return judged, n_qrels
 
 
 def _ignore_identical(collection: Collection) -> None:
@@ -332,9 +353,8 @@ def _check_positives(collection: Collection, given: EvaluateArguments) -> None:
         ValueError: no query has a positive in the corpus.
     """
     judgments = collection.judgments
-    reachable = (judgments.grades >= 1) & (judgments.rows < collection.n_corpus)
-    found = np.diff(np.concatenate([[0], np.cumsum(reachable)])[judgments.lims])
-    n_without = int((found == 0).sum())
+    reachable = (judgments.grades >= 1) & (judgments.rows.values < collection.n_corpus)
+    n_without = int((judgments.rows.counts(reachable) == 0).sum())
     collection.counts["queries_without_positive_in_corpus"] = n_without
     collection.counts["positives"] = int((judgments.grades >= 1).sum())
     collection.counts["positives_not_in_corpus"] = collection.counts["positives"] - int(reachable.sum())

@@ -337,8 +337,8 @@ def _without_ignored(found: Neighbors, collection: Collection, start: int, k: in
 
 def _relevance(collection: Collection, start: int, rows: np.ndarray, deepest: int) -> Relevance:
     """Judge a block of rankings; ``rows`` int64 [b, width], for the queries from ``start`` on."""
-    grades = collection.judgments.lookup(start, rows, len(collection.passages))
-    n_relevant = collection.judgments.n_relevant(start, len(rows))
+    grades = collection.judgments.lookup(start, rows)
+    n_relevant = collection.judgments.n_relevant[start : start + len(rows)]
     return Relevance(grades.astype(np.float64), collection.judgments.ideal(start, len(rows), deepest), n_relevant)
 
 

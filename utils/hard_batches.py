@@ -11,7 +11,7 @@ import heapq
 
 import numpy as np
 
-from utils.number_lists import NumberLists
+from utils.ragged import Ragged
 
 # A negative at place r of its row weighs 1 / (r + 3), beyond the first two next to nothing: the hardest ones make the
 # batch, and the others say who comes in where those leave a choice, or nobody.
@@ -22,7 +22,7 @@ _MOST_NAMING, _MOST_ANSWERED = 64, 4
 _LOOK_AHEAD = 512
 
 
-def order(positives: np.ndarray, queries: np.ndarray, negatives: NumberLists, size: int) -> list[int]:
+def order(positives: np.ndarray, queries: np.ndarray, negatives: Ragged, size: int) -> list[int]:
     """An order of the examples in which each ``size`` of them, from the first on, make a hard batch.
 
     No query and no positive comes twice in a batch while there are examples within reach that allow it.
@@ -42,13 +42,14 @@ def order(positives: np.ndarray, queries: np.ndarray, negatives: NumberLists, si
 class _Left:
     """The examples that no batch has taken yet. ``weights`` are of links, by the negative's place in its row."""
 
-    def __init__(self, positives: np.ndarray, queries: np.ndarray, negatives: NumberLists):
+    def __init__(self, positives: np.ndarray, queries: np.ndarray, negatives: Ragged):
         n = len(positives)
         self.positives, self.queries, self.negatives = positives.tolist(), queries.tolist(), negatives
         self.taken = np.zeros(n, bool)
-        owners = np.repeat(np.arange(n, dtype=np.int32), negatives.lengths)
-        ranks = (np.arange(len(owners)) - np.repeat(negatives.starts[:-1], negatives.lengths)).astype(np.int32)
-        self.weights = _weights(np.arange(negatives.lengths.max(initial=0))).tolist()
+        sizes = negatives.sizes()
+        owners = np.repeat(np.arange(n, dtype=np.int32), sizes)
+        ranks = (np.arange(len(owners)) - np.repeat(negatives.lims[:-1], sizes)).astype(np.int32)
+        self.weights = _weights(np.arange(sizes.max(initial=0))).tolist()
         # Examples that name a passage, those that name it the hardest first; and those whose positive it is.
         self.naming = _Links(negatives.values, owners, ranks, self.taken)
         self.answered = _Links(positives, np.arange(n, dtype=np.int32), np.zeros(n, np.int32), self.taken)

@@ -40,7 +40,7 @@ def measure_background(problem: Problem, positives: np.ndarray) -> tuple[Backgro
     n_queries, n_passages = len(problem.query_vectors), len(problem.passage_vectors)
     n = min(_BACKGROUND_PAIRS, n_queries * n_passages)
     queries, passages = rng.integers(0, n_queries, n), rng.integers(0, n_passages, n)
-    allowed = ~problem.forbidden.hold(queries, passages[:, None])[:, 0]
+    allowed = problem.forbidden.find(queries, passages[:, None])[:, 0] < 0
     pairs = scores_of(problem.query_vectors, queries[allowed], problem.passage_vectors, passages[allowed])
     left, right = rng.integers(0, n_passages, n), rng.integers(0, n_passages, n)
     different = left != right

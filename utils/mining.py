@@ -2,33 +2,28 @@
 
 import hashlib
 import logging
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from utils import margins, mining_formats, negatives, report
+from utils import margins, mining_outputs, negatives, report
 from utils.arguments import MiningArguments, text_values
 from utils.distributed import Ranks
 from utils.embedding import build_encoders, embed
 from utils.embedding_store import derive, fingerprint
 from utils.faiss_search import check_factory
 from utils.margins import Background
-from utils.mining_formats import MinedRow
 from utils.mining_inputs import Inputs
 from utils.mining_problem import Problem
 from utils.mining_search import Vectors, find_candidates
-from utils.negatives import MiningResult, Rules, Screened
-from utils.outputs import Outputs, write_rejected
+from utils.negatives import Criteria, Rules, Screened
+from utils.outputs import Outputs
 from utils.rankings import Rankings
-from utils.records import to_line
 from utils.reranker import Reranker, rerank
+from utils.sampling import MiningResult, choose
 
 logger = logging.getLogger(__name__)
-
-_QUANTILES = (5, 25, 50, 75, 95)
-_SUFFIXES = (".short.jsonl", ".rejected.jsonl", ".corpus.jsonl", ".queries.jsonl", ".report.json")
 
 
 def mine(given: MiningArguments) -> MiningResult:
@@ -38,7 +33,7 @@ def mine(given: MiningArguments) -> MiningResult:
     """
     ranks = Ranks()
     run = report.RunReport("mining_negative_samples", asdict(given))
-    with Outputs(given.output_data_path, _SUFFIXES) as outputs:
+    with Outputs(given.output_data_path, mining_outputs.SUFFIXES) as outputs:
         with run.stage("read"):
             inputs = ranks.start(lambda: _read(given, outputs))
         folder = Path(given.embedding_cache) if given.embedding_cache else outputs.work
@@ -143,10 +138,7 @@ class _Job:
     """On rank 0: what is being decided, between its steps."""
 
     given: MiningArguments
-    problem: Problem
-    rules: Rules
-    background: Background
-    positives: np.ndarray
+    criteria: Criteria
     screened: Screened
 
 
@@ -164,11 +156,9 @@ def _screen(
         inputs.n_candidates, vectors.normalized,
     )  # fmt: skip
     with run.stage("choose"), report.Progress("screen", len(inputs.query_of_row), "rows") as progress:
-        positives = problem.positive_scores()
-        background = _background(given, run, problem, positives)
-        rules = _rules(given, run, problem, rankings, positives, background)
-        screened = negatives.screen(problem, rankings, positives, rules, background, progress.update)
-    return _Job(given, problem, rules, background, positives, screened)
+        criteria = _criteria(given, run, problem, rankings)
+        screened = negatives.screen(criteria, rankings, progress.update)
+    return _Job(given, criteria, screened)
 
 
 def _rerank(
@@ -184,9 +174,9 @@ def _rerank(
     pairs = None
     if job is not None:
         assert inputs is not None
-        left, groups = job.screened.left, job.problem.positives
-        queries = [np.repeat(np.arange(len(inputs.queries)), sizes) for sizes in (left.sizes(), groups.sizes())]
-        passages = np.concatenate([left.rows, groups.rows])
+        left, groups = job.screened.left, job.criteria.problem.positives
+        queries = [left.rows.owners(), groups.owners()]
+        passages = np.concatenate([left.rows.values, groups.values])
         keys, which = np.unique(np.concatenate(queries) * len(inputs.passages) + passages, return_inverse=True)
         pairs = [divmod(key, len(inputs.passages)) for key in keys.tolist()]
         pairs = [(inputs.queries[query], inputs.passages[passage]) for query, passage in pairs]
@@ -195,30 +185,27 @@ def _rerank(
         return
     run.results["reranker"] = {"digest": reranker.model.digest, "margin": given.reranker_margin}
     logits = logits[which]
-    n_left = len(left.rows)
+    n_left = len(left.rows.values)
     job.screened = negatives.apply_reranker(
-        job.problem, job.screened, logits[:n_left], logits[n_left:], given.reranker_margin, given.margin_positive
+        job.criteria, job.screened, logits[:n_left], logits[n_left:], given.reranker_margin
     )
 
 
 def _choose_and_write(outputs: Outputs, run: report.RunReport, inputs: Inputs | None, job: _Job | None) -> MiningResult:
     assert inputs is not None and job is not None
     with run.stage("choose"), report.Progress("choose", len(inputs.query_of_row), "rows") as progress:
-        result = negatives.choose(job.problem, job.screened, job.positives, job.rules, job.background, progress.update)
+        result = choose(job.criteria, job.screened, progress.update)
     with run.stage("write"):
-        _write(job.given, outputs, run, inputs, job.positives, job.screened, result)
+        mining_outputs.write(job.given, outputs, run, inputs, job.criteria.positives, job.screened, result)
     result.report = run.publish(outputs)
     return result
 
 
-def _rules(
-    given: MiningArguments,
-    run: report.RunReport,
-    problem: Problem,
-    rankings: Rankings,
-    positives: np.ndarray,
-    background: Background,
-) -> Rules:
+def _criteria(given: MiningArguments, run: report.RunReport, problem: Problem, rankings: Rankings) -> Criteria:
+    positives = problem.positive_scores()
+    background, run.results["background"] = margins.measure_background(problem, positives)
+    if given.score_baseline is not None:
+        background = Background(given.score_baseline, given.score_baseline, background.spread)
     rules = Rules(
         window=given.window,
         parts=tuple(given.parts),
@@ -232,162 +219,9 @@ def _rules(
         seed=given.seed,
         backfill=given.short_rows == "backfill",
     )
-    if given.relative_margin == "auto":
-        reference = problem.positives.one_of_each(positives, rules.margin_positive)
-        margin, counted = margins.measure_margin(problem, rankings, reference, rules.window[1], background)
+    criteria, margin = Criteria(problem, positives, rules, background), given.relative_margin
+    if margin == "auto":
+        depth = rules.window[1]
+        margin, counted = margins.measure_margin(problem, rankings, criteria.reference, depth, background)
         run.results["relative_margin"] = {"measured": margin, "counted": counted}
-        return replace(rules, relative_margin=margin)
-    return replace(rules, relative_margin=given.relative_margin)
-
-
-def _background(given: MiningArguments, run: report.RunReport, problem: Problem, positives: np.ndarray) -> Background:
-    background, about = margins.measure_background(problem, positives)
-    run.results["background"] = about
-    if given.score_baseline is not None:
-        background = Background(given.score_baseline, given.score_baseline, background.spread)
-    return background
-
-
-def _write(
-    given: MiningArguments,
-    outputs: Outputs,
-    run: report.RunReport,
-    inputs: Inputs,
-    positives: np.ndarray,
-    screened: Screened,
-    result: MiningResult,
-) -> None:
-    """The mined rows and the side files, and what the report says of them."""
-    dropped = result.negatives.sizes() < given.negatives_needed
-    shape = mining_formats.writer(given.output_format, given.output_scores, given.answer_key, given.no_answer_text)
-    n_lines = 0
-    with outputs.stage() as stream:
-        for mined in _mined_rows(inputs, positives, result, ~dropped):
-            for row in shape(mined):
-                stream.write(to_line(row))
-                n_lines += 1
-    if given.short_rows == "drop" or dropped.any():
-        with outputs.stage(".short.jsonl") as stream:
-            for mined in _mined_rows(inputs, positives, result, dropped):
-                stream.write(to_line(mining_formats.as_list(mined)))
-    if given.on_bad_row == "skip":
-        write_rejected(outputs, inputs.rejected)
-    if given.write_corpus:
-        _write_ids(outputs, ".corpus.jsonl", inputs.passage_ids, inputs.passages)
-        _write_ids(outputs, ".queries.jsonl", inputs.query_ids, inputs.queries)
-    run.counts = _counts(inputs, screened, result, dropped, n_lines) | run.counts
-    _warn_of_short_rows(given, inputs, run.counts, screened, result)
-    run.results["drops_by_reason"] = result.drops_by_reason
-    found = result.negatives
-    mined_scores = found.scores[(found.ranks >= 0) & ~np.repeat(dropped, found.sizes())]
-    run.results["scores"] = {"positives": _distribution(positives), "negatives": _distribution(mined_scores)}
-
-
-def _warn_of_short_rows(
-    given: MiningArguments, inputs: Inputs, counts: dict[str, int], screened: Screened, result: MiningResult
-) -> None:
-    """One line on the rows without negatives, or on those that were set aside though nobody asked for it."""
-    set_aside = given.short_rows is None and counts["dropped_short"] > 0
-    n_rows = counts["dropped_short"] if set_aside else counts["without_negatives"]
-    if n_rows == 0:
-        return
-    what, others = "no negative at all", "backfill or drop"
-    why = "the nearest passages were all dropped as likely answers; "
-    if given.short_rows == "drop":
-        what, others = what + " and were dropped", "backfill"
-    elif set_aside:
-        if given.negatives_needed > 1:
-            what = f"fewer than {given.negatives_needed} negatives"
-            why = "too many of the nearest passages were dropped as likely answers; a smaller num_negatives, "
-        side_file = f"{given.output_data_path}.short.jsonl"
-        what += f" and went to {side_file}, as tools that read {given.output_format} cannot take them"
-        others = "backfill or keep"
-    logger.warning(
-        "%d of %d rows have %s: %sa wider range_for_sampling, a smaller relative_margin%s, or short_rows %s",
-        n_rows, counts["input"], what, why, _advice_on_positives(given, inputs, screened, result), others,
-    )  # fmt: skip
-
-
-def _advice_on_positives(given: MiningArguments, inputs: Inputs, screened: Screened, result: MiningResult) -> str:
-    """Names margin_positive if margins leave nothing to over a third of the rows, and some have several positives."""
-    bare = (result.negatives.sizes() == 0) & screened.by_margin[inputs.query_of_row]
-    several = int((inputs.positives.sizes()[inputs.query_of_row[bare]] > 1).sum())
-    if 3 * bare.sum() <= len(bare) or not several or given.margin_positive == "highest":
-        return ""
-    higher = "median or highest" if given.margin_positive == "lowest" else "highest"
-    return f", margin_positive {higher} ({several} of them have several positives)"
-
-
-def _write_ids(outputs: Outputs, suffix: str, ids: dict[str, int], texts: list[str]) -> None:
-    """Texts in order, each under the first of its ids."""
-    name_of: dict[int, str] = {}
-    for name, number in ids.items():
-        name_of.setdefault(number, name)
-    with outputs.stage(suffix) as stream:
-        for number, text in enumerate(texts):
-            stream.write(to_line({"_id": name_of[number], "text": text}))
-
-
-def _mined_rows(inputs: Inputs, positives: np.ndarray, result: MiningResult, wanted: np.ndarray) -> Iterator[MinedRow]:
-    """The wanted rows with what was mined for them, in input order, from a second pass over the file."""
-    groups = inputs.positives
-    for i, record in enumerate(inputs.rows_again()):
-        if not wanted[i]:
-            continue
-        query = inputs.query_of_row[i]
-        own = [inputs.number_of[text] for text in record.pos_passage]
-        # A query that many rows ask has many positives, of which a row names few.
-        own_scores = positives[groups.lims[query] + np.searchsorted(groups[query], own)]
-        chosen = result.negatives[i]
-        yield MinedRow(
-            row=record.row,
-            query=record.query,
-            positives=list(record.pos_passage),
-            negatives=[inputs.passages[negative.row] for negative in chosen],
-            pos_scores=own_scores.tolist(),
-            neg_scores=[negative.score for negative in chosen],
-            n_backfilled=sum(negative.rank < 0 for negative in chosen),
-        )
-
-
-def _counts(
-    inputs: Inputs, screened: Screened, result: MiningResult, dropped: np.ndarray, n_lines: int
-) -> dict[str, int]:
-    """What went where. Rows and candidates must add up."""
-    n_rows = len(inputs.query_of_row)
-    total = len(result.negatives.rows)
-    mined = int((result.negatives.ranks >= 0).sum())
-    counts = {
-        "input": inputs.n_rows,
-        "written": n_rows - int(dropped.sum()),
-        "dropped_short": int(dropped.sum()),
-        "rejected": inputs.n_rejected_rows,
-        "short": len(result.short_queries),
-        "without_negatives": int((result.negatives.sizes() == 0).sum()),
-        "output_lines": n_lines,
-        "queries": len(inputs.queries),
-        "passages": len(inputs.passages),
-        "candidates": inputs.n_candidates,
-        "negatives": total,
-        "backfilled": total - mined,
-        "in_window": screened.n_window,
-        "not_needed": screened.n_window - mined - sum(result.drops_by_reason.values())
-        + result.drops_by_reason["forbidden"],
-    }  # fmt: skip
-    if counts["input"] != counts["written"] + counts["dropped_short"] + counts["rejected"] or counts["not_needed"] < 0:
-        raise AssertionError(f"the rows or the candidates do not add up: {counts}")
-    return counts
-
-
-def _distribution(values: np.ndarray) -> dict:
-    if len(values) == 0:
-        return {"n": 0}
-    quantiles = np.percentile(values, _QUANTILES)
-    return {
-        "n": len(values),
-        "mean": float(values.mean()),
-        "std": float(values.std()),
-        "min": float(values.min()),
-        **{f"p{q}": float(value) for q, value in zip(_QUANTILES, quantiles, strict=True)},
-        "max": float(values.max()),
-    }
+    return replace(criteria, rules=replace(rules, relative_margin=margin))

@@ -10,7 +10,7 @@ from utils import beir, candidates
 from utils.arguments import MiningArguments
 from utils.embedding_store import read_user_vectors
 from utils.mining_formats import answer_of
-from utils.mining_problem import Groups
+from utils.ragged import Ragged
 from utils.records import Record, RecordError, Source, fold, parse_record
 
 # Under which keys a row may carry its own id.
@@ -44,8 +44,8 @@ class Inputs:
     passages: list[str] = field(default_factory=list)
     n_candidates: int = 0
     number_of: dict[str, int] = field(default_factory=dict)
-    positives: Groups = field(default_factory=lambda: Groups.of([]))
-    forbidden: Groups = field(default_factory=lambda: Groups.of([]))
+    positives: Ragged = field(default_factory=lambda: Ragged.of([]))
+    forbidden: Ragged = field(default_factory=lambda: Ragged.of([]))
     query_ids: dict[str, int] = field(default_factory=dict)
     passage_ids: dict[str, int] = field(default_factory=dict)
     n_with_negatives: int = 0
@@ -229,7 +229,7 @@ class Inputs:
             banned = sorted(passage for each in texts for passage in equal.get(each, []))
             for number in numbers:
                 positives[number], forbidden[number] = united, banned
-        self.positives, self.forbidden = Groups.of(positives), Groups.of(forbidden)
+        self.positives, self.forbidden = Ragged.of(positives), Ragged.of(forbidden)
 
     def _number_the_rest(self) -> None:
         """Ids for what has none of its own: its number, counted from 0; or ``row-`` and that, if another has it."""

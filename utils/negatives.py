@@ -1,21 +1,20 @@
-"""Which neighbours become negatives: window, forbidden passages, margins, near-copies, sampling.
+"""Which neighbours may become negatives: window, forbidden passages, margins, and what is too near a positive.
 
 A candidate passes through the tests in the order of ``REASONS`` and is counted under the first that
 it fails. Every score is canonical (``scores.pair_scores``), so the same candidates are dropped for any
 block size and any number of ranks.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
-from utils.mapped import release
 from utils.margins import Background, score_limit, similarity_limit
-from utils.mining_problem import Groups, Problem
+from utils.mining_problem import Problem
+from utils.ragged import Growing, Ragged
 from utils.rankings import Rankings
-from utils.scores import rounding_bound, scores_of
 
 # Why a candidate is dropped. "forbidden" ones are known positives or the query itself and take up no
 # place in the window, before whose end they are counted; the others are among the window's candidates.
@@ -25,67 +24,12 @@ REASONS = (
 )  # fmt: skip
 # Those that hang on a positive's score, the one that margin_positive names.
 MARGINS = ("relative_margin", "absolute_margin", "reranker_margin")
+# Of candidates' rows, scores and ranks.
+COLUMNS = (np.int32, np.float64, np.int32)
 
 _BLOCK_ROWS = 1024
 # Pairs of a candidate and a positive that are compared at a time.
 _PAIRS = 1 << 18
-# How often backfill draws for a row at most, if too many draws look like answers; and how many it tests at once.
-_DRAWS, _TRIED = 4, 32
-# Streams of random numbers that must not repeat each other.
-_SAMPLING, _BACKFILL = 0, 1
-
-
-class Negative(NamedTuple):
-    """A passage chosen for a row: its row in the corpus, its score against the query, its rank.
-
-    The rank counts from 0 among the query's candidates, without its own positives; -1 marks a random
-    passage that filled up a short row.
-    """
-
-    row: int
-    score: float
-    rank: int
-
-
-class Negatives(Sequence):
-    """Each row's negatives, as lists of ``Negative`` that are made when they are asked for.
-
-    Attributes:
-        lims: int64 [rows + 1]; those of row i are ``lims[i]:lims[i + 1]``.
-        rows, scores, ranks: int32, float64 and int32 [negatives], the columns.
-    """
-
-    def __init__(self, lims: np.ndarray, rows: np.ndarray, scores: np.ndarray, ranks: np.ndarray):
-        self.lims, self.rows, self.scores, self.ranks = lims, rows, scores, ranks
-
-    def __len__(self) -> int:
-        return len(self.lims) - 1
-
-    def __getitem__(self, i):
-        if isinstance(i, slice):
-            return [self[k] for k in range(*i.indices(len(self)))]
-        i = range(len(self))[i]
-        part = slice(self.lims[i], self.lims[i + 1])
-        columns = (column[part].tolist() for column in (self.rows, self.scores, self.ranks))
-        return [Negative(*values) for values in zip(*columns, strict=True)]
-
-    def __eq__(self, other: object) -> bool:
-        """As of lists."""
-        return isinstance(other, Sequence) and list(self) == list(other)
-
-    def sizes(self) -> np.ndarray:
-        """How many each row has, int64 [rows]."""
-        return np.diff(self.lims)
-
-
-@dataclass
-class MiningResult:
-    """``negatives[i]`` belongs to row i. short_queries: the rows with fewer than asked for, before any backfill."""
-
-    negatives: Negatives
-    short_queries: np.ndarray
-    drops_by_reason: dict[str, int]
-    report: dict = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True)
@@ -111,22 +55,64 @@ class Rules:
         return sum(count for _, count in self.parts)
 
 
-class Candidates(NamedTuple):
-    """Each query's candidates that are left, best first: those of query i are ``lims[i]:lims[i + 1]``."""
+@dataclass(frozen=True)
+class Criteria:
+    """What passages are tested by, one at a time, as negatives of a query.
 
-    lims: np.ndarray
-    rows: np.ndarray
+    Attributes:
+        positives: from ``problem.positive_scores``.
+    """
+
+    problem: Problem
+    positives: np.ndarray
+    rules: Rules
+    background: Background
+
+    @cached_property
+    def reference(self) -> np.ndarray:
+        """The score of each query's lowest, median or highest positive, which margins are measured from: float64."""
+        return self.problem.positives.one_of_each(self.positives, self.rules.margin_positive)
+
+    def tests(
+        self, queries: np.ndarray, rows: np.ndarray, scores: np.ndarray
+    ) -> Iterator[tuple[str, Callable[[np.ndarray], np.ndarray]]]:
+        """(reason, test) in order; a test gets the candidates still open, bool [b, k], and says which fail.
+
+        Args:
+            queries: int [b].
+            rows, scores: int and float64 [b, k], of each query's candidates.
+        """
+        rules, reference = self.rules, self.reference[queries][:, None]
+        if rules.relative_margin is not None:
+            limit = score_limit(reference, rules.relative_margin, self.background)
+            yield "relative_margin", lambda open_: scores > limit
+        if rules.absolute_margin is not None:
+            yield "absolute_margin", lambda open_: scores > reference - rules.absolute_margin
+        if rules.max_score is not None:
+            yield "max_score", lambda open_: scores > rules.max_score
+        if rules.min_score is not None:
+            yield "min_score", lambda open_: scores < rules.min_score
+        if rules.positive_similarity is not None:
+            cut = similarity_limit(rules.positive_similarity, self.background)
+            yield "positive_similarity", lambda open_: _near_a_positive(self.problem, queries, rows, open_, cut)
+
+
+@dataclass(frozen=True, eq=False)
+class Candidates:
+    """Each query's candidates that are left, best first; or each row's negatives.
+
+    Attributes:
+        rows: int32, each query's passages.
+        scores, ranks: float64 and int32, one for each of ``rows.values``; as in ``COLUMNS``.
+    """
+
+    rows: Ragged
     scores: np.ndarray
     ranks: np.ndarray
 
-    def sizes(self) -> np.ndarray:
-        """How many each query has, int64 [queries]."""
-        return np.diff(self.lims)
-
     def keep(self, stays: np.ndarray) -> "Candidates":
         """Those where ``stays`` (bool, one for each candidate) is true."""
-        before = np.concatenate([[0], np.cumsum(stays)])
-        return Candidates(before[self.lims], self.rows[stays], self.scores[stays], self.ranks[stays])
+        return Candidates(self.rows.keep(stays), self.scores[stays], self.ranks[stays])
 
 
 @dataclass
@@ -142,32 +128,24 @@ class Screened:
     """
 
     left: Candidates
-    presumed: Groups
+    presumed: Ragged
     drops: dict[str, int]
     n_window: int
     by_margin: np.ndarray
 
 
-def screen(
-    problem: Problem,
-    rankings: Rankings,
-    positives: np.ndarray,
-    rules: Rules,
-    background: Background,
-    progress: Callable[[int], None] = lambda count: None,
-) -> Screened:
+def screen(criteria: Criteria, rankings: Rankings, progress: Callable[[int], None] = lambda count: None) -> Screened:
     """Apply every test that looks at one candidate at a time, once for each query, however many rows ask it.
 
     Args:
         rankings: each query's candidates, best first; scores are canonical, row -1 is none.
-        positives: from ``problem.positive_scores``.
     """
-    reference = problem.positives.one_of_each(positives, rules.margin_positive)
+    problem, rules = criteria.problem, criteria.rules
     drops = dict.fromkeys(REASONS, 0)
     times = problem.times_asked()
     by_margin = np.zeros(len(times), bool)
     asked = np.flatnonzero(times)
-    left = _Growing(len(asked), len(asked) * min(problem.n_candidates, rules.window[1] - rules.window[0]))
+    left = Growing(len(asked), len(asked) * min(problem.n_candidates, rules.window[1] - rules.window[0]), COLUMNS)
     n_near, rows_near = [], []
     n_window = 0
     for start in range(0, len(asked), _BLOCK_ROWS):
@@ -182,7 +160,7 @@ def screen(
             n_window += int(open_.sum(axis=1) @ weight)
             # What the user's window passes over is as likely an answer as what it begins with, or likelier.
             too_near = (rank >= 0) & (rank < rules.window[0]) if rules.backfill else np.zeros_like(open_)
-            for reason, fails in _tests(problem, queries, rows, scores, reference, rules, background):
+            for reason, fails in criteria.tests(queries, rows, scores):
                 failing = open_ & fails(open_)
                 drops[reason] += int(failing.sum(axis=1) @ weight)
                 open_ &= ~failing
@@ -198,10 +176,11 @@ def screen(
         rows_near.append(rows.astype(np.int32))
         progress(int(times[block].sum()))
     n_left, n_presumed = np.zeros((2, len(times)), np.int64)
-    lims, *columns = left.columns()
-    n_left[asked], n_presumed[asked] = np.diff(lims), np.concatenate(n_near)
-    presumed = Groups.cut(n_presumed, np.concatenate(rows_near))
-    return Screened(Candidates(Groups.cut(n_left, columns[0]).lims, *columns), presumed, drops, n_window, by_margin)
+    rows_left, columns = left.finish()
+    n_left[asked], n_presumed[asked] = rows_left.sizes(), np.concatenate(n_near)
+    candidates = Candidates(Ragged.cut(n_left, rows_left.values), *columns)
+    presumed = Ragged.cut(n_presumed, np.concatenate(rows_near))
+    return Screened(candidates, presumed, drops, n_window, by_margin)
 
 
 def _by_place(parts: list[tuple[np.ndarray, ...]], n: int) -> tuple[np.ndarray, ...]:
@@ -215,61 +194,6 @@ def _by_place(parts: list[tuple[np.ndarray, ...]], n: int) -> tuple[np.ndarray, 
     return np.bincount(place, minlength=n), *(column[order] for column in columns)
 
 
-class _Growing:
-    """Rows, scores and ranks of each query's, or each input row's, passages, added in their order.
-
-    Args:
-        n_rows: how many queries or rows there will be.
-        most: how many passages there may be. Those that do not come take no memory.
-    """
-
-    def __init__(self, n_rows: int, most: int):
-        self._lims = np.zeros(n_rows + 1, np.int64)
-        self._columns = tuple(np.empty(most, dtype) for dtype in (np.int32, np.float64, np.int32))
-        self._n = 0
-
-    def add(self, sizes: Sequence[int] | np.ndarray, *columns: Sequence | np.ndarray) -> None:
-        """The next ones: how many passages each has, and those of all in turn."""
-        ends = self._lims[self._n] + np.cumsum(sizes)
-        part = slice(self._lims[self._n], ends[-1])
-        for column, values in zip(self._columns, columns, strict=True):
-            column[part] = values
-        self._lims[self._n + 1 : self._n + 1 + len(sizes)] = ends
-        self._n += len(sizes)
-
-    def columns(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Where each row's passages begin and end, and the columns."""
-        return (self._lims, *(column[: self._lims[-1]] for column in self._columns))
-
-
-def _tests(
-    problem: Problem,
-    queries: np.ndarray,
-    rows: np.ndarray,
-    scores: np.ndarray,
-    reference: np.ndarray,
-    rules: Rules,
-    background: Background,
-) -> Iterator[tuple[str, Callable[[np.ndarray], np.ndarray]]]:
-    """(reason, test) in order; a test gets the candidates still open, bool [b, k], and says which fail.
-
-    Args:
-        reference: float64 [all queries], the positive's score that margins are measured from.
-    """
-    if rules.relative_margin is not None:
-        limit = score_limit(reference[queries], rules.relative_margin, background)
-        yield "relative_margin", lambda open_: scores > limit[:, None]
-    if rules.absolute_margin is not None:
-        yield "absolute_margin", lambda open_: scores > (reference[queries] - rules.absolute_margin)[:, None]
-    if rules.max_score is not None:
-        yield "max_score", lambda open_: scores > rules.max_score
-    if rules.min_score is not None:
-        yield "min_score", lambda open_: scores < rules.min_score
-    if rules.positive_similarity is not None:
-        cut = similarity_limit(rules.positive_similarity, background)
-        yield "positive_similarity", lambda open_: _near_a_positive(problem, queries, rows, open_, cut)
-
-
 def _near_a_positive(
     problem: Problem, queries: np.ndarray, rows: np.ndarray, open_: np.ndarray, cut: float
 ) -> np.ndarray:
@@ -277,198 +201,28 @@ def _near_a_positive(
     near = np.zeros_like(open_)
     where, place = np.nonzero(open_)
     candidates = rows[where, place]
-    for which, positive in problem.positives.members_in_parts(queries[where], _PAIRS):
+    for which, positive in problem.positives.take_in_parts(queries[where], _PAIRS):
         close = which[problem.cosines(candidates[which], positive) >= cut]
         near[where[close], place[close]] = True
     return near
 
 
 def apply_reranker(
-    problem: Problem,
-    screened: Screened,
-    logits: np.ndarray,
-    positive_logits: np.ndarray,
-    margin: float,
-    margin_positive: str = "lowest",
+    criteria: Criteria, screened: Screened, logits: np.ndarray, positive_logits: np.ndarray, margin: float
 ) -> Screened:
-    """Drop the candidates whose logit is within ``margin`` of their query's lowest, median or highest positive's.
+    """Drop the candidates whose logit is within ``margin`` of that of their query's ``margin_positive``.
 
     Args:
-        logits: float [candidates], in the order of ``screened.left``.
-        positive_logits: float, in the order of ``problem.positives.rows``.
+        logits: float [candidates], in the order of ``screened.left.rows.values``.
+        positive_logits: float, in the order of ``problem.positives.values``.
     """
-    left, times = screened.left, problem.times_asked()
+    problem, left = criteria.problem, screened.left
+    times = problem.times_asked()
     n = len(times)
-    query = np.repeat(np.arange(n), left.sizes())
-    near = logits > problem.positives.one_of_each(positive_logits, margin_positive)[query] - margin
-    before = np.repeat(np.arange(n), screened.presumed.sizes()), screened.presumed.rows
-    presumed = Groups.cut(*_by_place([before, (query[near], left.rows[near])], n))
+    query = left.rows.owners()
+    near = logits > problem.positives.one_of_each(positive_logits, criteria.rules.margin_positive)[query] - margin
+    before = screened.presumed.owners(), screened.presumed.values
+    presumed = Ragged.cut(*_by_place([before, (query[near], left.rows.values[near])], n))
     drops = screened.drops | {"reranker_margin": int(times[query[near]].sum())}
     by_margin = screened.by_margin | (np.bincount(query[near], minlength=n) > 0)
     return Screened(left.keep(~near), presumed, drops, screened.n_window, by_margin)
-
-
-def choose(
-    problem: Problem,
-    screened: Screened,
-    positives: np.ndarray,
-    rules: Rules,
-    background: Background,
-    progress: Callable[[int], None] = lambda count: None,
-) -> MiningResult:
-    """Draw each row's negatives from the candidates that passed, and fill up short rows if asked to.
-
-    Args:
-        positives: from ``problem.positive_scores``.
-    """
-    drops = dict(screened.drops)
-    n_rows = len(problem.query_of_row)
-    left = screened.left
-    most = np.full(n_rows, problem.n_candidates) if rules.backfill else left.sizes()[problem.query_of_row]
-    chosen = _Growing(n_rows, int(np.minimum(most, rules.wanted).sum()))
-    short = []
-    copies = _Copies(problem, rules, background)
-    reference = problem.positives.one_of_each(positives, rules.margin_positive)
-    for row, query in enumerate(problem.query_of_row.tolist()):
-        part = slice(left.lims[query], left.lims[query + 1])
-        picked, too_alike = _draw(row, left.rows[part], left.scores[part], rules, background, copies)
-        drops["negative_similarity"] += too_alike
-        rows, scores, ranks = left.rows[part][picked], left.scores[part][picked], left.ranks[part][picked]
-        if len(picked) < rules.wanted:
-            short.append(row)
-            if rules.backfill:
-                more = _backfill(problem, row, screened, rows, reference, rules, background)
-                rows, scores = np.concatenate([rows, more[0]]), np.concatenate([scores, more[1]])
-                ranks = np.concatenate([ranks, np.full(len(more[0]), -1)])
-        chosen.add([len(rows)], rows, scores, ranks)
-        if row % _BLOCK_ROWS == _BLOCK_ROWS - 1:
-            release(problem.passage_vectors)
-            progress(_BLOCK_ROWS)
-    progress(n_rows % _BLOCK_ROWS)
-    return MiningResult(Negatives(*chosen.columns()), np.array(short, np.int64), drops)
-
-
-def _draw(
-    row: int, rows: np.ndarray, scores: np.ndarray, rules: Rules, background: Background, copies: "_Copies"
-) -> tuple[np.ndarray, int]:
-    """Which of one row's candidates are taken, ascending (so by rank), and how many were too alike.
-
-    Each strategy orders the candidates that are left and takes the first ones that are no near-copies
-    of one already taken.
-    """
-    picked: list[int] = []
-    gone = np.zeros(len(rows), bool)
-    copies.start()
-    n_alike = 0
-    rng = None
-    for strategy, count in rules.parts:
-        open_ = np.flatnonzero(~gone)
-        if strategy != "top":
-            rng = rng or np.random.default_rng([rules.seed, _SAMPLING, row])
-            keys = rng.random(len(open_))
-            if strategy == "easy":
-                # The order of a multinomial without replacement (Gumbel-top-k; Kool et al. 2019).
-                weight = (background.pairs - scores[open_]) / (rules.temperature * background.spread)
-                keys = -(weight - np.log(-np.log(np.maximum(keys, 1e-300))))
-            open_ = open_[np.argsort(keys, kind="stable")]
-        taken = 0
-        for candidate in open_.tolist():
-            if taken == count:
-                break
-            gone[candidate] = True
-            if copies.holds_one_of(rows[candidate]):
-                n_alike += 1
-                continue
-            copies.add(rows[candidate])
-            picked.append(candidate)
-            taken += 1
-    return np.sort(np.array(picked, np.int64)), n_alike
-
-
-class _Copies:
-    """The vectors chosen for one row so far, against which the next is compared."""
-
-    def __init__(self, problem: Problem, rules: Rules, background: Background):
-        self.problem = problem
-        self.limit = None
-        if rules.negative_similarity is not None:
-            self.limit = similarity_limit(rules.negative_similarity, background)
-        dim = problem.passage_vectors.shape[1]
-        self._vectors = np.empty((rules.wanted, dim), np.float32)
-        self._rows = np.empty(rules.wanted, np.int64)
-        self._n = 0
-        # Screening is in float32; whatever comes near the limit is settled canonically.
-        self._slack = rounding_bound(dim, 1.1) + 1e-6
-
-    def start(self) -> None:
-        self._n = 0
-
-    def add(self, row: int) -> None:
-        if self.limit is not None:
-            self._vectors[self._n] = self._unit(row)
-            self._rows[self._n] = row
-            self._n += 1
-
-    def holds_one_of(self, row: int) -> bool:
-        """True if some vector already chosen is a near-copy of this passage's."""
-        if self.limit is None or self._n == 0:
-            return False
-        products = self._vectors[: self._n] @ self._unit(row)
-        near = np.flatnonzero(products >= self.limit - self._slack)
-        if len(near) == 0:
-            return False
-        return bool((self.problem.cosines(self._rows[near], np.full(len(near), row)) >= self.limit).any())
-
-    def _unit(self, row: int) -> np.ndarray:
-        vector = self.problem.passage_vectors[row]
-        return vector if self.problem.unit else vector / max(float(np.linalg.norm(vector)), 1e-30)
-
-
-def _backfill(
-    problem: Problem,
-    row: int,
-    screened: Screened,
-    taken: np.ndarray,
-    reference: np.ndarray,
-    rules: Rules,
-    background: Background,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Random passages for a short row and their scores: neither forbidden, nor likely answers, nor taken already.
-
-    Those that no list holds go through the same tests on single candidates, but for ``min_score``: chance passages are
-    easy, whatever else is asked for. Fewer than are needed if chance finds no more.
-    """
-    need = rules.wanted - len(taken)
-    query = int(problem.query_of_row[row])
-    asked = np.array([query])
-    banned = np.unique(np.concatenate([problem.forbidden[query], screened.presumed[query], taken]).astype(np.int64))
-    found, found_scores, n_found = [], [], 0
-    for some in _draws(np.random.default_rng([rules.seed, _BACKFILL, row]), problem.n_candidates, need, banned):
-        scores = scores_of(problem.query_vectors, np.full(len(some), query), problem.passage_vectors, some)
-        passes = np.ones((1, len(some)), bool)
-        for reason, fails in _tests(problem, asked, some[None], scores[None], reference, rules, background):
-            if reason != "min_score":
-                passes &= ~fails(passes)
-        found.append(some[passes[0]])
-        found_scores.append(scores[passes[0]])
-        n_found += len(found[-1])
-        if n_found >= need:
-            break
-    if not found:
-        return np.zeros(0, np.int64), np.zeros(0)
-    return np.concatenate(found)[:need], np.concatenate(found_scores)[:need]
-
-
-def _draws(rng: np.random.Generator, n: int, need: int, banned: np.ndarray) -> Iterator[np.ndarray]:
-    """Random numbers below ``n``, a few at a time, none twice and none that is banned; not without end."""
-    for _ in range(_DRAWS):
-        if n <= 4 * (need + len(banned)):
-            drawn = np.setdiff1d(rng.permutation(n), banned, assume_unique=True)
-        else:
-            # Several times what can be refused, repeats aside: cheap however large the corpus is.
-            drawn = rng.integers(0, n, 4 * (need + len(banned)))
-            _, first = np.unique(drawn, return_index=True)
-            drawn = drawn[np.sort(first)]
-            drawn = drawn[~np.isin(drawn, banned)]
-        yield from np.split(drawn, range(_TRIED, len(drawn), _TRIED))
-        banned = np.union1d(banned, drawn)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from utils.mining_problem import Groups
+from utils.ragged import Ragged
 from utils.scores import Neighbors
 
 # Queries with at most so many forbidden passages share a tier; those with more, one for each doubling.
@@ -30,7 +30,7 @@ class Tier(NamedTuple):
         return min(window_end + self.most_forbidden, n_candidates)
 
 
-def tiers_of(forbidden: Groups) -> list[Tier]:
+def tiers_of(forbidden: Ragged) -> list[Tier]:
     """All queries, in tiers that depend on nothing but how many passages are forbidden to each."""
     sizes = forbidden.sizes()
     level = np.ceil(np.log2(np.maximum(sizes / _FEW_FORBIDDEN, 1)))

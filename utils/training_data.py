@@ -109,6 +109,12 @@ class Preflight:
     facts: dict[str, float]
     warnings: list[str]
 
+    @classmethod
+    def joined(cls, parts: list["Preflight"]) -> "Preflight":
+        """What all of them found, in their order."""
+        facts = {name: value for part in parts for name, value in part.facts.items()}
+        return cls(facts, [warning for part in parts for warning in part.warnings])
+
 
 def preflight(
     plan: Plan, tokenizers: tuple[Tokenizer, Tokenizer], templates: tuple[str, str], limits: tuple[int, int],
@@ -126,31 +132,54 @@ def preflight(
         ValueError: there is no batch, or nothing that the loss could compare.
     """
     rows = plan.rows
-    facts: dict[str, float] = {"rows": len(rows), "passages": len(rows.passages)}
-    warnings = []
+    found = [Preflight({"rows": len(rows), "passages": len(rows.passages)}, [])]
     for side, (name, texts) in enumerate((("queries", rows.queries), ("passages", rows.passages))):
         lengths = _lengths(tokenizers[side], templates[side], texts)
-        cut = float((lengths > limits[side]).mean())
-        facts |= {f"{name}_median_tokens": float(np.median(lengths)), f"{name}_cut_share": round(cut, 4)}
-        if cut > _MUCH_CUT:
-            warnings.append(
-                f"{cut:.0%} of the {name} are longer than max_{('query', 'passage')[side]}_len = {limits[side]} "
-                f"tokens (half are longer than {np.median(lengths):.0f}); what is cut off cannot be learnt"
-            )
-    counts = rows.negatives.lengths
-    wanted = plan.group_size - 1
-    facts |= {"rows_without_negatives": int((counts == 0).sum()), "negatives_that_are_positives": rows.n_false}
-    if wanted == 0 and counts.any() and not plan.hard_batches:
-        warnings.append(
-            f"group_size is 1, so the hard negatives of {int((counts > 0).sum()):,} rows go unused; hard_batches uses "
-            "those that are other rows' positives"
+        found.append(_cut_texts(name, lengths, limits[side], f"max_{('query', 'passage')[side]}_len"))
+    found.append(_short_rows(plan, loss_takes_batch))
+    if not len(plan):
+        raise ValueError(_too_few(plan))
+    found.append(_what_queries_see(plan, loss_takes_batch, n_parts))
+    return Preflight.joined(found)
+
+
+def _lengths(tokenizer: Tokenizer, template: str, texts: list[str]) -> np.ndarray:
+    step = -(-len(texts) // _SAMPLE_TEXTS)
+    return np.array([len(ids) for ids in tokenizer([template.replace("{text}", text) for text in texts[::step]])])
+
+
+def _cut_texts(name: str, lengths: np.ndarray, limit: int, argument: str) -> Preflight:
+    """How many of the texts of a side are longer than ``argument`` lets through."""
+    median, cut = float(np.median(lengths)), float((lengths > limit).mean())
+    found = Preflight({f"{name}_median_tokens": median, f"{name}_cut_share": round(cut, 4)}, [])
+    if cut > _MUCH_CUT:
+        found.warnings.append(
+            f"{cut:.0%} of the {name} are longer than {argument} = {limit} tokens (half are longer than "
+            f"{median:.0f}); what is cut off cannot be learnt"
         )
+    return found
+
+
+def _short_rows(plan: Plan, loss_takes_batch: bool) -> Preflight:
+    """Rows with fewer negatives than their group has room for, or with negatives that go unused.
+
+    Raises:
+        ValueError: there is nothing that the loss could compare.
+    """
+    rows, wanted = plan.rows, plan.group_size - 1
+    counts = rows.negatives.sizes()
     short, without = int((counts < wanted).sum()), int((counts == 0).sum())
+    found = Preflight({"rows_without_negatives": without, "negatives_that_are_positives": rows.n_false}, [])
     if not loss_takes_batch and without == len(rows):
         which = " that is no positive of its query" if rows.n_false else ""
         raise ValueError(
             f"no row has a negative{which}, and this loss compares a row's own passages; expected neg_passage with "
             "neg_scores"
+        )
+    if wanted == 0 and counts.any() and not plan.hard_batches:
+        found.warnings.append(
+            f"group_size is 1, so the hard negatives of {len(rows) - without:,} rows go unused; hard_batches uses "
+            "those that are other rows' positives"
         )
     if short:
         gaps = "other queries' positives fill the gaps"
@@ -158,39 +187,48 @@ def preflight(
             gaps = (
                 "this loss compares a row's own passages only, so nothing fills the gaps, and a row with none is idle"
             )
-        warnings.append(
+        found.warnings.append(
             f"{short:,} of {len(rows):,} rows have fewer than {wanted} negatives ({without:,} have none); {gaps}"
         )
     if rows.n_false:
-        warnings.append(f"{rows.n_false:,} negatives are named elsewhere as positives of the same query and left out")
-    if not len(plan):
-        raise ValueError(_too_few(plan))
-    duplicates, seen, own = 0, [], []
+        found.warnings.append(
+            f"{rows.n_false:,} negatives are named elsewhere as positives of the same query and left out"
+        )
+    return found
+
+
+def _what_queries_see(plan: Plan, loss_takes_batch: bool, n_parts: int) -> Preflight:
+    """How many negatives a query meets in its batch, and how many of them its own row names, on the first batches."""
+    rows, wanted = plan.rows, plan.group_size - 1
+    counts = rows.negatives.sizes()
+    masked, seen, own = 0, [], []
     for batch in itertools.islice(plan.epoch(0), _SAMPLE_BATCHES):
         for part in np.array_split(np.arange(len(batch)), n_parts):
-            mask = ignored(rows, [batch[i] for i in part])
-            duplicates += int(mask.sum())
-            named = np.minimum(counts[[batch[i].row for i in part]], wanted)
+            examples = [batch[i] for i in part]
+            mask = ignored(rows, examples)
+            masked += int(mask.sum())
+            named = np.minimum(counts[[example.row for example in examples]], wanted)
             seen.append((~mask).sum(1) - 1 if loss_takes_batch else named)
-            passages = [set(batch[i].passages.tolist()) for i in part]
-            present = set().union(*passages)
-            for i, group in zip(part, passages, strict=True):
+            groups = [set(example.passages.tolist()) for example in examples]
+            present = set().union(*groups)
+            for example, group in zip(examples, groups, strict=True):
                 seen_by_it = present if loss_takes_batch else group
-                own.append(sum(passage in seen_by_it for passage in rows.negatives[batch[i].row].tolist()))
+                own.append(sum(passage in seen_by_it for passage in rows.negatives[example.row].tolist()))
     seen_by_each = np.concatenate(seen)
-    if not seen_by_each.any():
-        warnings.append(
-            "no query sees a negative, so nothing can be learnt; expected rows of different queries and passages, and "
-            "more than one in a batch (per_device_train_batch_size), or hard negatives (neg_passage, and a group_size "
-            "of 2 or more)"
-        )
-    facts |= {
+    facts = {
         "batches_an_epoch": len(plan),
-        "masked_pairs_a_batch": round(duplicates / min(len(plan), _SAMPLE_BATCHES), 2),
+        "masked_pairs_a_batch": round(masked / min(len(plan), _SAMPLE_BATCHES), 2),
         "negatives_a_query_sees": round(float(seen_by_each.mean()), 1),
         "own_negatives_a_query_sees": round(float(np.mean(own)), 1),
     }
-    return Preflight(facts, warnings)
+    if seen_by_each.any():
+        return Preflight(facts, [])
+    warning = (
+        "no query sees a negative, so nothing can be learnt; expected rows of different queries and passages, and "
+        "more than one in a batch (per_device_train_batch_size), or hard negatives (neg_passage, and a group_size "
+        "of 2 or more)"
+    )
+    return Preflight(facts, [warning])
 
 
 def _too_few(plan: Plan) -> str:
@@ -230,8 +268,3 @@ class Loader:
     def __iter__(self) -> Iterator[TrainingBatch | None]:
         for i, examples in enumerate(self.plan.epoch(self.number)):
             yield None if i < self.n_passed_over else self.collate(examples, self.number * len(self.plan) + i)
-
-
-def _lengths(tokenizer: Tokenizer, template: str, texts: list[str]) -> np.ndarray:
-    step = -(-len(texts) // _SAMPLE_TEXTS)
-    return np.array([len(ids) for ids in tokenizer([template.replace("{text}", text) for text in texts[::step]])])

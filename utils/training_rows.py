@@ -8,7 +8,7 @@ from functools import cached_property
 
 import numpy as np
 
-from utils.number_lists import NumberLists
+from utils.ragged import Ragged
 from utils.records import Record, RecordError, Source, fold
 
 # A teacher's score above this is a mistake; its square must still be a float32.
@@ -32,8 +32,8 @@ class TrainingRows:
     queries: list[str]
     query_ids: np.ndarray
     passages: list[str]
-    positives: NumberLists
-    negatives: NumberLists
+    positives: Ragged
+    negatives: Ragged
     scores: list[dict[int, float]]
     sources: np.ndarray
     weights: list[float]
@@ -138,14 +138,14 @@ class _Builder:
         return number
 
     def finish(self, weights: list[float]) -> TrainingRows:
-        named = NumberLists(self.negatives, self.n_negatives)
+        named = Ragged.cut(self.n_negatives, np.asarray(self.negatives))
         known = (self.known[query] for query in self.query_ids)
-        kept = NumberLists.of([p for p in row.tolist() if p not in own] for row, own in zip(named, known, strict=True))
+        kept = Ragged.of([p for p in row.tolist() if p not in own] for row, own in zip(named, known, strict=True))
         return TrainingRows(
             queries=self.queries,
             query_ids=np.array(self.query_ids, np.int64),
             passages=self.passages,
-            positives=NumberLists(self.positives, self.n_positives),
+            positives=Ragged.cut(self.n_positives, np.asarray(self.positives)),
             negatives=kept,
             scores=self.scores,
             sources=np.array(self.sources, np.int64),

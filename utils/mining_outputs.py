@@ -1,0 +1,165 @@
+"""What mining writes: the mined rows, the side files, the counts that must add up, and advice on short rows."""
+
+import logging
+from collections.abc import Iterator
+
+import numpy as np
+
+from utils import mining_formats, report
+from utils.arguments import MiningArguments
+from utils.mining_formats import MinedRow
+from utils.mining_inputs import Inputs
+from utils.negatives import Screened
+from utils.outputs import Outputs, write_rejected
+from utils.records import to_line
+from utils.sampling import MiningResult
+
+logger = logging.getLogger(__name__)
+
+SUFFIXES = (".short.jsonl", ".rejected.jsonl", ".corpus.jsonl", ".queries.jsonl", ".report.json")
+_QUANTILES = (5, 25, 50, 75, 95)
+
+
+def write(
+    given: MiningArguments,
+    outputs: Outputs,
+    run: report.RunReport,
+    inputs: Inputs,
+    positives: np.ndarray,
+    screened: Screened,
+    result: MiningResult,
+) -> None:
+    """The mined rows and the side files, and what the report says of them."""
+    dropped = result.negatives.rows.sizes() < given.negatives_needed
+    shape = mining_formats.writer(given.output_format, given.output_scores, given.answer_key, given.no_answer_text)
+    n_lines = 0
+    with outputs.stage() as stream:
+        for mined in _mined_rows(inputs, positives, result, ~dropped):
+            for row in shape(mined):
+                stream.write(to_line(row))
+                n_lines += 1
+    if given.short_rows == "drop" or dropped.any():
+        with outputs.stage(".short.jsonl") as stream:
+            for mined in _mined_rows(inputs, positives, result, dropped):
+                stream.write(to_line(mining_formats.as_list(mined)))
+    if given.on_bad_row == "skip":
+        write_rejected(outputs, inputs.rejected)
+    if given.write_corpus:
+        _write_ids(outputs, ".corpus.jsonl", inputs.passage_ids, inputs.passages)
+        _write_ids(outputs, ".queries.jsonl", inputs.query_ids, inputs.queries)
+    run.counts = _counts(inputs, screened, result, dropped, n_lines) | run.counts
+    _warn_of_short_rows(given, inputs, run.counts, screened, result)
+    run.results["drops_by_reason"] = result.drops_by_reason
+    found = result.negatives
+    mined_scores = found.scores[(found.ranks >= 0) & ~np.repeat(dropped, found.rows.sizes())]
+    run.results["scores"] = {"positives": _distribution(positives), "negatives": _distribution(mined_scores)}
+
+
+def _warn_of_short_rows(
+    given: MiningArguments, inputs: Inputs, counts: dict[str, int], screened: Screened, result: MiningResult
+) -> None:
+    """One line on the rows without negatives, or on those that were set aside though nobody asked for it."""
+    set_aside = given.short_rows is None and counts["dropped_short"] > 0
+    n_rows = counts["dropped_short"] if set_aside else counts["without_negatives"]
+    if n_rows == 0:
+        return
+    what, others = "no negative at all", "backfill or drop"
+    why = "the nearest passages were all dropped as likely answers; "
+    if given.short_rows == "drop":
+        what, others = what + " and were dropped", "backfill"
+    elif set_aside:
+        if given.negatives_needed > 1:
+            what = f"fewer than {given.negatives_needed} negatives"
+            why = "too many of the nearest passages were dropped as likely answers; a smaller num_negatives, "
+        side_file = f"{given.output_data_path}.short.jsonl"
+        what += f" and went to {side_file}, as tools that read {given.output_format} cannot take them"
+        others = "backfill or keep"
+    logger.warning(
+        "%d of %d rows have %s: %sa wider range_for_sampling, a smaller relative_margin%s, or short_rows %s",
+        n_rows, counts["input"], what, why, _advice_on_positives(given, inputs, screened, result), others,
+    )  # fmt: skip
+
+
+def _advice_on_positives(given: MiningArguments, inputs: Inputs, screened: Screened, result: MiningResult) -> str:
+    """Names margin_positive if margins leave nothing to over a third of the rows, and some have several positives."""
+    bare = (result.negatives.rows.sizes() == 0) & screened.by_margin[inputs.query_of_row]
+    several = int((inputs.positives.sizes()[inputs.query_of_row[bare]] > 1).sum())
+    if 3 * bare.sum() <= len(bare) or not several or given.margin_positive == "highest":
+        return ""
+    higher = "median or highest" if given.margin_positive == "lowest" else "highest"
+    return f", margin_positive {higher} ({several} of them have several positives)"
+
+
+def _write_ids(outputs: Outputs, suffix: str, ids: dict[str, int], texts: list[str]) -> None:
+    """Texts in order, each under the first of its ids."""
+    name_of: dict[int, str] = {}
+    for name, number in ids.items():
+        name_of.setdefault(number, name)
+    with outputs.stage(suffix) as stream:
+        for number, text in enumerate(texts):
+            stream.write(to_line({"_id": name_of[number], "text": text}))
+
+
+def _mined_rows(inputs: Inputs, positives: np.ndarray, result: MiningResult, wanted: np.ndarray) -> Iterator[MinedRow]:
+    """The wanted rows with what was mined for them, in input order, from a second pass over the file."""
+    groups = inputs.positives
+    for i, record in enumerate(inputs.rows_again()):
+        if not wanted[i]:
+            continue
+        query = inputs.query_of_row[i]
+        own = [inputs.number_of[text] for text in record.pos_passage]
+        # A query that many rows ask has many positives, of which a row names few.
+        own_scores = positives[groups.lims[query] + np.searchsorted(groups[query], own)]
+        chosen = result.negatives[i]
+        yield MinedRow(
+            row=record.row,
+            query=record.query,
+            positives=list(record.pos_passage),
+            negatives=[inputs.passages[negative.row] for negative in chosen],
+            pos_scores=own_scores.tolist(),
+            neg_scores=[negative.score for negative in chosen],
+            n_backfilled=sum(negative.rank < 0 for negative in chosen),
+        )
+
+
+def _counts(
+    inputs: Inputs, screened: Screened, result: MiningResult, dropped: np.ndarray, n_lines: int
+) -> dict[str, int]:
+    """What went where. Rows and candidates must add up."""
+    n_rows = len(inputs.query_of_row)
+    total = len(result.negatives.rows.values)
+    mined = int((result.negatives.ranks >= 0).sum())
+    counts = {
+        "input": inputs.n_rows,
+        "written": n_rows - int(dropped.sum()),
+        "dropped_short": int(dropped.sum()),
+        "rejected": inputs.n_rejected_rows,
+        "short": len(result.short_queries),
+        "without_negatives": int((result.negatives.rows.sizes() == 0).sum()),
+        "output_lines": n_lines,
+        "queries": len(inputs.queries),
+        "passages": len(inputs.passages),
+        "candidates": inputs.n_candidates,
+        "negatives": total,
+        "backfilled": total - mined,
+        "in_window": screened.n_window,
+        "not_needed": screened.n_window - mined - sum(result.drops_by_reason.values())
+        + result.drops_by_reason["forbidden"],
+    }  # fmt: skip
+    if counts["input"] != counts["written"] + counts["dropped_short"] + counts["rejected"] or counts["not_needed"] < 0:
+        raise AssertionError(f"the rows or the candidates do not add up: {counts}")
+    return counts
+
+
+def _distribution(values: np.ndarray) -> dict:
+    if len(values) == 0:
+        return {"n": 0}
+    quantiles = np.percentile(values, _QUANTILES)
+    return {
+        "n": len(values),
+        "mean": float(values.mean()),
+        "std": float(values.std()),
+        "min": float(values.min()),
+        **{f"p{q}": float(value) for q, value in zip(_QUANTILES, quantiles, strict=True)},
+        "max": float(values.max()),
+    }
