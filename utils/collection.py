@@ -126,6 +126,8 @@ def read(given: EvaluateArguments) -> Collection:
             if getattr(given, name) is not None:
                 raise ValueError(f"{given.dev_path}: is a BEIR folder, which holds its corpus; leave out {name}")
         collection = _read_beir(given)
+    elif given.split is not None:
+        raise ValueError(f"{given.dev_path}: is no folder; split goes with a BEIR folder")
     else:
         collection = _read_rows(given)
     if given.ignore_identical:
@@ -224,7 +226,7 @@ def _read_beir(given: EvaluateArguments) -> Collection:
     """A BEIR folder: the queries that the split judges, and the whole corpus."""
     folder = given.dev_path
     assert folder is not None
-    path = beir.qrels_path(folder, given.split)
+    path = beir.qrels_path(folder, given.judged_split)
     rejected: list[RecordError] = []
     bad = rejected if given.on_bad_row == "skip" else None
     passage_ids: dict[str, int] = {}
@@ -244,7 +246,7 @@ def _read_beir(given: EvaluateArguments) -> Collection:
     numbers = {query_id: number for number, query_id in enumerate(texts)}
     judged: dict[str, dict[int, int]] = {}
     n_qrels = 0
-    for judgment in beir.read_qrels(folder, given.split, bad):
+    for judgment in beir.read_qrels(folder, given.judged_split, bad):
         row = passage_ids.get(judgment.passage_id, -1)
         if judgment.query_id not in texts or row < 0:
             what, name = ("query", "queries") if judgment.query_id not in texts else ("passage", "corpus")
@@ -349,7 +351,7 @@ def _check_positives(collection: Collection, given: EvaluateArguments) -> None:
             f"{given.dev_path}: none of the {n_without} queries has a positive in the corpus; "
             f"expected its text, letter for letter, in {where}"
             if collection.passage_ids is None
-            else f"{given.dev_path}: none of the {n_without} queries that {given.split} judges has a positive; "
+            else f"{given.dev_path}: none of the {n_without} queries that {given.judged_split} judges has a positive; "
             "expected a score of at least 1 in the qrels"
         )
     if n_without:
