@@ -964,6 +964,17 @@ def test_null_is_none_for_paddlenlps_arguments(tmp_path):
     assert given.save_total_limit is None and given.trainer_options() == {}
 
 
+def test_no_report_is_a_word_of_a_flag_too():
+    for text in ("none", "visualdl"):
+        given = parse(training_arguments(), ["--report_to", text], "")
+        assert given.report_to in (text, [text]) and given.trainer_options() == {"report_to": given.report_to}
+
+
+def test_more_passages_a_query_than_there_are_are_refused(run):
+    with pytest.raises(ValueError, match="group_size is 1,000; the data has only 60 passages"):
+        run(group_size=1000)
+
+
 def test_refusals_import_nothing_heavy():
     import subprocess
     import sys

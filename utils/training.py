@@ -71,6 +71,8 @@ class _Inputs:
         base = checkpoint.resolve(given.model_name_or_path, given.tokenizer_name_or_path, given.pooling)
         needs_scores = losses.get(given.loss_type).needs_scores
         rows = training_rows.read(files, given.dataset_weights, given.on_bad_row, needs_scores)
+        if given.group_size > len(rows.passages):
+            raise ValueError(f"group_size is {given.group_size:,}; the data has only {len(rows.passages):,} passages")
         dims = given.embedding_matryoshka_dims or []
         if dims and max(dims) > base.hidden_size:
             raise ValueError(f"embedding_matryoshka_dims has {max(dims)}; {base.folder} has only {base.hidden_size}")
