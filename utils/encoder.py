@@ -179,11 +179,7 @@ class Encoder:
         padded = np.full((len(tokens), self._width(int(lengths.max()))), self._tokenizer.pad_id, np.int64)
         for row, ids in zip(padded, tokens, strict=True):
             row[: len(ids)] = ids
-        if padded.max() >= self.model.vocabulary:
-            raise ValueError(
-                f"{self.model.tokenizer_folder}: its tokenizer gives id {padded.max()}, but the model "
-                f"{self.model.folder} knows only {self.model.vocabulary}; expected the model's own tokenizer"
-            )
+        self.model.check_ids(int(padded.max()))
         return padded, lengths
 
     def _width(self, length: int) -> int:

@@ -200,6 +200,18 @@ def _read_object(path: Path) -> dict:
     raise ValueError(f"{path}: is damaged; expected what an earlier run left. Remove its folder, or move it away")
 
 
+class _Fitting:
+    """A tokenizer, with a check that the model knows what it gives: before any weight is loaded."""
+
+    def __init__(self, tokenizer: tokenizing.Tokenizer, base: Checkpoint):
+        self._tokenizer, self._base, self.pad_id = tokenizer, base, tokenizer.pad_id
+
+    def __call__(self, texts):
+        tokens = self._tokenizer(texts)
+        self._base.check_ids(max(max(ids, default=0) for ids in tokens))
+        return tokens
+
+
 class Job:
     """The pieces of a training run, put together from the arguments."""
 
@@ -238,7 +250,7 @@ class Job:
 
     def preflight(self) -> Preflight:
         """Measure the data, and say what may be wrong with it."""
-        uncut = self._tokenizer(_UNCUT)
+        uncut = _Fitting(self._tokenizer(_UNCUT), self.base)
         shared = self.given.embedding_negatives_cross_device
         found = training_data.preflight(
             self.plan, (uncut, uncut), self.templates, self.limits, not self.loss.needs_group,
