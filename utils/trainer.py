@@ -279,6 +279,8 @@ def make(job: "Job"):
             remove_old(given.output_dir, given.save_total_limit, self._standing.best_step)
 
         def log(self, logs, **kwargs):
+            if "train_loss" in logs:
+                logs["train_loss"] = self.mean_loss()  # the Trainer's counts nothing from before a resume
             super().log(logs, **kwargs)
             ranks.on_first(lambda: self._journal.add(self.state.global_step, logs))
 
