@@ -6,7 +6,7 @@ import pytest
 from conftest import write_jsonl
 
 from utils import beir
-from utils.records import RecordError
+from utils.records import Record, RecordError
 
 CORPUS = [
     {"_id": "a", "title": "Loans", "text": "how loans work"},
@@ -114,6 +114,17 @@ def test_bad_rows(folder, row, message):
     rejected = []
     assert len(list(beir.read_corpus(str(folder), rejected))) == 3
     assert [error.line for error in rejected] == [4]
+
+
+def test_passages_of_a_pool_stay_as_they_are_written():
+    def passage(**row) -> str:
+        return beir.corpus_passages(Record("", (), (), 1, row), "pool.jsonl")[0]
+
+    assert passage(text=" a\n") == " a\n"
+    assert passage(text=" a ", title=" ") == " a "
+    assert passage(text="a ", title="T") == "T a "
+    with pytest.raises(RecordError, match='"text" is empty'):
+        passage(text=" \n")
 
 
 def test_missing_and_empty_files(tmp_path):

@@ -125,7 +125,7 @@ def corpus_passages(record: Record, path: str) -> tuple[str, ...]:
 
 
 def passage_text(row: dict, path: str, line: int) -> str:
-    """``title`` and ``text`` of a row as one text, a space between, as BEIR joins them.
+    """``title`` and ``text`` of a row as one text, a space between, as they are written; a blank one is left out.
 
     Raises:
         RecordError: neither holds any text, or one is no string.
@@ -136,7 +136,7 @@ def passage_text(row: dict, path: str, line: int) -> str:
         if value is not None and not isinstance(value, str):
             raise RecordError(path, line, f'"{key}" is {value!r:.40}; expected a string')
         parts.append(value or "")
-    text = " ".join(parts).strip()
+    text = " ".join(part for part in parts if part.strip())
     if not text:
         found = "empty" if "text" in row else "missing"
         raise RecordError(path, line, f'"text" is {found}; expected a non-empty string')
@@ -160,7 +160,7 @@ def _read_texts(path: str, rejected: list[RecordError] | None) -> Iterator[tuple
         try:
             row = parse_object(raw, path)
             key = _id(row, path, raw.number)
-            text = passage_text(row, path, raw.number)
+            text = passage_text(row, path, raw.number).strip()  # as BEIR does
             if lines.setdefault(key, raw.number) != raw.number:
                 raise RecordError(
                     path, raw.number, f'"_id" {key!r} is also that of line {lines[key]}; expected its own'
