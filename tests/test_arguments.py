@@ -61,6 +61,37 @@ def test_null_leaves_an_argument_that_needs_a_value_at_its_default(tmp_path):
         check(given)
 
 
+@pytest.mark.parametrize("text", ["-5e-1", "-.5e0", "-0.5"])
+def test_negative_numbers_are_values_in_any_form(text):
+    assert parse(CleanArguments, ["--similarity_threshold", text], "").similarity_threshold == -0.5
+    with pytest.raises(ArgumentError, match="sizes is -1; expected at least 1"):
+        parsed("--sizes", "-1,2")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--max_steps", "9" * 20], "max_steps is 99999999999999999999; expected at least -1 and at most 2147483647"),
+        (["--pad_token_id", "-" + "9" * 20], "pad_token_id is -99999999999999999999; expected at least -2147483647"),
+        (["--lora_alpha", "9" * 1000], "lora_alpha is a number of more than 100 digits; expected at least 1"),
+        (["--power", "-1000"], "power is -1000.0; expected at least 0"),
+        (["--dataloader_num_workers", "-8"], "dataloader_num_workers is -8; expected at least 0"),
+        (["--per_device_eval_batch_size", "-1"], "per_device_eval_batch_size is -1; expected at least 1"),
+        (["--weight_decay", "-1"], "weight_decay is -1.0; expected at least 0"),
+        (["--max_grad_norm", "-1"], "max_grad_norm is -1.0; expected at least 0"),
+        (["--local_rank", "0"], "local_rank is 0; not supported here: Paddle's launcher says which worker this is"),
+    ],
+)
+def test_numbers_that_a_training_cannot_use_are_refused(flags, message):
+    with pytest.raises(ArgumentError, match=re.escape(message)):
+        parse(training_arguments(), flags, "")
+
+
+def test_evaluations_look_only_so_deep():
+    with pytest.raises(ArgumentError, match="top_passages is 1000000000000; expected at least 0 and at most 100000"):
+        build(EvaluateArguments, top_passages=10**12)
+
+
 def test_commas_separate_the_items_of_a_list_in_json_too(tmp_path):
     path = tmp_path / "a.json"
     path.write_text('{"sizes": "4, 5"}')

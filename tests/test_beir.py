@@ -6,7 +6,7 @@ import pytest
 from conftest import write_jsonl
 
 from utils import beir
-from utils.records import RecordError
+from utils.records import Record, RecordError
 
 CORPUS = [
     {"_id": "a", "title": "Loans", "text": "how loans work"},
@@ -60,6 +60,30 @@ def test_bad_judgments(folder, line, message):
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize("header", ["query-id\tcorpus-id\tscore", "QID\tDocID\tgrad", "Frage\tText\tRelevance"])
+def test_headers(folder, header):
+    (folder / "qrels" / "test.tsv").write_text(f"{header}\nq1\ta\t2\n")
+    assert [row[:3] for row in beir.read_qrels(str(folder), "test")] == [("q1", "a", 2)]
+
+
+def test_a_bad_first_judgment_is_no_header(folder):
+    (folder / "qrels" / "test.tsv").write_text("q1\ta\tl\nq2\ta\t1\n")
+    with pytest.raises(RecordError, match=":1: the score is 'l'; expected a whole number, or query-id, corpus-id and"):
+        list(beir.read_qrels(str(folder), "test"))
+    rejected = []
+    assert len(list(beir.read_qrels(str(folder), "test", rejected))) == len(rejected) == 1
+
+
+def test_white_space_around_ids_counts_neither_in_texts_nor_in_judgments(folder):
+    write_jsonl(folder / "corpus.jsonl", [{"_id": "a ", "text": "loans"}])
+    (folder / "qrels" / "test.tsv").write_text("q1\t a\t1\n")
+    assert list(beir.read_corpus(str(folder))) == [("a", "loans")]
+    assert [row.passage_id for row in beir.read_qrels(str(folder), "test")] == ["a"]
+    write_jsonl(folder / "corpus.jsonl", [{"_id": "a ", "text": "loans"}, {"_id": "a", "text": "rivers"}])
+    with pytest.raises(RecordError, match=":2: \"_id\" 'a' is also that of line 1"):
+        list(beir.read_corpus(str(folder)))
+
+
 def test_a_first_line_with_a_score_is_no_header(folder):
     (folder / "qrels" / "test.tsv").write_text("q1\ta\t2.0\nq2\ta\t1\n")
     assert [(j.query_id, j.grade) for j in beir.read_qrels(str(folder), "test")] == [("q1", 2), ("q2", 1)]
@@ -90,6 +114,17 @@ def test_bad_rows(folder, row, message):
     rejected = []
     assert len(list(beir.read_corpus(str(folder), rejected))) == 3
     assert [error.line for error in rejected] == [4]
+
+
+def test_passages_of_a_pool_stay_as_they_are_written():
+    def passage(**row) -> str:
+        return beir.corpus_passages(Record("", (), (), 1, row), "pool.jsonl")[0]
+
+    assert passage(text=" a\n") == " a\n"
+    assert passage(text=" a ", title=" ") == " a "
+    assert passage(text="a ", title="T") == "T a "
+    with pytest.raises(RecordError, match='"text" is empty'):
+        passage(text=" \n")
 
 
 def test_missing_and_empty_files(tmp_path):

@@ -29,6 +29,16 @@ def run(limit: str, **environment: str) -> subprocess.CompletedProcess:
     )
 
 
+def test_loops_that_are_not_to_be_compiled_are_refused():
+    code = "from utils import runtime\nruntime.run(lambda: __import__('utils.search_kernels'))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+        env=os.environ | {"NUMBA_DISABLE_JIT": "1"},
+    )  # fmt: skip
+    assert done.returncode == 2 and "error: NUMBA_DISABLE_JIT is set; unset it" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
 def test_machine_code_that_cannot_be_kept_costs_no_run(tmp_path):
     """A limit of one byte a file stands for a full disk: Python ignores the signal, and the call fails alike."""
     done = run("1", NUMBA_CACHE_DIR=str(tmp_path))

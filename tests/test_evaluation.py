@@ -349,6 +349,11 @@ def test_bad_judgments(tmp_path, qrels, message):
     assert message in str(caught.value)
 
 
+def test_rows_have_no_split(dev, tmp_path):
+    with pytest.raises(ValueError, match=r"dev\.json: is no folder; split goes with a BEIR folder"):
+        evaluation("no such model", tmp_path, dev_path=dev["dev_path"], split="test").evaluate()
+
+
 def test_no_positive_in_the_corpus(tmp_path):
     dev_path = write_jsonl(tmp_path / "dev.jsonl", [{"query": "a", "pos_passage": ["b"]}])
     corpus_path = write_jsonl(tmp_path / "corpus.jsonl", [{"text": "c"}])

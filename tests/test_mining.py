@@ -351,7 +351,7 @@ def test_output_formats(mine, tmp_path):
 
 
 def test_what_a_row_said_of_its_old_negatives_goes_with_them(mine, tmp_path):
-    old = {"neg": ["old"], "neg_scores": [0.5], "neg_backfilled": 1, "pos_scores": [2.0, 1.0]}
+    old = {"neg_passage": ["old"], "neg": ["old"], "neg_scores": [0.5], "neg_backfilled": 1, "pos_scores": [2.0, 1.0]}
     source = write_jsonl(tmp_path / "scored.jsonl", [row | old for row in mining_rows()])
     for shape in ("list", "flagembedding"):
         _, out = mine(input_data_path=source, output_format=shape)

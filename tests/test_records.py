@@ -27,6 +27,11 @@ def test_flagembedding_keys_are_the_same_rows(tmp_path):
     assert (record.pos_passage, record.neg_passage) == (("p",), ("n",))
 
 
+def test_both_names_may_stand_for_the_same_passages(tmp_path):
+    (record,) = Source(write_jsonl(tmp_path / "in.json", [{"query": "q", "pos_passage": ["p"], "pos": ["p"]}]))
+    assert record.pos_passage == ("p",)
+
+
 @pytest.mark.parametrize("ending", [b"\n", b"\r\n"])
 @pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"])
 @pytest.mark.parametrize("zipped", [False, True])
@@ -52,6 +57,10 @@ BAD_LINES = [
     (b'{"query": "\\ud800"}', "surrogate"),
     (b'{"query": "q", "x": NaN}', "NaN is no JSON value"),
     (b'{"query": "q", "x": 1e400}', "1e400 is too large a number"),
+    (b'{"query": "q", "pos_passage": ["a"], "pos": ["b"]}', '"pos_passage" and "pos" are both there and differ'),
+    (b'{"query": "q", "neg": ["a"], "neg_passage": []}', '"neg_passage" and "neg" are both there and differ'),
+    (b'{"query": "q", "query": "r"}', 'not usable JSON ("query" is there twice)'),
+    (b'{"query": "q", "x": [{"y": 1, "z": 0, "y": 1}]}', 'not usable JSON ("y" is there twice)'),
     (b'{"query": "\xff"}', "byte 12 of the line is not UTF-8"),
     (b'{"query": "q", "x": ' + b"9" * 5000 + b"}", "not usable JSON (a number of 5,000 digits is too large)"),
     (b'{"query": "q", "x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested too deeply"),

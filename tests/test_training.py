@@ -448,6 +448,9 @@ def test_a_killed_run_ends_with_the_same_weights(run, tmp_path, monkeypatch, opt
     assert len(tokenised) == len(calls) - 11 and tokenised[-1] == 15  # nor tokenise what it passed over
     assert_same_weights(tmp_path / "whole", tmp_path / "broken")
     assert not list((tmp_path / "broken").glob("*.work"))
+    # Of all steps, and not of those since the resume.
+    ends = [read_jsonl(tmp_path / name / "training.jsonl")[-1]["train_loss"] for name in ("whole", "broken")]
+    assert ends[0] == pytest.approx(ends[1], rel=1e-6)
 
 
 def test_more_accumulation_than_an_epoch_has_batches_is_an_epochs(run, tmp_path, monkeypatch, caplog):
@@ -993,6 +996,34 @@ def test_null_is_none_for_paddlenlps_arguments(tmp_path):
     (tmp_path / "a.json").write_text('{"eval_steps": null, "save_total_limit": null, "run_name": null}')
     given = parse(training_arguments(), [str(tmp_path / "a.json")], "")
     assert given.save_total_limit is None and given.trainer_options() == {}
+
+
+def test_no_report_is_a_word_of_a_flag_too():
+    for text in ("none", "visualdl"):
+        given = parse(training_arguments(), ["--report_to", text], "")
+        assert given.report_to in (text, [text]) and given.trainer_options() == {"report_to": given.report_to}
+
+
+def test_more_passages_a_query_than_there_are_are_refused(run):
+    with pytest.raises(ValueError, match="group_size is 1,000; the data has only 60 passages"):
+        run(group_size=1000)
+
+
+@pytest.mark.parametrize("sampled", [True, False])
+def test_a_tokenizer_of_another_model_is_refused(run, tiny_model, tmp_path, monkeypatch, sampled):
+    """Before the weights are loaded, where the preflight's sample shows it."""
+    folder = tmp_path / "other"
+    shutil.copytree(tiny_model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"] |= {"card": config["vocab_size"] + 5}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    if sampled:
+        monkeypatch.setattr(TrainableEncoder, "__init__", None)
+    else:
+        monkeypatch.setattr(training_data, "_SAMPLE_TEXTS", 1)
+    with pytest.raises(ValueError, match="expected the model's own tokenizer"):
+        run(tokenizer_name_or_path=str(folder))
 
 
 def test_refusals_import_nothing_heavy():

@@ -27,6 +27,8 @@ ELSEWHERE = "see PaddleNLP's Trainer"
 _DATA = ("input_data_path", "dev_path", "dataset_name_or_path")
 # Arguments that hold a text's template.
 _TEMPLATES = ("template", "query_template", "passage_template")
+# Whole numbers beyond it, either way, are out of range where no limit of their own says so: no library here takes them.
+_LARGEST_WHOLE = 2**31 - 1
 # As many unknown names are listed; a file of data may hold any number.
 _MOST_LISTED = 50
 
@@ -36,7 +38,10 @@ class ArgumentError(ValueError):
 
 
 def option(default: Any, help: str, choices: tuple = (), at_least=None, at_most=None, above=None) -> Any:
-    """A dataclass field with a help text and limits (``above`` excludes the bound itself)."""
+    """A dataclass field with a help text and limits (``above`` excludes the bound itself).
+
+    Without ``at_most``, a whole number can be 2**31 - 1 at most.
+    """
     limits = {"help": help, "choices": choices, "at_least": at_least, "at_most": at_most, "above": above}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=limits)
@@ -60,6 +65,7 @@ def parse(
     """
     types_ = typing.get_type_hints(cls)
     parser = _Parser(description=description, allow_abbrev=False, formatter_class=_HelpFormatter)
+    parser._negative_number_matcher = re.compile(r"-\.?\d")  # its own takes -5e-1 and -1,2 for flags
     parser.add_argument("config", nargs="?", help="a JSON file of the arguments below; flags override it")
     elsewhere = [f.name for f in dataclasses.fields(cls) if f.metadata["help"] == ELSEWHERE]
     if elsewhere:
@@ -147,12 +153,20 @@ def _check_limits(f: dataclasses.Field, value) -> None:
         expected = ", ".join(map(repr, limits["choices"]))
         raise ArgumentError(f"{f.name} is {value!r}; expected one of {expected}{nearest(value, limits['choices'])}")
     low, high, above = limits["at_least"], limits["at_most"], limits["above"]
+    if type(value) is int and abs(value) > _LARGEST_WHOLE:
+        low = -_LARGEST_WHOLE if low is None and above is None else low
+        high = _LARGEST_WHOLE if high is None else high
     too_low = (low is not None and value < low) or (above is not None and value <= above)
     if too_low or (high is not None and value > high):
         bounds = [f"at least {low}"] if low is not None else []
         bounds += [f"more than {above}"] if above is not None else []
         bounds += [f"at most {high}"] if high is not None else []
-        raise ArgumentError(f"{f.name} is {value!r}; expected {' and '.join(bounds)}")
+        raise ArgumentError(f"{f.name} is {_shown(value)}; expected {' and '.join(bounds)}")
+
+
+def _shown(value) -> str:
+    """A number, but not thousands of digits."""
+    return repr(value) if abs(value) < 10**100 else "a number of more than 100 digits"
 
 
 def _checked_type(name: str, value, hint) -> Any:
@@ -204,10 +218,10 @@ def _check_text(name: str, value: str) -> None:
 def _from_text(name: str, text: str, hint) -> Any:
     """A command-line flag's text as its field's type."""
     options, words = _alternatives(hint), _words(hint)
-    if _takes_none(hint) and text.lower() in ("none", "null"):
-        return None
     if text in words:
         return text
+    if _takes_none(hint) and text.lower() in ("none", "null"):
+        return None
     (wanted,) = [t for t in options if t is not type(None)]
     if typing.get_origin(wanted) is list:
         (item,) = typing.get_args(wanted)

@@ -102,6 +102,8 @@ class CleanArguments(ModelArguments, InputArguments):
 
 # What a metric may be called; metrics.py holds the formulae.
 METRICS = ("hit_rate", "mrr", "ndcg", "recall", "precision", "map")
+# So many of each query's passages are looked at, at most.
+_DEEPEST = 100_000
 _TOY_DEV, _TOY_NEG = "./toy_data/toy_dev.json", "./toy_data/toy_dev_neg.json"
 
 
@@ -120,19 +122,19 @@ class EvaluateArguments(ModelArguments, InputArguments):
     corpus_path: str | None = option(
         None, "JSONL rows of neg_passage, or of text and perhaps title: the corpus, instead of dev_path's positives"
     )
-    split: str = option("test", "which qrels/SPLIT.tsv of a BEIR folder")
+    split: str | None = option(None, "of a BEIR folder: which qrels/SPLIT.tsv; default: test")
     merge_equal_texts: bool = option(
         False, "count a BEIR folder's passages of equal text as one, with the highest grade; our own rows always are"
     )
     ignore_identical: bool = option(False, "a query does not find the passage that is its own text")
     metrics: list[str] = option(["hit_rate", "mrr", "ndcg"], "what to compute", choices=METRICS)
     k_values: list[int] | None = option(
-        None, "cut-offs, for every metric; default: 10,5,3, and for hit_rate 1 too", at_least=1, at_most=100_000
+        None, "cut-offs, for every metric; default: 10,5,3, and for hit_rate 1 too", at_least=1, at_most=_DEEPEST
     )
     output_data_path: str = option(
         "./output/toy_evaluation.jsonl", "where each query's values and top passages go; others are named after it"
     )
-    top_passages: int = option(3, "passages to write for each query, best first", at_least=0)
+    top_passages: int = option(3, "passages to write for each query, best first", at_least=0, at_most=_DEEPEST)
     write_trec: bool = option(False, "write a TREC run and qrels too, for trec_eval and its like")
     compare_with: str | None = option(
         None, "a second model, or the per-query file of an earlier evaluation: differences with p-values"
@@ -151,6 +153,11 @@ class EvaluateArguments(ModelArguments, InputArguments):
     passage_embeddings_path: str | None = option(
         None, "the same for the passages, float [passages in reading order, dim]"
     )
+
+    @property
+    def judged_split(self) -> str:
+        """Of a BEIR folder."""
+        return self.split or "test"
 
     def check(self) -> None:
         """Rules that tie fields together; and toy_data where no data is named."""

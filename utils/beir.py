@@ -12,6 +12,22 @@ from utils.records import RawLine, Record, RecordError, parse_object, passages_k
 
 # A grade; programs that write tables make 1.0 of 1.
 _WHOLE = re.compile(r"-?[0-9]{1,9}(\.0+)?", re.ASCII)
+# What a header calls the columns, but for case and whatever is no letter.
+_QUERY = {"queryid", "query", "qid", "topicid", "topic", "questionid"}
+_PASSAGE = {
+    "corpusid",
+    "corpus",
+    "docid",
+    "doc",
+    "docno",
+    "did",
+    "documentid",
+    "document",
+    "passageid",
+    "passage",
+    "pid",
+}
+_SCORE = {"score", "relevance", "rel", "grade", "label", "judgment", "judgement", "rating", "qrel", "gain"}
 
 
 class Judgment(NamedTuple):
@@ -109,7 +125,7 @@ def corpus_passages(record: Record, path: str) -> tuple[str, ...]:
 
 
 def passage_text(row: dict, path: str, line: int) -> str:
-    """``title`` and ``text`` of a row as one text, a space between, as BEIR joins them.
+    """``title`` and ``text`` of a row as one text, a space between, as they are written; a blank one is left out.
 
     Raises:
         RecordError: neither holds any text, or one is no string.
@@ -120,7 +136,7 @@ def passage_text(row: dict, path: str, line: int) -> str:
         if value is not None and not isinstance(value, str):
             raise RecordError(path, line, f'"{key}" is {value!r:.40}; expected a string')
         parts.append(value or "")
-    text = " ".join(parts).strip()
+    text = " ".join(part for part in parts if part.strip())
     if not text:
         found = "empty" if "text" in row else "missing"
         raise RecordError(path, line, f'"text" is {found}; expected a non-empty string')
@@ -144,7 +160,7 @@ def _read_texts(path: str, rejected: list[RecordError] | None) -> Iterator[tuple
         try:
             row = parse_object(raw, path)
             key = _id(row, path, raw.number)
-            text = passage_text(row, path, raw.number)
+            text = passage_text(row, path, raw.number).strip()  # as BEIR does
             if lines.setdefault(key, raw.number) != raw.number:
                 raise RecordError(
                     path, raw.number, f'"_id" {key!r} is also that of line {lines[key]}; expected its own'
@@ -170,7 +186,7 @@ def _id(row: dict, path: str, line: int) -> str:
         raise RecordError(path, line, f'"_id" is {found}; expected a non-empty string')
     if not _is_unicode(value):
         raise RecordError(path, line, '"_id" holds half of a surrogate pair; expected valid Unicode')
-    return value
+    return value.strip()  # as in the judgments, which would find another's
 
 
 def _is_unicode(text: str) -> bool:
@@ -191,18 +207,17 @@ def _judgment(raw: RawLine, path: str) -> Judgment | None:
         reason = f"{len(columns)} columns; expected 3, query-id, corpus-id and score, with tabs between"
         raise RecordError(path, raw.number, reason)
     query_id, passage_id, grade = (column.strip() for column in columns)
-    if raw.number == 1 and not _is_number(grade):
+    if raw.number == 1 and _is_header(query_id, passage_id, grade):
         return None
     if not _WHOLE.fullmatch(grade):
-        raise RecordError(path, raw.number, f"the score is {grade!r:.40}; expected a whole number")
+        header = "" if raw.number > 1 else ", or query-id, corpus-id and score as the header"
+        raise RecordError(path, raw.number, f"the score is {grade!r:.40}; expected a whole number{header}")
     if not query_id or not passage_id:
         raise RecordError(path, raw.number, "an id is empty; expected query-id, corpus-id and score")
     return Judgment(query_id, passage_id, int(float(grade)), raw.number)
 
 
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+def _is_header(*columns: str) -> bool:
+    """Whatever else is no judgment is a bad one, and not to be passed over."""
+    query, passage, score = (re.sub(r"[\W\d_]", "", column.lower()) for column in columns)
+    return score in _SCORE or (query in _QUERY and passage in _PASSAGE and not _WHOLE.fullmatch(columns[2]))

@@ -63,6 +63,18 @@ class Checkpoint:
     query_template: str
     passage_template: str
 
+    def check_ids(self, largest: int) -> None:
+        """Refuse token ids that the model does not know, which a tokenizer that is not its own may give.
+
+        Raises:
+            ValueError: the largest is none of its vocabulary's.
+        """
+        if largest >= self.vocabulary:
+            raise ValueError(
+                f"{self.tokenizer_folder}: its tokenizer gives id {largest}, but the model {self.folder} knows only"
+                f" {self.vocabulary}; expected the model's own tokenizer"
+            )
+
     @property
     def is_decoder(self) -> bool:
         """True for causal models."""

@@ -122,6 +122,8 @@ def read(given: EvaluateArguments) -> Collection:
             if getattr(given, name) is not None:
                 raise ValueError(f"{given.dev_path}: is a BEIR folder, which holds its corpus; leave out {name}")
         collection = _read_beir(given)
+    elif given.split is not None:
+        raise ValueError(f"{given.dev_path}: is no folder; split goes with a BEIR folder")
     else:
         collection = _read_rows(given)
     if given.ignore_identical:
@@ -242,14 +244,14 @@ def _read_beir(given: EvaluateArguments) -> Collection:
     """A BEIR folder: the queries that the split judges, and the whole corpus."""
     folder = given.dev_path
     assert folder is not None
-    beir.qrels_path(folder, given.split)  # a split that is not there is refused before the corpus is read
+    beir.qrels_path(folder, given.judged_split)  # a split that is not there is refused before the corpus is read
     rejected: list[RecordError] = []
     bad = rejected if given.on_bad_row == "skip" else None
     passages = _Numbered(merge=given.merge_equal_texts)
     passage_ids = {passage_id: passages.add(text) for passage_id, text in beir.read_corpus(folder, bad)}
     texts = dict(beir.read_queries(folder, bad))
     numbers = {query_id: number for number, query_id in enumerate(texts)}
-    judged, n_qrels = _read_judgments(folder, given.split, texts, passage_ids, bad)
+    judged, n_qrels = _read_judgments(folder, given.judged_split, texts, passage_ids, bad)
     query_ids = sorted(judged, key=numbers.__getitem__)
     n_equal = passages.n_read - passages.n_different()
     if n_equal and not given.merge_equal_texts:
@@ -369,7 +371,7 @@ def _check_positives(collection: Collection, given: EvaluateArguments) -> None:
             f"{given.dev_path}: none of the {n_without} queries has a positive in the corpus; "
             f"expected its text, letter for letter, in {where}"
             if collection.passage_ids is None
-            else f"{given.dev_path}: none of the {n_without} queries that {given.split} judges has a positive; "
+            else f"{given.dev_path}: none of the {n_without} queries that {given.judged_split} judges has a positive; "
             "expected a score of at least 1 in the qrels"
         )
     if n_without:

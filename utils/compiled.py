@@ -46,6 +46,9 @@ def _folder_for_these_sources() -> str:
     return str(beside / f"numba-{digest.hexdigest()[:16]}")
 
 
+if numba.config.DISABLE_JIT:
+    # What calls the processor's own instructions has no meaning as Python.
+    raise ValueError("NUMBA_DISABLE_JIT is set; unset it: the loops here work only when numba compiles them")
 if numba.config.CPU_FEATURES is None and runtime.cpu_has("avx512_bf16"):
     # LLVM keeps to half the width of these processors' registers, for the sake of older ones that slowed down.
     numba.config.CPU_FEATURES = f"{get_host_cpu_features()},-prefer-256-bit"

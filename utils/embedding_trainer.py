@@ -263,6 +263,8 @@ class EmbeddingTrainer(Trainer):
         remove_old(self.given.output_dir, self.given.save_total_limit, self._standing.best_step)
 
     def log(self, logs, **kwargs):
+        if "train_loss" in logs:
+            logs["train_loss"] = self.mean_loss()  # the Trainer's counts nothing from before a resume
         super().log(logs, **kwargs)
         self.ranks.on_first(lambda: self._journal.add(self.state.global_step, logs))
 

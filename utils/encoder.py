@@ -175,11 +175,7 @@ class Encoder:
         tokens = [fresh[text] if text in fresh else self._remembered[text] for text in texts]
         width = self._width(max(map(len, tokens)))
         padded, lengths = tokenizing.padded(tokens, self._tokenizer.pad_id, width)
-        if padded.max() >= self.model.vocabulary:
-            raise ValueError(
-                f"{self.model.tokenizer_folder}: its tokenizer gives id {padded.max()}, but the model "
-                f"{self.model.folder} knows only {self.model.vocabulary}; expected the model's own tokenizer"
-            )
+        self.model.check_ids(int(padded.max()))
         return padded, lengths
 
     def _width(self, length: int) -> int:

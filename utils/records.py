@@ -148,6 +148,9 @@ def parse_record(raw: RawLine, path: str, require: tuple[str, ...]) -> Record:
     for key in _ALIASES:
         name = passages_key(row, key)
         values = row.get(name, [])
+        alias = _ALIASES[key]
+        if name != alias and alias in row and row[alias] != values:
+            raise bad(f'"{key}" and "{alias}" are both there and differ; expected one of them')
         if not isinstance(values, list):
             raise bad(f'"{name}" is {_kind(values)}; expected a list of strings')
         for position, value in enumerate(values):
@@ -170,7 +173,10 @@ def parse_record(raw: RawLine, path: str, require: tuple[str, ...]) -> Record:
 def parse_object(raw: RawLine, path: str) -> dict:
     """One line as a JSON object, or a RecordError that says what stands there instead."""
     try:
-        row = json.loads(raw.content.decode(), parse_constant=_refuse_constant, parse_float=_finite, parse_int=_whole)
+        row = json.loads(
+            raw.content.decode(), parse_constant=_refuse_constant, parse_float=_finite, parse_int=_whole,
+            object_pairs_hook=_each_once,
+        )  # fmt: skip
     except UnicodeDecodeError as error:
         reason = f"byte {error.start + 1} of the line is not UTF-8; expected UTF-8 text"
         raise RecordError(path, raw.number, reason) from None
@@ -185,6 +191,16 @@ def parse_object(raw: RawLine, path: str) -> dict:
         raise RecordError(path, raw.number, reason) from None
     if not isinstance(row, dict):
         raise RecordError(path, raw.number, f"the row is {_kind(row)}; expected a JSON object")
+    return row
+
+
+def _each_once(pairs: list[tuple[str, object]]) -> dict:
+    """A JSON object, of whose equal keys Python would keep the last."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise ValueError(f'"{twice:.40}" is there twice')
     return row
 
 

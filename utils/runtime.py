@@ -13,8 +13,9 @@ import io
 import os
 import signal
 import sys
+import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -25,6 +26,8 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _PR_SET_PDEATHSIG = 1
 
 _flags: frozenset[str] | None = None
+# Whether ``run`` has settled what SIGTERM does.
+_settled = False
 
 
 def prepare(trains: bool = False) -> None:
@@ -32,7 +35,11 @@ def prepare(trains: bool = False) -> None:
 
     Args:
         trains: the process will train, where our own loops take turns with Paddle's products on the same cores.
+
+    Raises:
+        ValueError: the launcher's variables in the environment contradict each other.
     """
+    _check_launcher()
     threads = str(cpu_threads())
     # Every worker runs its arithmetic on its share of the cores: more threads than cores crawl.
     os.environ.setdefault("OMP_NUM_THREADS", threads)
@@ -63,6 +70,8 @@ def import_paddle():
             quiet.enter_context(contextlib.redirect_stderr(io.StringIO()))
             quiet.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore")
+            if _settled and is_launched():
+                quiet.enter_context(_termination_put_off())
             import paddle  # noqa: F401
         # Its hundreds of thousands of objects stay: looking for garbage among them takes 70 ms each time.
         gc.freeze()
@@ -76,17 +85,36 @@ def is_launched() -> bool:
 
 def rank() -> int:
     """This worker's number among all workers of all nodes."""
-    return int(os.environ.get("PADDLE_TRAINER_ID", "0"))
+    return _from_launcher("PADDLE_TRAINER_ID", 0)
 
 
 def world_size() -> int:
     """The number of workers on all nodes."""
-    return int(os.environ.get("PADDLE_TRAINERS_NUM", "1"))
+    return _from_launcher("PADDLE_TRAINERS_NUM", 1)
 
 
 def local_world_size() -> int:
     """The number of workers on this node."""
-    return int(os.environ.get("PADDLE_LOCAL_SIZE", "0")) or world_size()
+    return _from_launcher("PADDLE_LOCAL_SIZE", 0) or world_size()
+
+
+def _from_launcher(name: str, default: int) -> int:
+    """A whole number that the launcher has put into the environment."""
+    text = os.environ.get(name, "").strip() or str(default)
+    if not (text.isascii() and text.isdecimal()) or len(text) > 9:
+        raise ValueError(
+            f"{name} is {text!r} in the environment; expected a whole number, as Paddle's launcher sets it"
+        )
+    return int(text)
+
+
+def _check_launcher() -> None:
+    """A shell may hold what is left of the launcher's variables, such as only the rank."""
+    if rank() >= world_size() or local_world_size() > world_size():
+        raise ValueError(
+            f"the environment says rank {rank()} (PADDLE_TRAINER_ID) of {world_size()} (PADDLE_TRAINERS_NUM),"
+            f" {local_world_size()} of them here (PADDLE_LOCAL_SIZE); unset what is left over from another launch"
+        )
 
 
 def cpu_threads() -> int:
@@ -168,13 +196,31 @@ def give_back_memory() -> None:
 
 def _die_with_parent() -> None:
     """A worker whose launcher was killed must not go on writing beside the next run's workers."""
-    parent = os.getppid()
     try:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     except (OSError, AttributeError):
         return
-    if os.getppid() != parent:
+    # Asked after that, so that a launcher that dies now is either missing already or sends its signal.
+    if "PADDLE_RANK_IN_NODE" in os.environ and not _launcher_lives():
         os._exit(1)
+
+
+def _launcher_lives() -> bool:
+    """False if none of the processes above this one can be Paddle's launcher, a Python program with Paddle loaded.
+
+    Our parent's number says too little: in a container a launcher may have number 1, and orphans may be taken in by
+    another process than that.
+    """
+    pid, below = os.getppid(), 0
+    while pid > 0:
+        try:
+            if "libpaddle" in Path(f"/proc/{pid}/maps").read_text(errors="replace"):
+                return True
+            status = Path(f"/proc/{pid}/status").read_text(errors="replace")
+        except OSError:  # another user's
+            return pid != 1
+        pid, below = int(status.partition("\nPPid:")[2].split()[0]), pid
+    return below != 1  # what has started the process below is out of sight
 
 
 def peak_memory_bytes() -> int:
@@ -194,6 +240,7 @@ def run(main: Callable[[], None]) -> None:
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # a terminal that knows no Chinese must not end a run
     try:
+        _settle_termination()
         main()
     except (ValueError, OSError) as error:
         if "KeyboardInterrupt" in str(error):  # met inside Paddle
@@ -242,11 +289,49 @@ def _open_closed_streams() -> None:
 
 def _interrupted() -> NoReturn:
     if rank() == 0:
-        print(
-            f"{os.path.basename(sys.argv[0])}: interrupted; the same command goes on where this run stopped",
-            file=sys.stderr, flush=True,
-        )  # fmt: skip
+        print(_interruption(), file=sys.stderr, flush=True)
     _leave(130)
+
+
+def _interruption() -> str:
+    return f"{os.path.basename(sys.argv[0])}: interrupted; the same command goes on where this run stopped"
+
+
+def _settle_termination() -> None:
+    """SIGTERM, from a scheduler say, gets the line that SIGINT gets.
+
+    A thread waits for it, which no long call of a library keeps from answering, and which Paddle's own handler cannot
+    forestall: that one prints a trace of C++.
+
+    The launcher ends its workers by SIGTERM when one of them has failed, and that one has spoken: they go silently.
+    """
+    global _settled
+    if signal.getsignal(signal.SIGTERM) != signal.SIG_DFL or _settled:
+        return
+    if not is_launched():
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # for all threads to come
+        os.register_at_fork(after_in_child=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM]))
+        threading.Thread(target=_wait_for_termination, daemon=True).start()
+    _settled = True
+
+
+def _wait_for_termination() -> None:
+    signal.sigwait([signal.SIGTERM])
+    with contextlib.suppress(OSError):
+        os.write(2, f"{_interruption()}\n".encode(errors="backslashreplace"))  # past what another thread is printing
+    os._exit(128 + signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def _termination_put_off() -> Iterator[None]:
+    """While Paddle is imported, which sets its own handler."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _leave(status: int) -> NoReturn:

@@ -126,9 +126,13 @@ class TrainableEncoder:
         Args:
             ids: int64 [b, t], padded to the right.
             lengths: int64 [b], the tokens that are no padding.
+
+        Raises:
+            ValueError: an id that the model does not know.
         """
         import paddle
 
+        self.checkpoint.check_ids(int(ids.max()))
         shares = pooling_weights(lengths, ids.shape[1], self.pooling)
         mask = np.arange(ids.shape[1]) < lengths[:, None]
         if self._lean is not None and engines.device() == "cpu":

@@ -79,6 +79,8 @@ class _Inputs:
         base = checkpoint.resolve(given.model_name_or_path, given.tokenizer_name_or_path, given.pooling)
         needs_scores = losses.get(given.loss_type).needs_scores
         rows = training_rows.read(files, given.dataset_weights, given.on_bad_row, needs_scores)
+        if given.group_size > len(rows.passages):
+            raise ValueError(f"group_size is {given.group_size:,}; the data has only {len(rows.passages):,} passages")
         dims = given.embedding_matryoshka_dims or []
         if dims and max(dims) > base.hidden_size:
             raise ValueError(f"embedding_matryoshka_dims has {max(dims)}; {base.folder} has only {base.hidden_size}")
@@ -163,6 +165,18 @@ def _agree_on_inputs(ranks: Ranks, inputs: _Inputs) -> None:
     ranks.on_first(compare)
 
 
+class _Fitting:
+    """A tokenizer, with a check that the model knows what it gives: before any weight is loaded."""
+
+    def __init__(self, tokenizer: tokenizing.Tokenizer, base: Checkpoint):
+        self._tokenizer, self._base, self.pad_id = tokenizer, base, tokenizer.pad_id
+
+    def __call__(self, texts):
+        tokens = self._tokenizer(texts)
+        self._base.check_ids(max(max(ids, default=0) for ids in tokens))
+        return tokens
+
+
 class Job:
     """The pieces of a training run, put together from the arguments."""
 
@@ -207,7 +221,7 @@ class Job:
 
     def preflight(self) -> Preflight:
         """Measure the data, and say what may be wrong with it."""
-        uncut = self._tokenizer(_UNCUT)
+        uncut = _Fitting(self._tokenizer(_UNCUT), self.base)
         shared = self.given.embedding_negatives_cross_device
         found = training_data.preflight(
             self.plan, (uncut, uncut), self.templates, self.limits, not self.loss.needs_group,

@@ -5,7 +5,7 @@ import dataclasses
 import importlib.util
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from utils.argument_parsing import ELSEWHERE, ArgumentError, nearest, option
 from utils.arguments import DEFAULT_MODEL, LARGEST_SEED, NEW_LINE, POOLINGS
@@ -17,14 +17,19 @@ _DATA_PARALLEL = "training is data-parallel"
 _WHY = {
     "metrics_output_path": "losses and metrics are in <output_dir>/training.jsonl",
     "ignore_load_lr_and_optim": "a checkpoint is gone on from with its optimizer; else give it as model_name_or_path",
+    "local_rank": "Paddle's launcher says which worker this is",
 }
 # Where PaddleNLP's Trainer can report to, and the package that it needs for that.
 _REPORTS = {"visualdl": "visualdl", "tensorboard": "tensorboardX", "wandb": "wandb", "autonlp": "ray"}
 # The least that PaddleNLP's Trainer understands; it takes what is below for something else, or for nothing.
-_LEAST = {"warmup_steps": 0, "eval_steps": 0}
+_LEAST = {
+    "warmup_steps": 0, "eval_steps": 0, "per_device_eval_batch_size": 1, "dataloader_num_workers": 0,
+    "weight_decay": 0, "max_grad_norm": 0, "adam_beta1": 0, "adam_beta2": 0, "adam_epsilon": 0, "power": 0,
+    "lr_end": 0, "num_cycles": 0,
+}  # fmt: skip
 # Arguments of PaddleNLP's Trainer that this toolkit's data-parallel training cannot honour.
 _NOT_SUPPORTED = {
-    "count_trained_tokens": (None, False),
+    "count_trained_tokens": (None, False), "local_rank": (None, -1),
     "tensor_parallel_degree": (None, -1, 0, 1), "pipeline_parallel_degree": (None, -1, 0, 1),
     "sep_parallel_degree": (None, -1, 0, 1), "context_parallel_degree": (None, -1, 0, 1),
     "expert_parallel_degree": (None, -1, 0, 1), "to_static": (None, False), "enable_auto_parallel": (None, False),
@@ -144,7 +149,8 @@ class TrainArguments:
     bf16: bool | None = option(None, ELSEWHERE)
     fp16: bool | None = option(None, ELSEWHERE)
     save_steps: int | None = option(None, ELSEWHERE, at_least=0)
-    report_to: list[str] | None = option(None, ELSEWHERE)
+    # "none" is a word of its own, which flags would take for null: the default.
+    report_to: list[str] | Literal["none"] | None = option(None, ELSEWHERE)
     resume_from_checkpoint: str | None = option(None, ELSEWHERE)
     dataloader_drop_last: bool | None = option(None, ELSEWHERE)
 
@@ -183,7 +189,7 @@ class TrainArguments:
     def _check_reports(self) -> None:
         """Whether there is what report_to needs."""
         names = self.report_to or []
-        for name in names if names not in (["all"], ["none"]) else []:
+        for name in names if names not in (["all"], ["none"], "none") else []:
             if name not in _REPORTS:
                 expected = f"'all' or 'none' alone, or some of {', '.join(_REPORTS)}"
                 raise ArgumentError(f"report_to holds {name!r}; expected {expected}{nearest(name, _REPORTS)}")
