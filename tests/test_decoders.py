@@ -103,9 +103,10 @@ def test_dropout_where_there_is_none_is_refused_before_the_model_is_loaded(decod
     one, other = drawn(TrainableEncoder(model, "last", dropout=0.0))
     np.testing.assert_array_equal(one, other)
     monkeypatch.setattr(training, "TrainableEncoder", None)
+    rows = [{"query": "a", "pos_passage": [f"b{i}"]} for i in range(8)]
     given = {
         "model_name_or_path": str(tmp_path), "output_dir": str(tmp_path / "out"), "dropout": 0.1,
-        "dataset_name_or_path": write_jsonl(tmp_path / "rows.json", [{"query": "a", "pos_passage": ["b"]}] * 8),
+        "dataset_name_or_path": write_jsonl(tmp_path / "rows.json", rows),
     }  # fmt: skip
     with pytest.raises(ValueError, match=f"^dropout is 0.1; PaddleNLP has none in {kind} models"):
         training.train(build(training_arguments(), **given))
