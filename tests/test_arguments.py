@@ -247,6 +247,15 @@ def test_arguments_are_not_written_over(tmp_path):
     path.write_text(json.dumps({"output_data_path": str(path)}))
     with pytest.raises(ArgumentError, match="would overwrite the file of arguments"):
         parse(CleanArguments, [str(path)], "")
+    for name in ("rows.report.json", "rows.removed.jsonl"):
+        (tmp_path / name).write_text(json.dumps({"output_data_path": str(tmp_path / "rows")}))
+        with pytest.raises(ArgumentError, match="would overwrite the file of arguments"):
+            parse(CleanArguments, [str(tmp_path / name)], "")
+    (tmp_path / "config.json").write_text(json.dumps({"output_dir": str(tmp_path)}))
+    with pytest.raises(ArgumentError, match="the file of arguments; give another output_dir"):
+        parse(TrainArguments, [str(tmp_path / "config.json")], "")
+    (tmp_path / "rows.json").write_text(json.dumps({"output_data_path": str(tmp_path / "rows")}))
+    parse(CleanArguments, [str(tmp_path / "rows.json")], "")
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(ArgumentError, match="is no regular file"):
         parse(CleanArguments, [str(tmp_path / "pipe")], "")

@@ -45,9 +45,33 @@ def test_a_run_that_fails_leaves_only_what_the_next_one_can_use(tmp_path):
 
 
 def test_commit_removes_what_an_earlier_run_left_beside_the_output(tmp_path):
-    write(tmp_path / "out.json", ("", ".removed.jsonl")).commit()
-    write(tmp_path / "out.json").commit()
-    assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
+    write(tmp_path / "out.json", ("", ".removed.jsonl", ".report.json")).commit()
+    write(tmp_path / "out.json", ("", ".report.json")).commit()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.json", "out.json.report.json"]
+
+
+def test_what_no_report_tells_of_is_somebody_elses(tmp_path, monkeypatch):
+    (tmp_path / "out.json.removed.jsonl").write_text("precious")
+    with pytest.raises(ValueError, match="is in the way, and of no earlier run"):
+        write(tmp_path / "out.json")
+    assert (tmp_path / "out.json.removed.jsonl").read_text() == "precious"
+    # But a kill in the middle of a commit leaves nothing that a rerun refuses.
+    for n_done in range(3):
+        folder = tmp_path / str(n_done)
+        outputs, done = write(folder / "out.json", ("", ".removed.jsonl", ".report.json")), []
+
+        def replace(source, target, done=done, n_done=n_done, replace=os.replace):
+            if len(done) == n_done:
+                raise KeyboardInterrupt
+            done.append(replace(source, target))
+
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "replace", replace)
+            with pytest.raises(KeyboardInterrupt):
+                outputs.commit()
+        outputs.abandon()
+        write(folder / "out.json", ("", ".report.json")).commit()
+        assert sorted(path.name for path in folder.iterdir()) == ["out.json", "out.json.report.json"]
 
 
 @pytest.mark.parametrize("name", ["out.json", "out.json.removed.jsonl", "out.json.report.json"])

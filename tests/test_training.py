@@ -341,6 +341,24 @@ def test_two_bfloat16_for_each_number_train_nearly_the_same(run, tmp_path):
     assert 0 < max(differences) < 1e-3
 
 
+@pytest.mark.parametrize("argument", ["dataset_name_or_path", "dev_dataset_path", "model_name_or_path"])
+@pytest.mark.parametrize("place", ["training.jsonl", "report.json", "huggingface/rows", "checkpoint-6"])
+def test_what_is_read_is_not_written_over(run, data, tiny_model, tmp_path, argument, place):
+    path = tmp_path / "out" / place
+    shutil.copytree(tiny_model if argument == "model_name_or_path" else data, path)
+    with pytest.raises(ValueError, match="is an input, and lies where training writes or removes"):
+        run(**{argument: str(path)}, overwrite_output_dir=True)
+    assert path.exists()
+
+
+def test_a_foreign_folder_in_the_exports_place_is_kept(run, tmp_path):
+    (tmp_path / "out" / "huggingface").mkdir(parents=True)
+    (tmp_path / "out" / "huggingface" / "mine.txt").write_text("mine")
+    with pytest.raises(ValueError, match="no export of an earlier training"):
+        run(export_format="huggingface")
+    assert (tmp_path / "out" / "huggingface" / "mine.txt").read_text() == "mine"
+
+
 def test_a_model_of_dot_products_says_so(run, tiny_model, tmp_path):
     """To every script that loads it, the next training too; what is asked for goes first."""
     options = {"max_steps": 2, "save_strategy": "no"}

@@ -27,6 +27,8 @@ ELSEWHERE = "see PaddleNLP's Trainer"
 _DATA = ("input_data_path", "dev_path", "dataset_name_or_path")
 # Arguments that hold a text's template.
 _TEMPLATES = ("template", "query_template", "passage_template")
+# What a training writes to its folder that could be a file of arguments by its name.
+_OF_A_TRAINING = ("/config.json", "/report.json", "/run.json", "/modules.json")
 # Whole numbers beyond it, either way, are out of range where no limit of their own says so: no library here takes them.
 _LARGEST_WHOLE = 2**31 - 1
 # As many unknown names are listed; a file of data may hold any number.
@@ -95,10 +97,23 @@ def parse(
             values[name] = values[name].replace("\\n", "\n")  # shells pass the two characters on
     merged |= {name: _from_text(name, text, types_[name]) for name, text in values.items()}
     arguments = build(cls, **merged)
-    output = getattr(arguments, "output_data_path", None)
-    if path and output and os.path.exists(output) and os.path.samefile(path, output):
-        raise ArgumentError(f"{path}: the output would overwrite the file of arguments; give another output_data_path")
+    if path:
+        _check_is_no_output(path, arguments)
     return arguments
+
+
+def _check_is_no_output(path: str, arguments) -> None:
+    """Refuse to write over the file of arguments: the main output, a file named after it, or one of a training's."""
+    own = os.path.realpath(path)
+    for name in ("output_data_path", "output_dir"):
+        output = getattr(arguments, name, None)
+        if output is None:
+            continue
+        rest = own.removeprefix(os.path.realpath(output))
+        named_after_it = rest == "" or re.fullmatch(r"\.\w+\.\w+", rest)
+        of_a_run = named_after_it if name == "output_data_path" else rest in _OF_A_TRAINING
+        if of_a_run or (os.path.isfile(output) and os.path.samefile(path, output)):
+            raise ArgumentError(f"{path}: the output would overwrite the file of arguments; give another {name}")
 
 
 def text_values(arguments, but: str) -> list[str]:

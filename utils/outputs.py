@@ -14,6 +14,8 @@ from utils.records import RecordError, to_line
 
 # In the work folder, what a later run has no use for begins so; caches, which it goes on from, do not.
 _PASSING = "output"
+# Beside every main output.
+_REPORT = ".report.json"
 # What file systems allow for a name, less what the work folder's and temporary names add.
 _LONGEST_NAME = 235
 # A killed run's last process may still be on its way out.
@@ -33,7 +35,8 @@ class Outputs:
     Args:
         main: the path of the main output; a symbolic link is followed.
         suffixes: of the files that a run may write beside it. ``commit`` removes those that this run did
-            not write, so that nothing beside the main output is left from an earlier run.
+            not write, so that nothing beside the main output is left from an earlier run, which its report
+            (``_REPORT``, always written) tells of: without one there, such files are somebody else's, and refused.
     """
 
     def __init__(self, main: str, suffixes: Sequence[str]):
@@ -68,9 +71,12 @@ class Outputs:
                 raise IsADirectoryError(f"{final}: is a directory; expected to write a file there")
             if final.exists() and not final.is_file():
                 raise ValueError(f"{final}: is no regular file; expected a path for a file, which is put there whole")
-            for path in existing:
-                if final.exists() and os.path.samefile(path, final):
-                    raise ValueError(f"{final}: the output would overwrite an input; give another output path")
+            is_input = final.exists() and any(os.path.samefile(path, final) for path in existing)
+            if is_input or os.fspath(final) in map(os.path.realpath, inputs):
+                raise ValueError(f"{final}: the output would overwrite an input; give another output path")
+            if suffix and final.exists() and not self._final(_REPORT).exists():
+                reason = f"is in the way, and of no earlier run ({_REPORT} is not there); move it elsewhere"
+                raise ValueError(f"{final}: {reason}")
         try:
             self._lock = take_lock(self.work, LOCK_PATIENCE_S)
         except OSError as error:
@@ -88,7 +94,7 @@ class Outputs:
         if self.work.is_dir() and any(self.work.iterdir()) and not (self.work / "lock").exists():
             raise ValueError(f"{self.work}: is in the way and no work folder of an earlier run; move it elsewhere")
         # An earlier run's output, such as an evaluation beside the model, has its report beside it.
-        is_foreign = self.main.exists() and not self._final(".report.json").exists()
+        is_foreign = self.main.exists() and not self._final(_REPORT).exists()
         for folder in filter(os.path.isdir, existing):
             if is_foreign and self.main.is_relative_to(os.path.realpath(folder)):
                 raise ValueError(f"{self.main}: is a file of {folder}, an input; give another output path")
@@ -126,7 +132,8 @@ class Outputs:
         for suffix in self._suffixes:
             if suffix not in self._staged:
                 self._final(suffix).unlink(missing_ok=True)
-        for suffix in sorted(self._staged, key=lambda suffix: suffix == ""):
+        # The report comes first: after a kill, it tells that what lies beside it is ours.
+        for suffix in sorted(self._staged, key=lambda suffix: (suffix == "", suffix != _REPORT)):
             try:
                 os.replace(self._staged[suffix], self._final(suffix))
             except OSError as error:

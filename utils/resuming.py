@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO
 
-from utils.checkpoint import WEIGHT_PATTERNS
+from utils.checkpoint import DESCRIPTION, WEIGHT_PATTERNS
 from utils.json_files import as_json, read_object
 from utils.outputs import LOCK_PATIENCE_S, described, remove, take_lock, write_whole
 from utils.training_arguments import TrainArguments
@@ -19,6 +19,10 @@ from utils.training_folder import WEIGHTS, checkpoints, not_leading_to
 logger = logging.getLogger(__name__)
 
 _RECORD = "run.json"
+# What a training writes to its folder, or takes away there, beside its checkpoints.
+_WRITTEN = {
+    _RECORD, "training.jsonl", "report.json", "runs", "lock", "model.work", "huggingface", WEIGHTS, *DESCRIPTION,
+}  # fmt: skip
 # What may differ between a run and the one that it continues.
 _FREE_TO_CHANGE = {
     "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "logging_steps", "save_total_limit",
@@ -39,6 +43,7 @@ def take_folder(given: TrainArguments) -> IO:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder}: output_dir is a file; expected a folder, or a path for a new one")
     if folder.is_dir():
+        _check_inputs(given, folder)
         if os.path.isdir(given.model_name_or_path) and os.path.samefile(folder, given.model_name_or_path):
             raise ValueError(f"{folder}: is the base model's folder; give another output_dir")
         others = {path.name for kind in WEIGHT_PATTERNS for path in folder.glob(kind)} - {WEIGHTS}
@@ -54,6 +59,23 @@ def take_folder(given: TrainArguments) -> IO:
     if lock is None:
         raise ValueError(f"{folder}: another run is training there; wait for it or give another output_dir")
     return lock
+
+
+def _check_inputs(given: TrainArguments, folder: Path) -> None:
+    """Refuse to write over, or remove, what is read."""
+    inputs = [
+        given.model_name_or_path, given.tokenizer_name_or_path, *given.dataset_name_or_path, given.dev_dataset_path,
+        given.dev_corpus_path,
+    ]  # fmt: skip
+    own = Path(os.path.realpath(folder))
+    for path in (Path(os.path.realpath(path)) for path in inputs if path and os.path.exists(path)):
+        first = path.relative_to(own).parts[0] if path.is_relative_to(own) and path != own else ""
+        if first in _WRITTEN or first.startswith("checkpoint-"):
+            reason = f"is an input, and lies where training writes or removes {first}; give another output_dir"
+            raise ValueError(f"{path}: {reason}")
+    export = folder / "huggingface"
+    if export.is_dir() and any(export.iterdir()) and not (export / "modules.json").is_file():
+        raise ValueError(f"{export}: is in the way, and no export of an earlier training; move it elsewhere")
 
 
 def resumed(given: TrainArguments, read: dict) -> str | None:
