@@ -34,9 +34,9 @@ _ADAPTED = (
 
 
 def faster_precision(checkpoint: Checkpoint, wanted: str) -> str:
-    """The precision wanted, if ``TrainableEncoder`` is faster by it with this checkpoint here; or else ``highest``.
+    """The precision wanted, if ``TrainableEncoder`` can be faster by it with this checkpoint here; or else ``highest``.
 
-    Three products for one are faster only where the processor has matrix instructions.
+    Three products for one can be so only where the processor has matrix instructions.
     """
     by_ours = engines.device() == "cpu" and onednn.supports(checkpoint) and matmul.bfloat16_is_fast()
     return wanted if by_ours and (wanted == "medium" or runtime.cpu_has("amx_bf16")) else "highest"

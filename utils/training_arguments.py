@@ -111,7 +111,7 @@ class TrainArguments:
         at_most=0.9,
     )
     float32_matmul_precision: str = option(
-        "high",
+        "highest",
         "BERT-like encoders on CPUs with AMX: high takes each float32 as the sum of two bfloat16; highest as it is",
         choices=PRECISIONS,
     )
