@@ -252,6 +252,14 @@ def test_the_positive_that_margins_are_measured_from(mine, tmp_path, caplog):
     assert results[0].negatives == results[1].negatives == results[2].negatives
     mine(input_data_path=single, relative_margin=1.0)
     assert "have no negative at all" in caplog.text and "margin_positive" not in caplog.text
+    assert "relative_margin dropped the most candidates" in caplog.text and "a smaller relative_margin" in caplog.text
+    caplog.clear()
+    mine(input_data_path=single, relative_margin=None, positive_similarity=None, max_score=-1.0)
+    assert "max_score dropped the most" in caplog.text and "a higher max_score, or short_rows" in caplog.text
+    caplog.clear()
+    dropped, _ = mine(input_data_path=single, range_for_sampling="5000-5001", num_negatives=1, short_rows="drop")
+    assert dropped.report["counts"]["dropped_short"] == 60 and "60 of 60 rows have no negative" in caplog.text
+    assert "range_for_sampling holds no more passages" in caplog.text
 
 
 def test_short_rows(mine, tmp_path):

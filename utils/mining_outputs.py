@@ -17,6 +17,12 @@ from utils.sampling import MiningResult
 logger = logging.getLogger(__name__)
 
 SUFFIXES = (".short.jsonl", ".rejected.jsonl", ".corpus.jsonl", ".queries.jsonl", ".report.json")
+# How each test drops fewer candidates.
+_LOOSER = {
+    "relative_margin": "a smaller", "absolute_margin": "a smaller", "reranker_margin": "a smaller",
+    "max_score": "a higher", "min_score": "a lower", "positive_similarity": "a higher",
+    "negative_similarity": "a higher",
+}  # fmt: skip
 _QUANTILES = (5, 25, 50, 75, 95)
 
 
@@ -58,25 +64,30 @@ def write(
 def _warn_of_short_rows(
     given: MiningArguments, inputs: Inputs, counts: dict[str, int], screened: Screened, result: MiningResult
 ) -> None:
-    """One line on the rows without negatives, or on those that were set aside though nobody asked for it."""
-    set_aside = given.short_rows is None and counts["dropped_short"] > 0
+    """One line on the rows without negatives, or on those that were set aside; and which test to look at."""
+    set_aside = counts["dropped_short"] > 0
     n_rows = counts["dropped_short"] if set_aside else counts["without_negatives"]
     if n_rows == 0:
         return
-    what, others = "no negative at all", "backfill or drop"
-    why = "the nearest passages were all dropped as likely answers; "
-    if given.short_rows == "drop":
-        what, others = what + " and were dropped", "backfill"
-    elif set_aside:
+    what, others, fewer = "no negative at all", "backfill or drop", ""
+    if set_aside:
         if given.negatives_needed > 1:
-            what = f"fewer than {given.negatives_needed} negatives"
-            why = "too many of the nearest passages were dropped as likely answers; a smaller num_negatives, "
-        side_file = f"{given.output_data_path}.short.jsonl"
-        what += f" and went to {side_file}, as tools that read {given.output_format} cannot take them"
+            what, fewer = f"fewer than {given.negatives_needed} negatives", "fewer negatives a row, "
+        what += f" and went to {given.output_data_path}.short.jsonl"
         others = "backfill or keep"
+        if given.short_rows is None:
+            what += f", as tools that read {given.output_format} cannot take them"
+    tests = {name: n for name, n in result.drops_by_reason.items() if n and name in _LOOSER}
+    worst = max(tests, key=tests.__getitem__, default=None)
+    if worst is None:
+        why, looser = "range_for_sampling holds no more passages that may be mined; ", ""
+    else:
+        why = f"{worst} dropped the most candidates, {tests[worst]:,}; "
+        looser = f", {_LOOSER[worst]} {worst}"
     logger.warning(
-        "%d of %d rows have %s: %sa wider range_for_sampling, a smaller relative_margin%s, or short_rows %s",
-        n_rows, counts["input"], what, why, _advice_on_positives(given, inputs, screened, result), others,
+        "%d of %d rows have %s: %s%sanother range_for_sampling%s%s, or short_rows %s",
+        n_rows, counts["input"], what, why, fewer, looser,
+        _advice_on_positives(given, inputs, screened, result), others,
     )  # fmt: skip
 
 
