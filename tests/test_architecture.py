@@ -41,7 +41,7 @@ AREAS = {
     "gradients": ("gradients", "ranks losses tokenizing batches trainable"),
     "dev": ("dev_evaluation", "rows ranks formulae search encoding collections"),
     "folders": ("training_folder", "files"),
-    "resuming": ("resuming", "arguments files checkpoint folders"),
+    "resuming": ("resuming", "arguments files report checkpoint folders"),
     "export": ("export", "json_files models wordpiece"),
     "trainer": (
         "paddlenlp_arguments embedding_trainer",

@@ -18,6 +18,7 @@ from utils.arguments import (
     EvaluateArguments,
     MiningArguments,
     build,
+    input_paths,
     parse,
 )
 from utils.training_arguments import TrainArguments, training_arguments
@@ -242,20 +243,22 @@ def test_rows_where_arguments_are_expected(tmp_path):
         parse(CleanArguments, [str(path)], "")
 
 
-def test_arguments_are_not_written_over(tmp_path):
+def test_what_a_run_reads_is_what_names_files(tmp_path):
+    """The file of arguments is among it, the output and other words are not."""
     path = tmp_path / "arguments.json"
-    path.write_text(json.dumps({"output_data_path": str(path)}))
-    with pytest.raises(ArgumentError, match="would overwrite the file of arguments"):
-        parse(CleanArguments, [str(path)], "")
-    for name in ("rows.report.json", "rows.removed.jsonl"):
-        (tmp_path / name).write_text(json.dumps({"output_data_path": str(tmp_path / "rows")}))
-        with pytest.raises(ArgumentError, match="would overwrite the file of arguments"):
-            parse(CleanArguments, [str(tmp_path / name)], "")
-    (tmp_path / "config.json").write_text(json.dumps({"output_dir": str(tmp_path)}))
-    with pytest.raises(ArgumentError, match="the file of arguments; give another output_dir"):
-        parse(TrainArguments, [str(tmp_path / "config.json")], "")
-    (tmp_path / "rows.json").write_text(json.dumps({"output_data_path": str(tmp_path / "rows")}))
-    parse(CleanArguments, [str(tmp_path / "rows.json")], "")
+    path.write_text(
+        '{"input_data_path": "rows", "output_data_path": "auto", "dtype": "auto", "embedding_cache": "kept"}'
+    )
+    own = ["multilingual-e5-small", "kept", "rows"]
+    assert sorted(input_paths(parse(CleanArguments, [str(path)], ""))) == sorted([*own, str(path)])
+    flags = ["--input_data_path", "rows", "--output_data_path", "list", "--embedding_cache", "kept"]
+    mining = parse(MiningArguments, [*flags, "--candidate_pool", "pool", "--answer_key", "answers"], "")
+    assert sorted(input_paths(mining)) == sorted([*own, "pool"])
+    training = parse(TrainArguments, ["--dataset_name_or_path", "a,b", "--output_dir", "out"], "")
+    assert sorted(input_paths(training)) == ["a", "b", "multilingual-e5-small"]
+
+
+def test_arguments_that_are_no_regular_file_are_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(ArgumentError, match="is no regular file"):
         parse(CleanArguments, [str(tmp_path / "pipe")], "")

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -77,11 +78,14 @@ def test_equal_vectors_are_duplicates_at_a_threshold_of_1(tmp_path, rows):
     assert result.kept_rows.tolist() == list(range(0, 40, 2))
 
 
-def test_the_closest_removals_are_shown(job):
+def test_the_closest_removals_are_shown_each_pair_once(job, rows):
     result = job()
-    similar = sorted(removed.score for removed in result.removed if removed.reason == "similar")
-    assert similar and [pair["cosine"] for pair in result.report["closest_removals"]] == similar[:3]
-    assert f"  {similar[0]:.4f}  " in result.summary()
+    texts = [row["query"] for row in rows]
+    pairs = {(r.score, texts[r.row], texts[r.kept_row]) for r in result.removed if r.reason == "similar"}
+    shown = [(pair["cosine"], pair["query"], pair["kept_query"]) for pair in result.report["closest_removals"]]
+    assert [pair[0] for pair in shown] == sorted(pair[0] for pair in pairs)[:5] and len({*shown}) == 5
+    assert {*shown} <= pairs
+    assert f"  {shown[0][0]:.4f}  " in result.summary() and "leakage" not in result.summary()
 
 
 def vectors_of(texts, model):
@@ -130,9 +134,8 @@ def test_report_balances_and_says_what_was_done(job, rows):
     assert sum(counts[part] for part in parts) == len(rows)
     assert report["arguments"]["similarity_threshold"] == THRESHOLD
     assert {"seconds", "texts_per_second", "peak_memory_bytes", "world_size", "versions"} <= set(report)
-    assert sorted(path.name for path in job.output.parent.iterdir()) == [
-        "clean.json", "clean.json.removed.jsonl", "clean.json.report.json"
-    ]  # fmt: skip
+    written = sorted(path.name for path in job.output.parent.iterdir())
+    assert written == report["outputs"] == ["clean.json", "clean.json.removed.jsonl", "clean.json.report.json"]
 
 
 def test_a_second_threshold_encodes_nothing(job, tmp_path):
@@ -188,6 +191,12 @@ def test_leaks_are_removed_whatever_else_they_are(job, rows, tmp_path, tiny_mode
     close = vectors @ vectors_of([reference[1]["query"]], tiny_model)[0] >= THRESHOLD
     close |= vectors @ vectors_of([rows[3]["query"]], tiny_model)[0] >= THRESHOLD
     assert leaks == set(np.flatnonzero(close))
+    assert re.search(rf"removed, leakage +{len(leaks)}\n", result.summary())
+    for entry in removed:
+        names = {"reference_line", "reference_query"} if entry["reason"] == "leakage" else {"kept_line", "kept_query"}
+        assert entry.keys() == {"line", "row", "cosine", "reason"} | names
+        if entry["reason"] == "leakage":
+            assert entry["reference_query"] == reference[entry["reference_line"] - 1]["query"]
     assert 3 in leaks
     rest = [i for i in range(len(rows)) if i not in leaks]
     texts = list(dict.fromkeys(rows[i]["query"] for i in rest))
@@ -200,6 +209,11 @@ def test_target_size(job):
     assert len(result.kept_rows) <= 100
     more = job(similarity_threshold=round(result.threshold + 1e-4, 4))
     assert len(more.kept_rows) > 100
+
+
+def test_a_target_that_takes_unrelated_queries_is_warned_of(job, caplog):
+    job(target_size=3)
+    assert "what unrelated queries score with this model" in caplog.text
 
 
 def test_user_vectors_replace_the_model(job, rows, tmp_path):

@@ -293,8 +293,9 @@ def test_rows_that_other_tools_cannot_take_are_set_aside(mine, tmp_path, caplog,
     aside, counts = [i for i in range(90) if sizes[i] < needed], result.report["counts"]
     assert (counts["dropped_short"], counts["written"]) == (len(aside), 90 - len(aside))
     warnings = [record.getMessage() for record in caplog.records if " rows have " in record.getMessage()]
+    loud = "warning: " if 2 * max(len(aside), (sizes == 0).sum()) > 90 else ""
     what = "fewer than 12 negatives" if name == "n-tuple" else "no negative at all"
-    told = f"{len(aside)} of 90 rows have {what} and went to {side}, as tools that read {name} cannot take them: "
+    told = f"{loud}{len(aside)} of 90 rows have {what} and went to {side}, as tools that read {name} cannot take them: "
     assert len(warnings) == 1 and warnings[0].startswith(told) == (needed > 0)
     assert side.exists() == bool(aside) and (not aside or read_jsonl(side) == [plain[i] for i in aside])
     whole = [row for i, row in enumerate(plain) if sizes[i] >= needed]
@@ -371,17 +372,20 @@ def test_flagembedding_keys_are_read(mine, tmp_path):
     rows = [{"query": row["query"], "pos": row["pos_passage"], "neg": ["old"]} for row in mining_rows()]
     _, out = mine(input_data_path=write_jsonl(tmp_path / "fe.jsonl", rows), num_negatives=2)
     ours = read_jsonl(out)
-    assert not any("neg" in row for row in ours)  # the mined ones take their place
+    assert all(row.keys() == {"query", "pos", "neg"} for row in ours)  # the mined ones take the old ones' place
     _, out = mine(num_negatives=2)
-    assert [row["neg_passage"] for row in ours] == [row["neg_passage"] for row in read_jsonl(out)]
+    assert [row["neg"] for row in ours] == [row["neg_passage"] for row in read_jsonl(out)]
 
 
-def test_a_corpus_smaller_than_what_is_asked_for(mine, tmp_path):
+def test_a_corpus_smaller_than_what_is_asked_for(mine, tmp_path, caplog):
     rows = [{"query": "loan", "pos_passage": ["loan answer 1"]}, {"query": "card", "pos_passage": ["river 2"]}]
     source = write_jsonl(tmp_path / "few.jsonl", rows)
     result, out = mine(input_data_path=source, relative_margin=None, positive_similarity=None)
     assert [row["neg_passage"] for row in read_jsonl(out)] == [["river 2"], ["loan answer 1"]]
     assert result.short_queries.tolist() == [0, 1]
+    caplog.set_level("INFO")
+    mine(input_data_path=source, num_negatives=1)
+    assert "range_for_sampling 0-50 goes beyond the 2 passages to mine from" in caplog.text
 
 
 @pytest.mark.parametrize(

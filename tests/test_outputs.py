@@ -1,3 +1,4 @@
+import json
 import os
 import signal
 import subprocess
@@ -18,7 +19,9 @@ def write(path, suffixes=("",), inputs=()):
     outputs.open_work(inputs)
     for suffix in suffixes:
         with outputs.stage(suffix) as stream:
-            stream.write(b"new")
+            stream.write(
+                json.dumps({"outputs": outputs.names()}).encode() if suffix == outputs_module.REPORT else b"new"
+            )
     return outputs
 
 
@@ -50,12 +53,26 @@ def test_commit_removes_what_an_earlier_run_left_beside_the_output(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.json", "out.json.report.json"]
 
 
-def test_what_no_report_tells_of_is_somebody_elses(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "report", ["", "[1]", '{"outputs": "all"}', '{"outputs": ["out.json", "out.json.report.json"]}']
+)
+def test_what_no_report_tells_of_is_somebody_elses(tmp_path, report):
     (tmp_path / "out.json.removed.jsonl").write_text("precious")
+    if report:
+        (tmp_path / "out.json.report.json").write_text(report)
     with pytest.raises(ValueError, match="is in the way, and of no earlier run"):
         write(tmp_path / "out.json")
     assert (tmp_path / "out.json.removed.jsonl").read_text() == "precious"
-    # But a kill in the middle of a commit leaves nothing that a rerun refuses.
+
+
+def test_what_appears_beside_the_output_during_a_run_stays(tmp_path):
+    outputs = write(tmp_path / "out.json", ("", ".report.json"))
+    (tmp_path / "out.json.removed.jsonl").write_text("precious")
+    outputs.commit()
+    assert (tmp_path / "out.json.removed.jsonl").read_text() == "precious"
+
+
+def test_a_kill_during_a_commit_leaves_nothing_that_a_rerun_refuses(tmp_path, monkeypatch):
     for n_done in range(3):
         folder = tmp_path / str(n_done)
         outputs, done = write(folder / "out.json", ("", ".removed.jsonl", ".report.json")), []
@@ -81,6 +98,12 @@ def test_no_output_overwrites_an_input(tmp_path, name):
     with pytest.raises(ValueError, match="would overwrite an input"):
         write(tmp_path / "out.json", inputs=[None, str(tmp_path / "link")])
     assert (tmp_path / name).read_text() == "precious"
+
+
+def test_no_output_stands_where_an_input_folder_is_to_be_made(tmp_path):
+    for name in ("out.json", "out.json/cache"):
+        with pytest.raises(ValueError, match="would overwrite an input"):
+            write(tmp_path / "out.json", inputs=[str(tmp_path / name)])
 
 
 def test_a_file_of_an_input_folder_is_kept_but_an_earlier_output_there_is_not(tmp_path):

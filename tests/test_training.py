@@ -96,6 +96,8 @@ def test_training_learns_and_the_checkpoint_is_a_model(run, tmp_path):
     dev = [entry["eval_ndcg@10"] for entry in log if "eval_ndcg@10" in entry]
     before, *dev = dev
     assert len(dev) == 6 and dev[-1] > dev[0] > before and result.metrics["ndcg@10"] == dev[-1]
+    assert result.before["ndcg@10"] == result.report["metrics_before"]["ndcg@10"] == before
+    assert f"dev ndcg@10      {before:.4f} -> {dev[-1]:.4f}" in result.summary()
     losses = [entry["loss"] for entry in log if "loss" in entry]
     assert losses[-1] < losses[0]
     model = checkpoint.resolve(str(tmp_path / "out"))
@@ -351,12 +353,59 @@ def test_what_is_read_is_not_written_over(run, data, tiny_model, tmp_path, argum
     assert path.exists()
 
 
-def test_a_foreign_folder_in_the_exports_place_is_kept(run, tmp_path):
-    (tmp_path / "out" / "huggingface").mkdir(parents=True)
-    (tmp_path / "out" / "huggingface" / "mine.txt").write_text("mine")
+@pytest.mark.parametrize("argument", ["dataset_name_or_path", "model_name_or_path"])
+@pytest.mark.parametrize("place", ["training.jsonl", "run.json.part", "checkpoint-6/weights"])
+def test_what_links_of_an_input_folder_lead_to_is_not_written_over(run, data, tiny_model, tmp_path, argument, place):
+    target, folder = tmp_path / "out" / place, tmp_path / "given"
+    target.parent.mkdir(parents=True)
+    shutil.copytree(tiny_model if argument == "model_name_or_path" else data, folder)
+    moved = folder / ("train.json" if argument == "dataset_name_or_path" else "config.json")
+    moved.rename(target)
+    moved.symlink_to(target)
+    with pytest.raises(ValueError, match=f"{moved.name}: is an input, and lies where training writes or removes"):
+        run(**{argument: str(folder)}, overwrite_output_dir=True)
+    assert target.exists()
+
+
+@pytest.mark.parametrize("place", ["config.json", "huggingface/arguments.json"])
+def test_the_file_of_arguments_is_not_written_over(data, tiny_model, tmp_path, place):
+    path = tmp_path / "out" / place
+    path.parent.mkdir(parents=True)
+    arguments = {
+        "model_name_or_path": str(tiny_model),
+        "dataset_name_or_path": str(data),
+        "output_dir": f"{tmp_path}/out",
+    }
+    path.write_text(json.dumps(arguments))
+    with pytest.raises(ValueError, match="is an input, and lies where training writes or removes"):
+        training.train(parse(training_arguments(), [str(path)], ""))
+    assert json.loads(path.read_text()) == arguments
+
+
+def test_a_folder_of_the_data_can_be_the_output_folder_too(run, data, tmp_path):
+    shutil.copytree(data, tmp_path / "out")
+    for _ in range(2):
+        run(dataset_name_or_path=str(tmp_path / "out"), max_steps=2)
+
+
+@pytest.mark.parametrize("argument", ["model_name_or_path", "tokenizer_name_or_path"])
+def test_the_base_models_folder_is_no_output_folder(run, tiny_model, tmp_path, argument):
+    shutil.copytree(tiny_model, tmp_path / "out")
+    with pytest.raises(ValueError, match="is the base model's folder; give another output_dir"):
+        run(**{argument: str(tmp_path / "out")})
+
+
+@pytest.mark.parametrize(
+    ("name", "beside"), [("mine.txt", "modules.json"), ("mine.txt", "../run.json"), ("modules.json", "config.json")]
+)
+def test_a_foreign_folder_in_the_exports_place_is_kept(run, tmp_path, name, beside):
+    export = tmp_path / "out" / "huggingface"
+    export.mkdir(parents=True)
+    (export / beside).write_text("{}")
+    (export / name).write_text("mine")
     with pytest.raises(ValueError, match="no export of an earlier training"):
         run(export_format="huggingface")
-    assert (tmp_path / "out" / "huggingface" / "mine.txt").read_text() == "mine"
+    assert (export / name).read_text() == "mine"
 
 
 def test_a_model_of_dot_products_says_so(run, tiny_model, tmp_path):
@@ -503,9 +552,43 @@ def test_an_ended_run_is_not_gone_on_with(run, tmp_path, options):
     assert (again.steps, again.loss) == (first.steps, pytest.approx(first.loss))
 
 
+def test_the_metrics_of_before_survive_a_kill(run, tmp_path, monkeypatch):
+    options = {"evaluation_strategy": "epoch", "save_strategy": "epoch"}
+    whole = run("whole", **options)
+    with killed_at(9, monkeypatch):
+        run("killed", **options)
+    assert run("killed", **options).before == whole.before != {}
+
+
+def test_a_model_that_became_worse_is_told_of(run, monkeypatch, caplog):
+    def judge(*values):
+        left = iter(values)
+        monkeypatch.setattr(training.Job, "evaluate", lambda job: dict.fromkeys(training.METRICS, next(left)))
+
+    judge(0.9, 0.5, 0.7)
+    run(evaluation_strategy="epoch")
+    assert "the dev rows are retrieved worse than before training: ndcg@10 0.9000 -> 0.7000; a lower" in caplog.text
+    caplog.clear()
+    judge(0.6, 0.5, 0.7)
+    run("better", evaluation_strategy="epoch")
+    assert "worse" not in caplog.text
+
+
+def test_the_logged_learning_rate_is_that_of_the_logged_step(run, tmp_path):
+    run(max_steps=4, logging_steps=1, warmup_steps=2, learning_rate=1e-3)
+    log = read_jsonl(tmp_path / "out" / "training.jsonl")
+    assert [entry["learning_rate"] for entry in log if "learning_rate" in entry] == pytest.approx([0, 5e-4, 1e-3, 5e-4])
+
+
+def test_a_template_that_a_folder_cannot_hold_is_told_of_once(run, tmp_path, caplog):
+    run(query_template="how {text} ?", max_steps=6)
+    told = [record for record in caplog.records if "goes on behind the text" in record.getMessage()]
+    assert len(told) == 1 and "query_template 'how {text} ?'" in told[0].getMessage()
+
+
 def test_another_runs_checkpoints_are_not_taken_over(run):
     run()
-    with pytest.raises(ValueError, match="a run with other learning_rate"):
+    with pytest.raises(ValueError, match=r"a run with other learning_rate \(0\.001 then, 0\.0005 now\); give another"):
         run(learning_rate=5e-4)
     run(learning_rate=5e-4, overwrite_output_dir=True)
 
@@ -518,7 +601,7 @@ def test_other_dev_rows_make_another_run(run, data, tmp_path, monkeypatch, caplo
     with killed_at(9, monkeypatch):
         run(**options)
     write_jsonl(dev, make_rows(9, seed=1))
-    with pytest.raises(ValueError, match="holds checkpoints of a run with other dev_data; give another output_dir"):
+    with pytest.raises(ValueError, match="holds checkpoints of a run with other dev rows; give another output_dir"):
         run(**options)
     # A checkpoint that is asked for is gone on with, but its best is none of the new rows.
     with caplog.at_level("INFO"):

@@ -27,8 +27,8 @@ ELSEWHERE = "see PaddleNLP's Trainer"
 _DATA = ("input_data_path", "dev_path", "dataset_name_or_path")
 # Arguments that hold a text's template.
 _TEMPLATES = ("template", "query_template", "passage_template")
-# What a training writes to its folder that could be a file of arguments by its name.
-_OF_A_TRAINING = ("/config.json", "/report.json", "/run.json", "/modules.json")
+# Arguments that name files or folders to read, beside those called so.
+_READ = ("candidate_pool", "compare_with", "embedding_cache")
 # Whole numbers beyond it, either way, are out of range where no limit of their own says so: no library here takes them.
 _LARGEST_WHOLE = 2**31 - 1
 # As many unknown names are listed; a file of data may hold any number.
@@ -97,29 +97,16 @@ def parse(
             values[name] = values[name].replace("\\n", "\n")  # shells pass the two characters on
     merged |= {name: _from_text(name, text, types_[name]) for name, text in values.items()}
     arguments = build(cls, **merged)
-    if path:
-        _check_is_no_output(path, arguments)
+    arguments.arguments_path = path
     return arguments
 
 
-def _check_is_no_output(path: str, arguments) -> None:
-    """Refuse to write over the file of arguments: the main output, a file named after it, or one of a training's."""
-    own = os.path.realpath(path)
-    for name in ("output_data_path", "output_dir"):
-        output = getattr(arguments, name, None)
-        if output is None:
-            continue
-        rest = own.removeprefix(os.path.realpath(output))
-        named_after_it = rest == "" or re.fullmatch(r"\.\w+\.\w+", rest)
-        of_a_run = named_after_it if name == "output_data_path" else rest in _OF_A_TRAINING
-        if of_a_run or (os.path.isfile(output) and os.path.samefile(path, output)):
-            raise ArgumentError(f"{path}: the output would overwrite the file of arguments; give another {name}")
-
-
-def text_values(arguments, but: str) -> list[str]:
-    """All that an argument other than ``but`` says in words, among it every path."""
-    values = [getattr(arguments, f.name) for f in dataclasses.fields(arguments) if f.name != but]
-    return [text for value in values for text in (value if isinstance(value, list) else [value]) if type(text) is str]
+def input_paths(arguments) -> list[str]:
+    """Every file and folder that a run may read: those that the arguments name, and the file that they came from."""
+    names = [f.name for f in dataclasses.fields(arguments) if f.name in _READ or f.name.endswith("_path")]
+    values = [getattr(arguments, name) for name in names if name != "output_data_path"]
+    values += [getattr(arguments, "arguments_path", None)]
+    return [path for value in values if value for path in (value if isinstance(value, list) else [value])]
 
 
 def build(cls: type[Arguments], **values) -> Arguments:

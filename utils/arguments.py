@@ -6,9 +6,9 @@ Training's is in ``training_arguments``.
 from dataclasses import dataclass
 from typing import Literal
 
-from utils.argument_parsing import ArgumentError, build, nearest, option, parse, text_values
+from utils.argument_parsing import ArgumentError, build, input_paths, nearest, option, parse
 
-__all__ = ["ArgumentError", "build", "parse", "text_values"]
+__all__ = ["ArgumentError", "build", "input_paths", "parse"]
 
 # The bundled model's name, which bundled_model.py answers to.
 DEFAULT_MODEL = "multilingual-e5-small"

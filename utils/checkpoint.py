@@ -281,7 +281,7 @@ def _folder(name: str) -> Path:
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"{name}: not a local folder, and the hub could not supply it ({error}); "
-            f"give a local folder, or {bundled_model.NAME}, which is bundled"
+            f"give a local folder (of embedding models, {bundled_model.NAME} is bundled)"
         ) from None
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from utils import dedup, engines, merged_positives, report, thresholds
-from utils.arguments import CleanArguments, text_values
+from utils.arguments import CleanArguments, input_paths
 from utils.dedup import DedupResult
 from utils.distributed import Ranks
 from utils.embedding import build_encoders, embed
@@ -44,7 +44,9 @@ class CleaningResult:
         """A short table for a person."""
         counts = self.report["counts"]
         rows = [("rows in", f"{counts['input']:,}"), ("kept", f"{counts['kept']:,}")]
-        rows += [(f"removed, {reason}", f"{counts['removed_' + reason]:,}") for reason in _REASONS]
+        has_reference = self.report["arguments"]["reference_data_path"] is not None
+        checked = [reason for reason in _REASONS if reason != "leakage" or has_reference]
+        rows += [(f"removed, {reason}", f"{counts['removed_' + reason]:,}") for reason in checked]
         rows += [("rejected", f"{counts['rejected']:,}")] if counts["rejected"] else []
         rows += [("threshold", f"{self.threshold:g}"), ("seconds", f"{self.report['seconds']['total']:.1f}")]
         title = f"{self.report['arguments']['input_data_path']} -> {self.report['arguments']['output_data_path']}"
@@ -59,7 +61,7 @@ class CleaningResult:
 _REASONS = ("exact", "similar", "leakage")
 _SUFFIXES = (".removed.jsonl", ".rejected.jsonl", ".report.json")
 # Removals to show to a person: those that the threshold decided the most narrowly.
-_SHOWN, _SHOWN_WIDTH = 3, 50
+_SHOWN, _SHOWN_WIDTH = 5, 50
 
 
 def clean(given: CleanArguments) -> CleaningResult:
@@ -133,7 +135,7 @@ class _Inputs:
             vectors = read_user_vectors(given.embeddings_path, queries.source.n_rows, "row of input", normalize=True)
         else:
             build_encoders(given)
-        outputs.open_work(text_values(given, but="output_data_path"))
+        outputs.open_work(input_paths(given))
         return cls(queries, reference, vectors)
 
 
@@ -184,7 +186,8 @@ def _decide(
     device = engines.device()
     n, dim = ranks.broadcast_object(vectors.shape if vectors is not None else None)
     logger.info("dedup: %s unique queries, at most %.1f MiB of vectors in memory", f"{n:,}", n * dim * 4 / 2**20)
-    threshold = ranks.broadcast_object(_threshold(given, vectors, run) if vectors is not None else None)
+    unrelated = thresholds.Unrelated.of(vectors) if vectors is not None else None
+    threshold = ranks.broadcast_object(_threshold(given, n, unrelated, run) if unrelated is not None else None)
     nearest = None
     if given.reference_data_path:
         nearest = _nearest_reference(ranks, inputs, vectors, reference, n, device)
@@ -194,15 +197,19 @@ def _decide(
         with report.Progress("dedup", len(rows), "rows") as progress:
             return dedup.remove_near_duplicates(vectors, rows, dim, threshold, ranks, device, progress.update)
 
-    if given.target_size is not None:
-        return thresholds.find(decide, given.target_size), nearest
-    return decide(threshold), nearest
+    if given.target_size is None:
+        return decide(threshold), nearest
+    result = thresholds.find(decide, given.target_size)
+    if unrelated is not None:
+        thresholds.checked(result.threshold, unrelated)
+    return result, nearest
 
 
-def _threshold(given: CleanArguments, vectors: np.ndarray, run: report.RunReport) -> float | None:
+def _threshold(
+    given: CleanArguments, n_queries: int, unrelated: thresholds.Unrelated, run: report.RunReport
+) -> float | None:
     """The threshold that is given, or else one that suits the model. None where ``target_size`` finds it."""
-    unrelated = thresholds.Unrelated.of(vectors)
-    if len(vectors) > 1:
+    if n_queries > 1:
         run.results["unrelated_queries"] = unrelated.described()
     if given.target_size is not None:
         if given.similarity_threshold is not None:
@@ -289,15 +296,17 @@ def _write(
 
 
 def _closest(inputs: _Inputs, removed: list[Removed]) -> list[dict]:
-    """The removals that the threshold decided the most narrowly, for a person to judge it by."""
-    similar = sorted((r for r in removed if r.reason == "similar"), key=lambda r: r.score)[:_SHOWN]
+    """The removals that the threshold decided the most narrowly, each pair of texts once, for a person to judge by."""
+    texts, first = inputs.queries.texts, inputs.queries.first
+    similar = sorted((r for r in removed if r.reason == "similar"), key=lambda r: r.score)
+    pairs = {(int(first[r.row]), r.kept_row): r for r in reversed(similar)}
     return [
         {
             "cosine": r.score,
-            "query": report.shortened(inputs.queries.texts[r.row], _SHOWN_WIDTH),
-            "kept_query": report.shortened(inputs.queries.texts[r.kept_row], _SHOWN_WIDTH),
+            "query": report.shortened(texts[r.row], _SHOWN_WIDTH),
+            "kept_query": report.shortened(texts[r.kept_row], _SHOWN_WIDTH),
         }
-        for r in similar
+        for r in sorted(pairs.values(), key=lambda r: r.score)[:_SHOWN]
     ]
 
 
@@ -317,13 +326,13 @@ def _write_rows(given: CleanArguments, outputs: Outputs, inputs: _Inputs, remove
                     content = merged_positives.added_to(raw, queries.source.path, gained[row])
                 kept_stream.write(content)
                 continue
-            where = inputs.reference if reason.reason == "leakage" else queries
+            where, prefix = (inputs.reference, "reference") if reason.reason == "leakage" else (queries, "kept")
             assert where is not None
             entry = {
                 "line": raw.number,
                 "row": parse_object(raw, queries.source.path),
-                "kept_line": int(where.lines[reason.kept_row]),
-                "kept_query": where.texts[reason.kept_row],
+                f"{prefix}_line": int(where.lines[reason.kept_row]),
+                f"{prefix}_query": where.texts[reason.kept_row],
                 "cosine": reason.score,
                 "reason": reason.reason,
             }

@@ -68,7 +68,7 @@ class EmbeddingTrainer(Trainer):
         )
         self.remove_callback(PrinterCallback)
         self.final_metrics: dict[str, float] = {}
-        self._evaluated_at = -1
+        self._evaluated_at, self._rate = -1, 0.0
         self._guard = Guard(self.args.gradient_accumulation_steps)
         self._standing = Standing(job.judged_by)
         given = job.given
@@ -107,7 +107,7 @@ class EmbeddingTrainer(Trainer):
 
     def _note_where_it_began(self) -> None:
         """The dev metrics of the base model: what training is to better."""
-        found = self.job.evaluate()
+        self._standing.before = found = self.job.evaluate()
         logger.info("before training: %s %.4f", self.job.judged_by[0], found[self.job.judged_by[0]])
         logs = {f"eval_{name}": value for name, value in found.items()}
         self.ranks.on_first(lambda: self._journal.add(0, logs, shown=False))
@@ -137,6 +137,11 @@ class EmbeddingTrainer(Trainer):
                         best, self.given.output_dir)  # fmt: skip
             self._standing.best = self._standing.best_step = None
 
+    @property
+    def first_metrics(self) -> dict[str, float]:
+        """The dev metrics before the first step, with which ``final_metrics`` can be compared; empty if not known."""
+        return self._standing.before
+
     def mean_loss(self) -> float:
         """Over all batches whose loss was a number, of a resumed training too."""
         return self._standing.loss_sum / max(1, self._standing.n_losses)
@@ -158,6 +163,7 @@ class EmbeddingTrainer(Trainer):
 
     def training_step(self, model, inputs, step_control=0):
         model.train()
+        self._rate = self._get_learning_rate()
         outcome = self.step(inputs).over(self.ranks)
         step = self.state.global_step + 1
         warming_up = step <= self.args.get_warmup_steps(self.state.max_steps)
@@ -200,6 +206,13 @@ class EmbeddingTrainer(Trainer):
             self._evaluated_at = -1
         if self.job.judged_by and self._evaluated_at != self.state.global_step:
             self.final_metrics = self.job.evaluate()
+        name = self.job.judged_by[0] if self.job.judged_by else ""
+        if name in self.first_metrics and self.final_metrics[name] < self.first_metrics[name]:
+            logger.warning(
+                "the dev rows are retrieved worse than before training: %s %.4f -> %.4f; a lower learning_rate, fewer"
+                " epochs, load_best_model_at_end with an evaluation_strategy, or negatives that are no answers help",
+                name, self.first_metrics[name], self.final_metrics[name],
+            )  # fmt: skip
 
     def _load_rng_state(self, checkpoint):
         """Nothing to load: every random draw is seeded by its place in the training."""
@@ -265,6 +278,8 @@ class EmbeddingTrainer(Trainer):
     def log(self, logs, **kwargs):
         if "train_loss" in logs:
             logs["train_loss"] = self.mean_loss()  # the Trainer's counts nothing from before a resume
+        if "learning_rate" in logs:
+            logs["learning_rate"] = float(self._rate)  # of the step that was done; the Trainer's is the next one's
         super().log(logs, **kwargs)
         self.ranks.on_first(lambda: self._journal.add(self.state.global_step, logs))
 

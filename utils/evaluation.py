@@ -10,7 +10,7 @@ import numpy as np
 
 from utils import collection as collections
 from utils import comparison, engines, metrics, report, runtime, statistics, trec
-from utils.arguments import EvaluateArguments, ModelArguments, text_values
+from utils.arguments import EvaluateArguments, ModelArguments, input_paths
 from utils.collection import Collection
 from utils.comparison import Comparison
 from utils.distributed import Ranks
@@ -115,7 +115,7 @@ class _Inputs:
         for model in ([_model(given)] if has_model else []) + [inputs.other_model]:
             if model is not None:
                 build_encoders(replace(model, dimension=largest))
-        outputs.open_work(text_values(given, but="output_data_path"))
+        outputs.open_work(input_paths(given))
         return inputs
 
     def _read_vectors(self, given: EvaluateArguments) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from utils import margins, mining_outputs, negatives, report
-from utils.arguments import MiningArguments, text_values
+from utils.arguments import MiningArguments, input_paths
 from utils.distributed import Ranks
 from utils.embedding import build_encoders, embed
 from utils.embedding_store import derive, fingerprint
@@ -82,13 +82,16 @@ def _read(given: MiningArguments, outputs: Outputs) -> Inputs:
         raise ValueError(f"score_baseline is {given.score_baseline}; expected less than 1, a cosine")
     if given.index_factory:
         check_factory(dim, given.index_factory, given.index_parameters)
-    outputs.open_work(text_values(given, but="output_data_path"))
+    outputs.open_work(input_paths(given))
     wanted = given.negatives_a_row
     if given.window[1] - given.window[0] < wanted:
         logger.warning(
             "range_for_sampling %s holds fewer candidates than the %d negatives a row that are wanted",
             given.range_for_sampling, wanted,
         )  # fmt: skip
+    elif inputs.n_candidates < given.window[1]:
+        logger.info("range_for_sampling %s goes beyond the %d passages to mine from",
+                    given.range_for_sampling, inputs.n_candidates)  # fmt: skip
     if inputs.n_candidates < wanted:
         logger.warning("%d passages to mine from, but %d negatives a row wanted", inputs.n_candidates, wanted)
     if inputs.n_unjudged:

@@ -3,9 +3,11 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
+from utils.records import passages_key
+
 _PASSAGE_KEYS = ("pos_passage", "pos", "neg_passage", "neg")
 # What a row says of the negatives that it had, and is not true of those that it gets.
-_OF_NEGATIVES = ("neg", "neg_scores", "neg_backfilled")
+_OF_NEGATIVES = ("neg_passage", "neg", "neg_scores", "neg_backfilled")
 
 
 class MinedRow(NamedTuple):
@@ -40,9 +42,13 @@ def answer_of(row: dict, key: str) -> str | None:
 
 
 def as_list(mined: MinedRow) -> dict:
-    """The row with its negatives, in place of those that it had, and of what was said of those."""
-    return {key: value for key, value in mined.row.items() if key not in _OF_NEGATIVES} | {
-        "neg_passage": mined.negatives
+    """The row with its negatives, in place of those that it had, and of what was said of those.
+
+    They are called ``neg`` where the row calls its positives ``pos``.
+    """
+    name = "neg" if passages_key(mined.row, "pos_passage") == "pos" else "neg_passage"
+    return {key: value for key, value in mined.row.items() if key == name or key not in _OF_NEGATIVES} | {
+        name: mined.negatives
     }
 
 

@@ -85,8 +85,8 @@ def _warn_of_short_rows(
         why = f"{worst} dropped the most candidates, {tests[worst]:,}; "
         looser = f", {_LOOSER[worst]} {worst}"
     logger.warning(
-        "%d of %d rows have %s: %s%sanother range_for_sampling%s%s, or short_rows %s",
-        n_rows, counts["input"], what, why, fewer, looser,
+        "%s%d of %d rows have %s: %s%sanother range_for_sampling%s%s, or short_rows %s",
+        "warning: " if 2 * n_rows > counts["input"] else "", n_rows, counts["input"], what, why, fewer, looser,
         _advice_on_positives(given, inputs, screened, result), others,
     )  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 import fcntl
 import gzip
+import json
 import os
 import shutil
 import time
@@ -14,8 +15,10 @@ from utils.records import RecordError, to_line
 
 # In the work folder, what a later run has no use for begins so; caches, which it goes on from, do not.
 _PASSING = "output"
-# Beside every main output.
-_REPORT = ".report.json"
+# Beside every main output; its key "outputs" lists the names of all that a run has written.
+REPORT = ".report.json"
+# What a small file's name ends with until it is whole.
+DRAFT = ".part"
 # What file systems allow for a name, less what the work folder's and temporary names add.
 _LONGEST_NAME = 235
 # A killed run's last process may still be on its way out.
@@ -34,9 +37,9 @@ class Outputs:
 
     Args:
         main: the path of the main output; a symbolic link is followed.
-        suffixes: of the files that a run may write beside it. ``commit`` removes those that this run did
-            not write, so that nothing beside the main output is left from an earlier run, which its report
-            (``_REPORT``, always written) tells of: without one there, such files are somebody else's, and refused.
+        suffixes: of the files that a run may write beside it. ``commit`` removes those that an earlier run left and
+            this one did not write. Which ones an earlier run left is listed in its report (``REPORT``, always written);
+            others are somebody else's, and refused.
     """
 
     def __init__(self, main: str, suffixes: Sequence[str]):
@@ -50,7 +53,7 @@ class Outputs:
         """Check every output path, then make and lock the work folder.
 
         Args:
-            inputs: files and folders that no output may overwrite; what is no path there is passed over.
+            inputs: files and folders that no output may overwrite, whether they are there or still to be made.
 
         Raises:
             OSError: it cannot be made or written.
@@ -62,7 +65,8 @@ class Outputs:
             raise IsADirectoryError(f"{self._given}: is a directory; expected a path for the output file")
         inputs = [path for path in inputs if path]
         existing = [path for path in inputs if os.path.exists(path)]
-        self._keep_out_of_inputs(inputs, existing)
+        earlier = self._earlier()
+        self._keep_out_of_inputs(inputs, existing, earlier)
         for suffix in ("", *self._suffixes):
             final = self._final(suffix)
             if len(os.fsencode(final.name)) > _LONGEST_NAME:
@@ -72,10 +76,10 @@ class Outputs:
             if final.exists() and not final.is_file():
                 raise ValueError(f"{final}: is no regular file; expected a path for a file, which is put there whole")
             is_input = final.exists() and any(os.path.samefile(path, final) for path in existing)
-            if is_input or os.fspath(final) in map(os.path.realpath, inputs):
+            if is_input or any(Path(os.path.realpath(path)).is_relative_to(final) for path in inputs):
                 raise ValueError(f"{final}: the output would overwrite an input; give another output path")
-            if suffix and final.exists() and not self._final(_REPORT).exists():
-                reason = f"is in the way, and of no earlier run ({_REPORT} is not there); move it elsewhere"
+            if suffix and final.exists() and final.name not in earlier:
+                reason = f"is in the way, and of no earlier run (no {REPORT} there lists it); move it elsewhere"
                 raise ValueError(f"{final}: {reason}")
         try:
             self._lock = take_lock(self.work, LOCK_PATIENCE_S)
@@ -84,7 +88,7 @@ class Outputs:
         if self._lock is None:
             raise ValueError(f"{self._given}: another run is writing this output; wait for it or give another path")
 
-    def _keep_out_of_inputs(self, inputs: Sequence[str], existing: Sequence[str]) -> None:
+    def _keep_out_of_inputs(self, inputs: Sequence[str], existing: Sequence[str], earlier: Sequence[str]) -> None:
         """Refuse a work folder that holds what is not ours, and a main output that is a file of an input folder."""
         for path in inputs:
             if Path(os.path.realpath(path)).is_relative_to(self.work):
@@ -93,8 +97,8 @@ class Outputs:
             raise ValueError(f"{self.work}: is in the way and no folder; move it elsewhere")
         if self.work.is_dir() and any(self.work.iterdir()) and not (self.work / "lock").exists():
             raise ValueError(f"{self.work}: is in the way and no work folder of an earlier run; move it elsewhere")
-        # An earlier run's output, such as an evaluation beside the model, has its report beside it.
-        is_foreign = self.main.exists() and not self._final(_REPORT).exists()
+        # An earlier run's output, such as an evaluation beside the model, is listed by the report beside it.
+        is_foreign = self.main.exists() and self.main.name not in earlier
         for folder in filter(os.path.isdir, existing):
             if is_foreign and self.main.is_relative_to(os.path.realpath(folder)):
                 raise ValueError(f"{self.main}: is a file of {folder}, an input; give another output path")
@@ -105,6 +109,21 @@ class Outputs:
 
     def _final(self, suffix: str) -> Path:
         return self.main.with_name(self.main.name + suffix)
+
+    def _earlier(self) -> Sequence[str]:
+        """The names of the files that an earlier run left, by the report that is there."""
+        report = self._final(REPORT)
+        if not report.is_file():
+            return []  # nor a pipe, which would be waited for
+        try:
+            listed = json.loads(report.read_bytes())["outputs"]
+        except (OSError, ValueError, TypeError, KeyError, RecursionError):
+            return []  # another program's
+        return [name for name in listed if isinstance(name, str)] if isinstance(listed, list) else []
+
+    def names(self) -> list[str]:
+        """The names of the files that this run writes, its report among them, for the report to list."""
+        return [self._final(suffix).name for suffix in sorted({*self._staged, REPORT})]
 
     @contextmanager
     def stage(self, suffix: str = "") -> Iterator[IO[bytes]]:
@@ -129,11 +148,12 @@ class Outputs:
 
     def commit(self) -> None:
         """Rename every staged file into place, then remove the work folder."""
+        earlier = self._earlier()
         for suffix in self._suffixes:
-            if suffix not in self._staged:
+            if suffix not in self._staged and self._final(suffix).name in earlier:
                 self._final(suffix).unlink(missing_ok=True)
         # The report comes first: after a kill, it tells that what lies beside it is ours.
-        for suffix in sorted(self._staged, key=lambda suffix: (suffix == "", suffix != _REPORT)):
+        for suffix in sorted(self._staged, key=lambda suffix: (suffix == "", suffix != REPORT)):
             try:
                 os.replace(self._staged[suffix], self._final(suffix))
             except OSError as error:
@@ -207,7 +227,7 @@ def write_whole(path: Path, content: bytes) -> None:
     Raises:
         OSError: it cannot be written; the message names it.
     """
-    draft = path.with_name(path.name + ".part")
+    draft = path.with_name(path.name + DRAFT)
     try:
         draft.write_bytes(content)
         os.replace(draft, path)

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import textwrap
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -118,7 +119,7 @@ def download(name: str, weights: Sequence[str]) -> Path:
             return folder
         reason = f"PaddleNLP left no model in {folder}"
     except Exception as error:  # noqa: BLE001 - PaddleNLP raises whatever its download library does
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        reason = _shortened((str(error).strip().splitlines() or [type(error).__name__])[0])
     raise FileNotFoundError(reason)
 
 
@@ -130,8 +131,12 @@ def one_line(what: str) -> Iterator[None]:
     except MemoryError:
         raise
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{what} ({reason})") from error
+        raise ValueError(f"{what} ({_shortened(str(error))})") from error
+
+
+def _shortened(reason: str) -> str:
+    """An error's text on one line, not cut within a word."""
+    return textwrap.shorten(reason, 300, placeholder=" …")
 
 
 def import_paddlenlp():

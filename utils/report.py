@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from utils import json_files, runtime
-from utils.outputs import Outputs
+from utils.outputs import REPORT, Outputs
 
 _PACKAGES = ("paddlepaddle", "paddlepaddle-gpu", "paddlenlp", "faiss-cpu", "faiss-gpu", "numpy", "tokenizers")
 # With output that is not a terminal a bar becomes a line this often.
@@ -107,8 +107,8 @@ class RunReport:
         Raises:
             OSError: an output cannot be written.
         """
-        about = self.as_dict()
-        with outputs.stage(".report.json") as stream:
+        about = self.as_dict() | {"outputs": outputs.names()}
+        with outputs.stage(REPORT) as stream:
             stream.write(json_files.as_json(about))
         outputs.commit()
         return about

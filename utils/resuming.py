@@ -10,9 +10,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO
 
+from utils.argument_parsing import input_paths
 from utils.checkpoint import DESCRIPTION, WEIGHT_PATTERNS
 from utils.json_files import as_json, read_object
-from utils.outputs import LOCK_PATIENCE_S, described, remove, take_lock, write_whole
+from utils.outputs import DRAFT, LOCK_PATIENCE_S, described, remove, take_lock, write_whole
+from utils.report import shortened
 from utils.training_arguments import TrainArguments
 from utils.training_folder import WEIGHTS, checkpoints, not_leading_to
 
@@ -23,11 +25,20 @@ _RECORD = "run.json"
 _WRITTEN = {
     _RECORD, "training.jsonl", "report.json", "runs", "lock", "model.work", "huggingface", WEIGHTS, *DESCRIPTION,
 }  # fmt: skip
+# What an export consists of.
+_EXPORTED = {"model.safetensors", *DESCRIPTION}
 # What may differ between a run and the one that it continues.
 _FREE_TO_CHANGE = {
     "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "logging_steps", "save_total_limit",
     "export_format", "report_to", "logging_dir", "disable_tqdm",
 }  # fmt: skip
+# What the other keys of a run's record stand for.
+_READ_OTHERWISE = {
+    "data": "training rows", "dev_data": "dev rows", "model": "content of the base model's folder",
+    "ranks": "number of processes",
+}  # fmt: skip
+# So many differences are named, and so much of their values.
+_MOST_NAMED, _SHOWN_WIDTH = 4, 60
 # The key under which a run's record says which checkpoint it was asked to go on from.
 _RESUMED = "resume_from_checkpoint"
 
@@ -43,9 +54,10 @@ def take_folder(given: TrainArguments) -> IO:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder}: output_dir is a file; expected a folder, or a path for a new one")
     if folder.is_dir():
+        for path in (given.model_name_or_path, given.tokenizer_name_or_path):
+            if path and os.path.isdir(path) and os.path.samefile(folder, path):
+                raise ValueError(f"{folder}: is the base model's folder; give another output_dir")
         _check_inputs(given, folder)
-        if os.path.isdir(given.model_name_or_path) and os.path.samefile(folder, given.model_name_or_path):
-            raise ValueError(f"{folder}: is the base model's folder; give another output_dir")
         others = {path.name for kind in WEIGHT_PATTERNS for path in folder.glob(kind)} - {WEIGHTS}
         if others:
             raise ValueError(
@@ -63,19 +75,23 @@ def take_folder(given: TrainArguments) -> IO:
 
 def _check_inputs(given: TrainArguments, folder: Path) -> None:
     """Refuse to write over, or remove, what is read."""
-    inputs = [
-        given.model_name_or_path, given.tokenizer_name_or_path, *given.dataset_name_or_path, given.dev_dataset_path,
-        given.dev_corpus_path,
-    ]  # fmt: skip
+    inputs = [path for path in input_paths(given) if os.path.exists(path)]
+    # A folder's files can be links to where training writes.
+    within = [os.path.join(path, name) for path in inputs if os.path.isdir(path) for name in os.listdir(path)]
+    inputs += [path for path in within if os.path.islink(path)]
     own = Path(os.path.realpath(folder))
-    for path in (Path(os.path.realpath(path)) for path in inputs if path and os.path.exists(path)):
+    for given_path in inputs:
+        path = Path(os.path.realpath(given_path))
         first = path.relative_to(own).parts[0] if path.is_relative_to(own) and path != own else ""
-        if first in _WRITTEN or first.startswith("checkpoint-"):
+        if first.removesuffix(DRAFT) in _WRITTEN or first.startswith("checkpoint-"):
             reason = f"is an input, and lies where training writes or removes {first}; give another output_dir"
-            raise ValueError(f"{path}: {reason}")
+            raise ValueError(f"{given_path}: {reason}")
     export = folder / "huggingface"
-    if export.is_dir() and any(export.iterdir()) and not (export / "modules.json").is_file():
-        raise ValueError(f"{export}: is in the way, and no export of an earlier training; move it elsewhere")
+    if export.is_dir():
+        foreign = sorted({*os.listdir(export)} - _EXPORTED)
+        if foreign or (any(export.iterdir()) and not (folder / _RECORD).is_file()):
+            named = f" (it holds {foreign[0]})" if foreign else ""
+            raise ValueError(f"{export}: is in the way, and no export of an earlier training{named}; move it elsewhere")
 
 
 def resumed(given: TrainArguments, read: dict) -> str | None:
@@ -102,7 +118,7 @@ def resumed(given: TrainArguments, read: dict) -> str | None:
     if found and not anew and not other:
         logger.info("going on from %s", found[-1])
         return str(found[-1])
-    what = f"checkpoints of a run with other {', '.join(other[:4])}"
+    what = f"checkpoints of a run with other {', '.join(other[:_MOST_NAMED])}"
     if asked is not None:
         found = not_leading_to(asked, found)
         what = f"{', '.join(path.name for path in found)}, not on the way to {asked}"
@@ -116,11 +132,20 @@ def resumed(given: TrainArguments, read: dict) -> str | None:
 
 
 def _differences(own: dict, record: Path, asked: bool) -> list[str]:
-    """In which arguments the run that a folder's record tells of is another one.
+    """In which arguments the run that a folder's record tells of is another one, with its values and ours.
 
     Args:
         asked: True if a checkpoint to go on from was asked for; the run goes on as it began where none is.
     """
     before = read_object(record, "what an earlier run left. Remove its folder, or move it away")
     names = {*own, *before} - (set() if asked else {_RESUMED})
-    return sorted(name for name in names if own.get(name) != before.get(name))
+    return [
+        _READ_OTHERWISE.get(name) or f"{name} ({_shown(before.get(name))} then, {_shown(own.get(name))} now)"
+        for name in sorted(names)
+        if own.get(name) != before.get(name)
+    ]
+
+
+def _shown(value) -> str:
+    """As in a file of arguments, but short."""
+    return shortened(json.dumps(value, ensure_ascii=False), _SHOWN_WIDTH)

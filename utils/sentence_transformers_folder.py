@@ -3,12 +3,9 @@
 They are read and written here only, so that what one program of this toolkit writes the others read alike.
 """
 
-import logging
 from pathlib import Path
 
 from utils import json_files
-
-logger = logging.getLogger(__name__)
 
 # Where ``write`` puts them.
 FILES = ("modules.json", "1_Pooling", "2_Normalize", "sentence_bert_config.json", "config_sentence_transformers.json")
@@ -99,12 +96,15 @@ def read_max_length(folder: Path) -> int | None:
     return length
 
 
+def is_prompt(template: str) -> bool:
+    """Whether a template is what this folder can hold, a prefix, with nothing behind its ``{text}``."""
+    return template.endswith("{text}")
+
+
 def write(
     folder: Path, hidden_size: int, pooling: str, normalize: bool, templates: tuple[str, str], max_length: int
 ) -> None:
-    """Describe the model in the folder.
-
-    A template that is more than a prefix has no place there, and is left out with a warning.
+    """Describe the model in the folder. What a template has behind the text has no place there: see ``is_prompt``.
 
     Args:
         pooling: ``cls``, ``mean`` or ``last``.
@@ -127,11 +127,7 @@ def write(
     json_files.write(folder / "sentence_bert_config.json", {"max_seq_length": max_length, "do_lower_case": False})
     prompts = {}
     for name, template in zip(("query", "passage"), templates, strict=True):
-        prefix, _, rest = template.partition("{text}")
-        if rest:
-            logger.warning("%s_template %r ends with text; prompts are prefixes, so give it again when encoding",
-                           name, template)  # fmt: skip
-        prompts[name] = prefix
+        prompts[name], _, _ = template.partition("{text}")
     # Where sentence-transformers' encode_document looks first: it would find an empty one of its own.
     prompts["document"] = prompts["passage"]
     json_files.write(

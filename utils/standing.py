@@ -1,7 +1,7 @@
 """How a training stands: the best evaluation so far, the mean loss, and whether it has gone wrong."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 # Passages this alike, for so many steps in a row after the warm-up, mean that the model tells nothing apart
 # any more. A model that was only pretrained may begin there and leave it; dropout keeps equal texts below 1.
@@ -13,8 +13,8 @@ _SKIPPED_STEPS = 20
 @dataclass
 class Standing:
     """What a training knows about its past: the best dev metric so far, at which step, and how many evaluations have
-    not bettered it since; the sum of all batches' losses, and of how many. ``judged_by`` names that metric and the
-    dev rows' digests.
+    not bettered it since; the base model's dev metrics; the sum of all batches' losses, and of how many. ``judged_by``
+    names that metric and the dev rows' digests.
     """
 
     judged_by: list[str]
@@ -23,6 +23,7 @@ class Standing:
     without_gain: int = 0
     loss_sum: float = 0.0
     n_losses: int = 0
+    before: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(cls, values: dict, judged_by: list[str]) -> "Standing":

@@ -117,7 +117,6 @@ def find(clean: Callable[[float], DedupResult], target_size: int) -> DedupResult
     while high - low > 1:
         middle = (low + high) // 2
         result = clean(round(middle * STEP, 4))
-        logger.info("threshold %.4f keeps %d rows", result.threshold, len(result.kept_rows))
         if len(result.kept_rows) <= target_size:
             low, best = middle, result
         else:
@@ -126,4 +125,5 @@ def find(clean: Callable[[float], DedupResult], target_size: int) -> DedupResult
         best = clean(-1.0)
         if len(best.kept_rows) > target_size:
             raise ValueError(f"no threshold leaves {target_size} rows or fewer")
+    logger.info("threshold: %g, the highest that leaves %d queries or fewer", best.threshold, target_size)
     return best

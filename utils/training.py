@@ -43,13 +43,16 @@ class TrainingResult:
     folder: str
     steps: int
     loss: float
+    before: dict[str, float]
     metrics: dict[str, float]
     report: dict = field(repr=False)
 
     def summary(self) -> str:
         """A short table for a person."""
         rows = [("steps", f"{self.steps:,}"), ("mean loss", f"{self.loss:.4f}")]
-        rows += [(f"dev {name}", f"{value:.4f}") for name, value in self.metrics.items()]
+        for name, value in self.metrics.items():
+            before = f"{self.before[name]:.4f} -> " if name in self.before else ""
+            rows.append((f"dev {name}", f"{before}{value:.4f}"))
         rows += [("seconds", f"{self.report['seconds']['total']:.1f}")]
         return report.table(rows, f"-> {self.folder}")
 
@@ -134,12 +137,12 @@ def train(given: TrainArguments) -> TrainingResult:
             loop.finish()
         with run.stage("write"):
             ranks.on_first(lambda: job.write_model(Path(given.output_dir)))
-        metrics = loop.final_metrics
+        before, metrics = loop.first_metrics, loop.final_metrics
         steps, loss = loop.state.global_step, loop.mean_loss()
-        run.results |= {"steps": steps, "loss": loss, "metrics": metrics}
+        run.results |= {"steps": steps, "loss": loss, "metrics_before": before, "metrics": metrics}
         about = run.as_dict()
         ranks.on_first(lambda: write_whole(Path(given.output_dir) / "report.json", as_json(about)))
-        return TrainingResult(given.output_dir, steps, loss, metrics, about)
+        return TrainingResult(given.output_dir, steps, loss, before, metrics, about)
     finally:
         if lock is not None:
             lock.close()
@@ -227,6 +230,12 @@ class Job:
             self.plan, (uncut, uncut), self.templates, self.limits, not self.loss.needs_group,
             1 if shared else self.ranks.size,
         )  # fmt: skip
+        for side, template in zip(("query", "passage"), self.templates, strict=True):
+            if not sentence_transformers_folder.is_prompt(template):
+                found.warnings.append(
+                    f"{side}_template {template!r} goes on behind the text; the trained model's folder keeps what comes"
+                    " before it only, so give it again when encoding"
+                )
         for message in found.warnings:
             logger.warning("warning: %s", message)
         facts = found.facts
