@@ -4,11 +4,9 @@
 
 ``--model`` is a BERT checkpoint's folder, ``--torch`` a Python that has torch and transformers. Both sides
 take the same token ids (no padding), the same loss (InfoNCE with in-batch negatives, temperature 0.05) and
-AdamW over all parameters, with the checkpoint's dropout and without, in each precision of
-``float32_matmul_precision`` here, and in bfloat16 (``bf16`` here). PyTorch's is float32, or autocast to bfloat16.
-Each side runs in a process of its own that keeps its memory, and the two take
-turns, so that neither gets the quieter moments. Prints the median seconds of each, the ratio, and its range over
-the rounds.
+AdamW over all parameters, with the checkpoint's dropout and without, in float32 and in bfloat16 (``bf16`` here,
+autocast there). Each side runs in a process of its own that keeps its memory, and the two take turns, so that
+neither gets the quieter moments. Prints the median seconds of each, the ratio, and its range over the rounds.
 """
 
 import argparse
@@ -24,10 +22,9 @@ from pathlib import Path
 PAIRS, QUERY_TOKENS, PASSAGE_TOKENS, TEMPERATURE = 16, 64, 128, 0.05
 LEARNING_RATE = 2e-5
 STEPS = 5
-PRECISIONS = "highest", "high", "medium"
 
 
-def our_step(model: str, dropout: float | None, precision: str) -> Callable[[], None]:
+def our_step(model: str, dropout: float | None, bfloat16: bool) -> Callable[[], None]:
     """A function that makes one step of ours."""
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     from utils import runtime
@@ -43,7 +40,7 @@ def our_step(model: str, dropout: float | None, precision: str) -> Callable[[], 
     from utils.training_data import TrainingBatch
 
     base = checkpoint.resolve(model)
-    encoder = TrainableEncoder(base, "mean", dropout=dropout, precision=precision)
+    encoder = TrainableEncoder(base, "mean", dropout=dropout, bfloat16=bfloat16)
     encoder.model.train()
     optimizer = paddle.optimizer.AdamW(LEARNING_RATE, parameters=encoder.model.parameters(), weight_decay=0.01)
     objective = losses.objective(losses.get("contrastive").function, True, None)
@@ -62,7 +59,7 @@ def our_step(model: str, dropout: float | None, precision: str) -> Callable[[], 
     return run
 
 
-def torch_step(model: str, dropout: float | None, precision: str) -> Callable[[], None]:
+def torch_step(model: str, dropout: float | None, bfloat16: bool) -> Callable[[], None]:
     """A function that makes one step of plain PyTorch on Hugging Face's model."""
     import torch
     from transformers import AutoModel
@@ -76,7 +73,7 @@ def torch_step(model: str, dropout: float | None, precision: str) -> Callable[[]
     )
 
     def run() -> None:
-        with torch.autocast("cpu", torch.bfloat16, precision == "medium"):
+        with torch.autocast("cpu", torch.bfloat16, bfloat16):
             states = [network(input_ids=ids).last_hidden_state for ids in (queries, passages)]
         vectors = [torch.nn.functional.normalize(state.float().mean(1), dim=1) for state in states]
         scores = vectors[0] @ vectors[1].T / TEMPERATURE
@@ -87,9 +84,9 @@ def torch_step(model: str, dropout: float | None, precision: str) -> Callable[[]
     return run
 
 
-def serve(side: str, model: str, dropout: float | None, precision: str) -> None:
+def serve(side: str, model: str, dropout: float | None, bfloat16: bool) -> None:
     """Make ``STEPS`` steps for each line on stdin, and print the fastest one's seconds."""
-    step = {"ours": our_step, "torch": torch_step}[side](model, dropout, precision)
+    step = {"ours": our_step, "torch": torch_step}[side](model, dropout, bfloat16)
     step()
     step()
     for _ in sys.stdin:
@@ -104,9 +101,9 @@ def serve(side: str, model: str, dropout: float | None, precision: str) -> None:
 class Side:
     """One side in its process."""
 
-    def __init__(self, python: str, name: str, model: str, dropout: float | None, precision: str):
+    def __init__(self, python: str, name: str, model: str, dropout: float | None, bfloat16: bool):
         command = [python, __file__, "--side", name, "--model", model, "--dropout", json.dumps(dropout)]
-        command += ["--precision", precision]
+        command += ["--bfloat16"] if bfloat16 else []
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         )
@@ -133,22 +130,22 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--side", choices=("ours", "torch"), help=argparse.SUPPRESS)
     parser.add_argument("--dropout", type=json.loads, help=argparse.SUPPRESS)
-    parser.add_argument("--precision", choices=PRECISIONS, help=argparse.SUPPRESS)
+    parser.add_argument("--bfloat16", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.side:
-        serve(given.side, given.model, given.dropout, given.precision)
+        serve(given.side, given.model, given.dropout, given.bfloat16)
         return
     if not given.torch:
         parser.error("--torch is needed")
-    for dropout, precision in itertools.product((None, 0.0), PRECISIONS):
-        what = f"{'no' if dropout == 0 else 'the checkpoint' + chr(39) + 's'} dropout, {precision}"
+    shares = (None, "the checkpoint's dropout"), (0.0, "no dropout")
+    for (dropout, what), bfloat16 in itertools.product(shares, (False, True)):
         sides = (sys.executable, "ours"), (given.torch, "torch")
-        ours, torch = (Side(python, name, given.model, dropout, precision) for python, name in sides)
+        ours, torch = (Side(python, name, given.model, dropout, bfloat16) for python, name in sides)
         pairs = [(ours.seconds(), torch.seconds()) for _ in range(given.rounds)]
         ratios = sorted(own / other for own, other in pairs)
         medians = [statistics.median(side) for side in zip(*pairs, strict=True)]
         print(
-            f"{what}: ours {medians[0]:.3f} s, torch {medians[1]:.3f} s a step; "
+            f"{what}, {'bf16' if bfloat16 else 'float32'}: ours {medians[0]:.3f} s, torch {medians[1]:.3f} s a step; "
             f"ratio {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})",
             flush=True,
         )

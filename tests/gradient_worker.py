@@ -26,7 +26,7 @@ class Case:
     chunk: int | None = None
     dropout: bool = False
     shared: bool = True
-    precision: str = "highest"
+    bfloat16: bool = False
 
 
 CASES = {
@@ -36,7 +36,6 @@ CASES = {
     "cached": Case(chunk=2),
     "dropout": Case(chunk=2, dropout=True),
     "alone": Case(shared=False),
-    "high": Case(chunk=2, dropout=True, precision="high"),
 }
 
 
@@ -56,7 +55,7 @@ def gradients(model_folder: str, rows_path: str, case: Case, ranks: Ranks, drop_
     collate = training_data.Collator(
         rows, GROUP, (tokenizer, tokenizer), templates, ranks.rank, ranks.size, shared=case.shared
     )
-    encoder = TrainableEncoder(base, "mean", precision=case.precision)
+    encoder = TrainableEncoder(base, "mean", bfloat16=case.bfloat16)
     encoder.model.train() if case.dropout else encoder.model.eval()
     step = GradientStep(
         encoder,

@@ -51,71 +51,37 @@ def in_blocks(n: int, work: Callable[..., None], sums: np.ndarray | None = None)
             sums += own
 
 
-class Parts:
-    """Bfloat16 matrices of one shape whose sum stands for a matrix, the largest first.
-
-    Products leave out the smallest terms: of two matrices of two parts, the product of the lower ones. What one part
-    is off by is 2**-9 of a value at most, and what two are, 2**-17. (Henry, Tang and Heinecke, "Leveraging the bfloat16
-    Artificial Intelligence Datatype for Higher-Precision Computations", 2019.)
-    """
-
-    def __init__(self, matrices: Sequence[np.ndarray]):
-        self.matrices = matrices
-
-    @classmethod
-    def of(cls, values: np.ndarray, n_parts: int) -> "Parts":
-        """Float32 rows [n, h] in 1 or 2 parts, filled up with zeros to a multiple of ``_FILLED_ROWS``."""
-        n = len(values)
-        shape = -(-n // _FILLED_ROWS) * _FILLED_ROWS, values.shape[1]
-        parts = [matmul.empty(shape, np.uint16) for _ in range(n_parts)]
-        convert = matmul.to_bfloat16 if n_parts == 1 else matmul.split
-        in_blocks(n, lambda rows: convert(values[rows], *(part[rows] for part in parts)))
-        for part in parts:
-            part[n:] = 0
-        return cls(parts)
-
-    @property
-    def transposed(self) -> "Parts":
-        """A view."""
-        return Parts([part.T for part in self.matrices])
-
-    def __getitem__(self, rows: slice) -> "Parts":
-        return Parts([part[rows] for part in self.matrices])
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Of each."""
-        return self.matrices[0].shape
-
-    def multiply(self, right: "Parts", result: np.ndarray) -> None:
-        """``result``, float32, becomes the product, on this thread alone."""
-        for i, own in enumerate(self.matrices):
-            for j, other in enumerate(right.matrices[: len(self.matrices) - i]):
-                matmul.matmul(own, other, result, adds=i + j > 0)
+def in_bfloat16(values: np.ndarray) -> np.ndarray:
+    """Float32 rows [n, h] rounded to bfloat16, filled up with zeros to a multiple of ``_FILLED_ROWS``."""
+    n = len(values)
+    rounded = matmul.empty((-(-n // _FILLED_ROWS) * _FILLED_ROWS, values.shape[1]), np.uint16)
+    in_blocks(n, lambda rows: matmul.to_bfloat16(values[rows], rounded[rows]))
+    rounded[n:] = 0
+    return rounded
 
 
-def product(left: Parts, right: Parts) -> np.ndarray:
-    """Float32 [n, b] of [n, a] and [a, b]."""
-    n = left.shape[0]
+def product(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Float32 [n, b] of bfloat16 [n, a] and [a, b]."""
+    n = len(left)
     result = matmul.empty((n, right.shape[1]), np.float32)
 
     def work(start: int) -> None:
         rows = slice(start, start + _BFLOAT16_ROWS)
-        left[rows].multiply(right, result[rows])
+        matmul.matmul(left[rows], right, result[rows])
 
     in_threads(work, range(0, n, _BFLOAT16_ROWS))
     return result
 
 
-def product_over_rows(left: Parts, right: Parts) -> np.ndarray:
-    """Float32 [a, b] of [n, a], transposed, and [n, b]."""
-    n = left.shape[0]
+def product_over_rows(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Float32 [a, b] of bfloat16 [n, a], transposed, and [n, b]."""
+    n = len(left)
     n_sums = max(1, min(runtime.cpu_threads(), n // _SUMMED_ROWS))
     size = -(-n // (n_sums * _FILLED_ROWS)) * _FILLED_ROWS
 
     def work(start: int) -> np.ndarray:
         rows, result = slice(start, start + size), matmul.empty((left.shape[1], right.shape[1]), np.float32)
-        left[rows].transposed.multiply(right[rows], result)
+        matmul.matmul(left[rows].T, right[rows], result)
         return result
 
     total, *others = in_threads(work, range(0, n, size))

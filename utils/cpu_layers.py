@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from paddle import Tensor
 
 
-def linear(x: "Tensor", weight: "Tensor", n_parts: int) -> "Tensor":
-    """x [n, in] times weight [in, out], both as sums of 1 or 2 bfloat16, as are the gradients that come back."""
-    return _layers().Linear.apply(x, weight, n_parts)
+def linear(x: "Tensor", weight: "Tensor") -> "Tensor":
+    """x [n, in] times weight [in, out], both rounded to bfloat16, as are the gradients that come back."""
+    return _layers().Linear.apply(x, weight)
 
 
 def dropout(x: "Tensor", drop: Drop) -> "Tensor":

@@ -11,21 +11,20 @@ from paddle.autograd import PyLayer
 from paddle.utils import dlpack
 
 from utils import cpu_attention, cpu_kernels
-from utils.cpu_blocks import Drop, Parts, in_blocks, product, product_over_rows
+from utils.cpu_blocks import Drop, in_bfloat16, in_blocks, product, product_over_rows
 
 
 class Linear(PyLayer):
     @staticmethod
-    def forward(ctx, x, weight, n_parts):
-        ctx.needed, ctx.n, ctx.n_parts = _needed(x, weight), len(x), n_parts
-        ctx.left, ctx.right = (Parts.of(_array(tensor), n_parts) for tensor in (x, weight))
-        ctx.right = ctx.right[: len(weight)]
+    def forward(ctx, x, weight):
+        ctx.needed, ctx.n = _needed(x, weight), len(x)
+        ctx.left, ctx.right = in_bfloat16(_array(x)), in_bfloat16(_array(weight))[: len(weight)]
         return _tensor(product(ctx.left, ctx.right)[: ctx.n])
 
     @staticmethod
     def backward(ctx, gradient):
-        own, (wants_x, wants_weight) = Parts.of(_array(gradient), ctx.n_parts), ctx.needed
-        d_x = product(own, ctx.right.transposed)[: ctx.n] if wants_x else None
+        own, (wants_x, wants_weight) = in_bfloat16(_array(gradient)), ctx.needed
+        d_x = product(own, ctx.right.T)[: ctx.n] if wants_x else None
         d_weight = product_over_rows(ctx.left, own) if wants_weight else None
         return _gradients((d_x, d_weight), ctx.needed)
 

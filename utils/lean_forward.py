@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     # What a linear layer makes of its input, and its bias if that is still to be added.
     Product = tuple[Tensor, Tensor | None]
 
-# How many bfloat16 a number is the sum of where a CPU multiplies; 0: it stays a float32.
-N_PARTS = {"highest": 0, "high": 2, "medium": 1}
 # Added to attention scores at padding.
 _MASKED = -1e4
 
@@ -74,9 +72,8 @@ class PaddedBatch:
 class PackedBatch:
     """A batch as a CPU likes it: texts one after another, ids [tokens]. The same operations by ``cpu_layers``."""
 
-    def __init__(self, ids: np.ndarray, mask: np.ndarray, precision: str):
-        self.ids, self.positions = ids[mask], np.nonzero(mask)[1]
-        self._n_parts = N_PARTS[precision]
+    def __init__(self, ids: np.ndarray, mask: np.ndarray, bfloat16: bool):
+        self.ids, self.positions, self._bfloat16 = ids[mask], np.nonzero(mask)[1], bfloat16
         self._lengths = mask.sum(axis=1).tolist()
 
     def product(self, layer: "nn.Layer", x: "Tensor") -> "Product":
@@ -90,7 +87,7 @@ class PackedBatch:
     def _multiply(self, x: "Tensor", weight: "Tensor") -> "Tensor":
         import paddle
 
-        return cpu_layers.linear(x, weight, self._n_parts) if self._n_parts else paddle.matmul(x, weight)
+        return (cpu_layers.linear if self._bfloat16 else paddle.matmul)(x, weight)
 
     def attention(self, projections: list["nn.Layer"], x: "Tensor", heads: int, drop: Drop) -> "Tensor":
         import paddle
@@ -101,7 +98,7 @@ class PackedBatch:
             qkv, bias = self._multiply(x, weight), paddle.concat([layer.bias for layer in projections])
         else:
             qkv, bias = paddle.concat([layer(x) for layer in projections], axis=1), None
-        return cpu_layers.attention(qkv, bias, self._lengths, heads, drop, bfloat16=self._n_parts == 1)
+        return cpu_layers.attention(qkv, bias, self._lengths, heads, drop, self._bfloat16)
 
     def add_norm(self, norm: "nn.Layer", x: "Tensor", product: "Product", drop: Drop) -> "Tensor":
         return cpu_layers.add_norm(x, *product, norm.weight, norm.bias, norm._epsilon, drop)

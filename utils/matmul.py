@@ -20,13 +20,13 @@ from typing import NamedTuple
 import numpy as np
 
 from utils import runtime
-from utils.compiled import compiled, inlined
+from utils.compiled import compiled
 
 logger = logging.getLogger(__name__)
 
 # Constants of oneDNN's C interface, version 3 (dnnl_types.h, dnnl_common_types.h).
 _VERSION = 3
-_CPU, _DEFAULT_STREAM, _ANY_ORDER, _SAME_TYPE = 1, 1, 1, 0
+_CPU, _DEFAULT_STREAM, _ANY_ORDER = 1, 1, 1
 _TYPES = {np.dtype(np.uint16): 2, np.dtype(np.float32): 3}
 _SOURCE, _WEIGHTS, _RESULT, _BIAS = 1, 33, 17, 41
 _QUERY_WEIGHTS = 131
@@ -62,7 +62,6 @@ def matmul(
     result: np.ndarray,
     bias: np.ndarray | None = None,
     activation: str = "none",
-    adds: bool = False,
 ) -> None:
     """``result`` becomes the activation of left times right plus bias, on this thread alone.
 
@@ -72,17 +71,16 @@ def matmul(
         result: [m, n] or [b, m, n], float32 or uint16; C-contiguous.
         bias: float32 [n].
         activation: one of ``ACTIVATIONS``.
-        adds: to what is in ``result`` already.
     """
     arrays = {_SOURCE: left, _WEIGHTS: right, _RESULT: result}
     if bias is not None:
         arrays[_BIAS] = bias.reshape((1,) * (left.ndim - 1) + bias.shape)
-    key = (activation, adds, *(_Layout.of(array) for array in arrays.values()))
+    key = (activation, *(_Layout.of(array) for array in arrays.values()))
     prepared = _here().get(key)
     if prepared is None:
         if len(_here()) == _PREPARED:
             _here().clear()
-        prepared = _here()[key] = _product(activation, adds, dict(zip(arrays, key[2:], strict=True)))
+        prepared = _here()[key] = _product(activation, dict(zip(arrays, key[1:], strict=True)))
     prepared(arrays.values())
 
 
@@ -109,39 +107,15 @@ def to_bfloat16(values: np.ndarray, rounded: np.ndarray | None = None) -> np.nda
     return rounded
 
 
-def split(values: np.ndarray, high: np.ndarray, low: np.ndarray) -> None:
-    """Float32 of any shape as the sum of two bfloat16: ``high`` as ``to_bfloat16`` makes it, and ``low`` of the rest.
-
-    All are C-contiguous. The sum is within 2**-17 of a value, relatively, if that is a number and no tiny one.
-    """
-    _split(values.reshape(-1).view(np.uint32), high.reshape(-1), low.reshape(-1))
-
-
-@compiled(makes_arrays=False)
-def _split(bits, high, low):
-    for j in range(len(bits)):
-        up = np.uint32(_nearest(bits[j]) & np.uint32(0xFFFF0000))
-        rest = np.float32(np.uint32(bits[j]).view(np.float32) - np.uint32(up).view(np.float32))
-        high[j] = np.uint16(up >> np.uint32(16))
-        low[j] = np.uint16(_nearest(np.float32(rest).view(np.uint32)) >> np.uint32(16))
-
-
 @compiled()
 def _round(bits, rounded):
     for j in range(len(bits)):
-        up = _nearest(bits[j])
+        exponent = np.uint32(bits[j] & np.uint32(0x7F800000))
+        up = np.uint32(bits[j] + np.uint32(0x7FFF) + (np.uint32(bits[j] >> np.uint32(16)) & np.uint32(1)))
+        if exponent == np.uint32(0x7F800000):  # infinity, or NaN, which rounding up could turn into 0
+            up = np.uint32(bits[j] | (np.uint32(0x400000) if bits[j] & np.uint32(0x7FFFFF) else np.uint32(0)))
         normal = np.uint32(up & np.uint32(0x7F800000)) != np.uint32(0)
         rounded[j] = np.uint16(up >> np.uint32(16)) if normal else np.uint16(0)
-
-
-@inlined()
-def _nearest(bits):
-    """What has the nearest bfloat16 in its upper half."""
-    exponent = np.uint32(bits & np.uint32(0x7F800000))
-    up = np.uint32(bits + np.uint32(0x7FFF) + (np.uint32(bits >> np.uint32(16)) & np.uint32(1)))
-    if exponent == np.uint32(0x7F800000):  # infinity, or NaN, which rounding up could turn into 0
-        up = np.uint32(bits | (np.uint32(0x400000) if bits & np.uint32(0x7FFFFF) else np.uint32(0)))
-    return up
 
 
 class Packed:
@@ -248,10 +222,10 @@ def _here() -> dict:
     return _local.products
 
 
-def _product(activation: str, adds: bool, layouts: dict[int, _Layout]) -> _Prepared:
+def _product(activation: str, layouts: dict[int, _Layout]) -> _Prepared:
     recipe = ctypes.c_void_p()
     with contextlib.ExitStack() as stack:
-        attributes = stack.enter_context(_attributes(activation, adds))
+        attributes = stack.enter_context(_attributes(activation))
         described = {role: stack.enter_context(_description(layout)) for role, layout in layouts.items()}
         stack.enter_context(_one_thread())
         left, right, result = (described[role] for role in (_SOURCE, _WEIGHTS, _RESULT))
@@ -309,13 +283,11 @@ def _description(layout: _Layout) -> Iterator[ctypes.c_void_p]:
 
 
 @contextlib.contextmanager
-def _attributes(activation: str, adds: bool) -> Iterator[ctypes.c_void_p]:
+def _attributes(activation: str) -> Iterator[ctypes.c_void_p]:
     """oneDNN's description of what is done to each value of a product."""
     library, attributes, steps = _library(), ctypes.c_void_p(), ctypes.c_void_p()
     _checked(library.dnnl_primitive_attr_create(ctypes.byref(attributes)))
     _checked(library.dnnl_post_ops_create(ctypes.byref(steps)))
-    if adds:
-        _checked(library.dnnl_post_ops_append_sum(steps, ctypes.c_float(1), 0, _SAME_TYPE))
     if (kind := ACTIVATIONS[activation]) is not None:
         _checked(library.dnnl_post_ops_append_eltwise(steps, kind, ctypes.c_float(0), ctypes.c_float(0)))
     _checked(library.dnnl_primitive_attr_set_post_ops(attributes, steps))

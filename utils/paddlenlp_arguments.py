@@ -8,7 +8,7 @@ from utils import engines
 from utils.argument_parsing import ELSEWHERE
 from utils.checkpoint import Checkpoint
 from utils.paddlenlp_models import import_paddlenlp
-from utils.trainable import faster_precision
+from utils.trainable import multiplies_bfloat16
 from utils.training_arguments import TrainArguments
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def trainer_arguments(
     for name in ("bf16", "fp16"):
         if options.get(name) and not on_gpu:
             options[name] = False  # the Trainer's way is a GPU's
-            if name == "fp16" or faster_precision(base, "medium") != "medium":
+            if name == "fp16" or not multiplies_bfloat16(base):
                 logger.info("%s is of no use here; training in float32", name)
     if options.pop("sharding", None) and n_ranks > 1:
         logger.info("sharding saves memory only and is not used: every rank keeps the whole optimizer")

@@ -33,13 +33,9 @@ _ADAPTED = (
 )  # fmt: skip
 
 
-def faster_precision(checkpoint: Checkpoint, wanted: str) -> str:
-    """The precision wanted, if ``TrainableEncoder`` can be faster by it with this checkpoint here; or else ``highest``.
-
-    Three products for one can be so only where the processor has matrix instructions.
-    """
-    by_ours = engines.device() == "cpu" and onednn.supports(checkpoint) and matmul.bfloat16_is_fast()
-    return wanted if by_ours and (wanted == "medium" or runtime.cpu_has("amx_bf16")) else "highest"
+def multiplies_bfloat16(checkpoint: Checkpoint) -> bool:
+    """True if ``TrainableEncoder(bfloat16=True)`` is for this checkpoint, and faster on this processor."""
+    return engines.device() == "cpu" and onednn.supports(checkpoint) and matmul.bfloat16_is_fast()
 
 
 def shares_of_dropout(checkpoint: Checkpoint, dropout: float | None) -> dict[str, float]:
@@ -62,9 +58,8 @@ class TrainableEncoder:
         recompute: recompute activations in the backward pass.
         lora: rank and alpha of low-rank adapters, which then are all that is trained.
         dropout: instead of the checkpoint's own shares.
-        precision: how a CPU multiplies in linear layers, by PyTorch's names: ``highest``, in float32; ``high``, each
-            float32 as the sum of two bfloat16; ``medium``, each rounded to one, attention too where nothing is dropped.
-            See ``faster_precision``.
+        bfloat16: on a CPU, round what linear layers multiply, and attention too where nothing is dropped; see
+            ``multiplies_bfloat16``.
     """
 
     def __init__(
@@ -75,10 +70,10 @@ class TrainableEncoder:
         flash_attention: bool = False,
         lora: tuple[int, int] | None = None,
         dropout: float | None = None,
-        precision: str = "highest",
+        bfloat16: bool = False,
     ):
         self.checkpoint, self.pooling, self.recompute = checkpoint, pooling, recompute
-        self.precision = precision
+        self.bfloat16 = bfloat16
         paddle = runtime.import_paddle()
         paddle.set_device(engines.device())
         if engines.device() == "cpu":
@@ -139,7 +134,7 @@ class TrainableEncoder:
             packed = np.zeros((len(ids), int(mask.sum())), np.float32)
             packed[np.nonzero(mask)[0], np.arange(packed.shape[1])] = shares[mask]
             return paddle.matmul(
-                paddle.to_tensor(packed), self._lean(PackedBatch(ids, mask, self.precision), self.recompute)
+                paddle.to_tensor(packed), self._lean(PackedBatch(ids, mask, self.bfloat16), self.recompute)
             )
         if self._lean is not None:
             hidden = self._lean(PaddedBatch(ids, mask), self.recompute)
@@ -206,8 +201,7 @@ class TrainableEngine:
         return {
             "engine": self.name,
             "device": engines.device(),
-            "dtype": "bfloat16" if self._encoder.precision == "medium" else "float32",
-            "matmul_precision": self._encoder.precision,
+            "dtype": "bfloat16" if self._encoder.bfloat16 else "float32",
         }
 
     def loaded(self) -> "TrainableEngine":

@@ -25,7 +25,7 @@ from utils.encoder import Encoder, EncoderSettings
 from utils.json_files import as_json
 from utils.outputs import write_whole
 from utils.paddlenlp_arguments import trainer_arguments
-from utils.trainable import TrainableEncoder, TrainableEngine, faster_precision, merged_state, shares_of_dropout
+from utils.trainable import TrainableEncoder, TrainableEngine, merged_state, multiplies_bfloat16, shares_of_dropout
 from utils.training_arguments import TrainArguments
 from utils.training_data import Collator, Loader, Preflight
 from utils.training_folder import WEIGHTS, put_into
@@ -253,10 +253,9 @@ class Job:
         runtime.import_paddle().seed(given.seed)
         lora = (given.lora_rank, given.lora_alpha) if given.lora else None
         flash_attention = bool(given.use_flash_attention) and engines.device() == "gpu"
-        wanted = "medium" if given.bf16 else given.float32_matmul_precision
         self.encoder = TrainableEncoder(
             self.base, self.pooling, given.recompute, flash_attention, lora, given.dropout,
-            faster_precision(self.base, wanted),
+            bool(given.bf16) and multiplies_bfloat16(self.base),
         )  # fmt: skip
         self.ranks.on_first(self._check_export)
         if given.word_embeddings == "freeze" or given.freeze_layers:

@@ -12,7 +12,6 @@ from utils.arguments import DEFAULT_MODEL, LARGEST_SEED, NEW_LINE, POOLINGS
 
 LOSS_TYPES = ("contrastive", "symmetric", "triplet", "hinge", "pairwise_logistic", "cosent", "kl", "margin_mse")
 WORD_EMBEDDINGS = ("train", "freeze")
-PRECISIONS = ("highest", "high")
 _DATA_PARALLEL = "training is data-parallel"
 _WHY = {
     "metrics_output_path": "losses and metrics are in <output_dir>/training.jsonl",
@@ -109,11 +108,6 @@ class TrainArguments:
         "share of values that dropout sets to 0 while training; default: as the model says",
         at_least=0,
         at_most=0.9,
-    )
-    float32_matmul_precision: str = option(
-        "highest",
-        "BERT-like encoders on CPUs with AMX: high takes each float32 as the sum of two bfloat16; highest as it is",
-        choices=PRECISIONS,
     )
     per_device_train_batch_size: int = option(32, "queries a rank and step", at_least=1)
     gradient_accumulation_steps: int = option(
