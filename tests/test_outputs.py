@@ -39,7 +39,8 @@ def test_a_run_that_fails_leaves_only_what_the_next_one_can_use(tmp_path):
                 path.write_text("vectors")
             raise KeyboardInterrupt
 
-    for caches, left in (([], []), (["cache"], ["cache", "lock"])):
+    vectors = "0" * 32
+    for caches, left in (([], []), ([vectors, "neighbors-1"], [vectors, "lock", "neighbors-1"])):
         with pytest.raises(KeyboardInterrupt):
             fail(caches)
         assert sorted(path.name for path in tmp_path.glob("out.json.work/*")) == left
@@ -100,10 +101,53 @@ def test_no_output_overwrites_an_input(tmp_path, name):
     assert (tmp_path / name).read_text() == "precious"
 
 
-def test_no_output_stands_where_an_input_folder_is_to_be_made(tmp_path):
-    for name in ("out.json", "out.json/cache"):
+def test_no_output_stands_where_a_cache_is_to_be_made(tmp_path):
+    for name in ("out.json", "out.json/cache", "out.json.report.json"):
         with pytest.raises(ValueError, match="would overwrite an input"):
-            write(tmp_path / "out.json", inputs=[str(tmp_path / name)])
+            Outputs(str(tmp_path / "out.json"), SUFFIXES).open_work(cache=str(tmp_path / name))
+    (tmp_path / "out.json").write_text("old")
+    Outputs(str(tmp_path / "out.json"), SUFFIXES).open_work(cache=str(tmp_path))  # it may lie in one
+
+
+def test_what_a_folder_links_to_is_not_overwritten(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "blob").write_text("precious")
+    os.symlink(tmp_path / "blob", tmp_path / "model" / "config.json")
+    with pytest.raises(ValueError, match="would overwrite an input"):
+        write(tmp_path / "blob", inputs=[str(tmp_path / "model")])
+
+
+def test_another_runs_output_is_no_file_beside_this_ones(tmp_path):
+    every = ("", ".removed.jsonl", ".report.json")
+    write(tmp_path / "out.json", every).commit()
+    with pytest.raises(ValueError, match=r"was written beside out\.json, of another run"):
+        write(tmp_path / "out.json.removed.jsonl")
+    (tmp_path / "out.json").unlink()
+    (tmp_path / "out.json.report.json").unlink()
+    write(tmp_path / "out.json.removed.jsonl", every).commit()
+    names = ["out.json", "out.json.removed.jsonl"]
+    (tmp_path / "out.json.report.json").write_text(json.dumps({"outputs": names}))
+    with pytest.raises(ValueError, match="another run's output is in the way"):
+        write(tmp_path / "out.json")
+
+
+def test_what_another_script_left_beside_the_output_goes(tmp_path):
+    write(tmp_path / "out.json", ("", ".removed.jsonl", ".report.json")).commit()
+    mined = Outputs(str(tmp_path / "out.json"), (".report.json", ".short.jsonl"))
+    mined.open_work()
+    for suffix in ("", ".report.json"):
+        with mined.stage(suffix) as stream:
+            stream.write(json.dumps({"outputs": mined.names()}).encode())
+    mined.commit()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.json", "out.json.report.json"]
+    write(tmp_path / "out.json", ("", ".removed.jsonl", ".report.json")).commit()
+
+
+def test_what_a_kill_left_of_a_work_folder_goes(tmp_path):
+    (tmp_path / f"out.json.work.done-{os.getpid()}").mkdir()
+    (tmp_path / f"out.json.work.done-{os.getpid()}" / "vectors").write_text("")
+    write(tmp_path / "out.json").commit()
+    assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
 
 
 def test_a_file_of_an_input_folder_is_kept_but_an_earlier_output_there_is_not(tmp_path):
@@ -143,9 +187,12 @@ def test_a_work_folder_that_holds_anothers_files_is_left_alone(tmp_path):
     with pytest.raises(ValueError, match="no work folder of an earlier run"):
         write(tmp_path / "out.json")
     (work / "lock").write_text("")
-    for inside in ("thesis.txt", "cache"):  # an input, and a cache that is still to be made
-        with pytest.raises(ValueError, match="is removed in the end"):
-            write(tmp_path / "out.json", inputs=[str(work / inside)])
+    with pytest.raises(ValueError, match="no work folder of an earlier run"):  # a training's folder has a lock, too
+        write(tmp_path / "out.json")
+    with pytest.raises(ValueError, match="is removed in the end"):
+        write(tmp_path / "out.json", inputs=[str(work / "thesis.txt")])
+    with pytest.raises(ValueError, match="is removed in the end"):
+        Outputs(str(tmp_path / "out.json"), SUFFIXES).open_work(cache=str(work / "cache"))
     assert (work / "thesis.txt").read_text() == "precious"
 
 

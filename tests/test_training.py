@@ -285,7 +285,7 @@ def test_a_kill_never_leaves_one_models_weights_with_anothers_description(tmp_pa
         if not (folder / training_folder.WEIGHTS).exists():
             return None
         model = (folder / training_folder.WEIGHTS).read_text()
-        assert {path.name for path in folder.iterdir()} - {"model.work"} == models[model] | {training_folder.WEIGHTS}
+        assert {path.name for path in folder.iterdir()} - {"model.part"} == models[model] | {training_folder.WEIGHTS}
         assert (folder / "config.json").read_text() == model
         return model
 
@@ -311,7 +311,7 @@ def test_a_kill_never_leaves_one_models_weights_with_anothers_description(tmp_pa
                 put(folder)
         left.append(found(folder))
         put(folder)
-        assert found(folder) == "new" and not (folder / "model.work").exists()
+        assert found(folder) == "new" and not (folder / "model.part").exists()
     assert left[0] == "old" and None in left
 
 
@@ -386,16 +386,55 @@ def test_the_base_models_folder_is_no_output_folder(run, tiny_model, tmp_path, a
 
 
 @pytest.mark.parametrize(
-    ("name", "beside"), [("mine.txt", "modules.json"), ("mine.txt", "../run.json"), ("modules.json", "config.json")]
+    ("name", "message"),
+    [
+        ("huggingface/README.md", "huggingface: holds README.md, which is of no export, and would be removed"),
+        ("huggingface/modules.json", "holds huggingface, of no earlier training there, and would lose it"),
+        ("config.json", "holds config.json, of no earlier training there, and would lose it"),
+        ("run.json", "holds run.json, of no earlier training there, and would lose it"),
+        ("report.json.part", "holds report.json.part, of no earlier training there, and would lose it"),
+        ("model_state.pdparams", "holds model_state.pdparams, of no earlier training there, and would lose it"),
+        ("model.part/notes.txt", "holds model.part, of no earlier training there, and would lose it"),
+        ("checkpoint-2/notes.txt", "holds checkpoint-2, of no earlier training there, and would lose it"),
+    ],
 )
-def test_a_foreign_folder_in_the_exports_place_is_kept(run, tmp_path, name, beside):
-    export = tmp_path / "out" / "huggingface"
-    export.mkdir(parents=True)
-    (export / beside).write_text("{}")
-    (export / name).write_text("mine")
-    with pytest.raises(ValueError, match="no export of an earlier training"):
-        run(export_format="huggingface")
-    assert (export / name).read_text() == "mine"
+def test_what_is_of_no_training_is_kept(run, tmp_path, name, message):
+    path = tmp_path / "out" / name
+    path.parent.mkdir(parents=True)
+    path.write_text("{}")
+    with pytest.raises(ValueError, match=f"{message}; "):
+        run(export_format="huggingface", overwrite_output_dir=True)
+    assert path.read_text() == "{}"
+
+
+def test_other_names_like_a_trainings_are_left_alone(run, data, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    shutil.copyfile(f"{data}/train.json", out / "checkpoint-data.jsonl")
+    for name in ("checkpoint-8.jsonl.work", "model.work"):
+        (out / name).mkdir()
+    run(dataset_name_or_path=str(out / "checkpoint-data.jsonl"), max_steps=1)
+    assert {"checkpoint-8.jsonl.work", "model.work", "checkpoint-data.jsonl"} <= {path.name for path in out.iterdir()}
+
+
+def test_the_same_data_elsewhere_make_the_same_run(run, data, tiny_model, tmp_path, monkeypatch):
+    options = {"max_steps": 6}
+    run(**options)
+    shutil.copytree(data, tmp_path / "moved")
+    shutil.copytree(tiny_model, tmp_path / "base")
+    from utils.embedding_trainer import EmbeddingTrainer
+
+    monkeypatch.setattr(EmbeddingTrainer, "training_step", None)  # nothing is left to be done
+    run(model_name_or_path=str(tmp_path / "base"), dataset_name_or_path=f"{tmp_path}/moved/", save_steps=2, **options)
+
+
+def test_a_folder_made_for_nothing_goes(run, tmp_path):
+    with pytest.raises(FileNotFoundError):
+        run(dataset_name_or_path="none.json")
+    assert not (tmp_path / "out").exists()
+    os.mkfifo(tmp_path / "lock")
+    with pytest.raises(ValueError, match="lock: is in the way and no regular file"):
+        run(".")
 
 
 def test_a_model_of_dot_products_says_so(run, tiny_model, tmp_path):
@@ -498,7 +537,7 @@ def test_a_killed_run_ends_with_the_same_weights(run, tmp_path, monkeypatch, opt
         Collator, "__call__", lambda self, examples, number: tokenised.append(number) or collate(self, examples, number)
     )
     (tmp_path / "broken" / "checkpoint-99.work").mkdir()  # a kill while a checkpoint was being written
-    for name in ("checkpoint-12.work", "model.work"):  # whatever else
+    for name in ("checkpoint-12.work", "model.part"):  # whatever else
         (tmp_path / "broken" / name).write_text("")
     run("broken", **options)
     assert len(calls) < 11 + 16  # it did not begin again
@@ -655,8 +694,10 @@ def test_the_journal_and_the_export_are_this_runs(run, tmp_path, monkeypatch):
     out = tmp_path / "out"
     run(export_format="huggingface", max_steps=2, save_strategy="no")
     assert (out / "huggingface").is_dir()
-    with killed_at(9, monkeypatch):
+    with pytest.raises(ValueError, match=r"holds the model of a run with other max_steps \(2 then, -1 now\), save_str"):
         run(logging_steps=1)
+    with killed_at(9, monkeypatch):
+        run(logging_steps=1, overwrite_output_dir=True)
     assert (out / "huggingface").is_dir()  # as long as the model that it is of
     with open(out / "training.jsonl", "a") as stream:
         stream.write('{"step": 9, "lo')
@@ -885,13 +926,9 @@ def test_a_failed_write_leaves_the_last_checkpoint(run, tmp_path, monkeypatch):
     run()
 
 
-@pytest.mark.parametrize("when", ["before", "while"])
-def test_a_journal_that_cannot_be_written_is_named(run, tmp_path, monkeypatch, when):
+def test_a_journal_that_cannot_be_written_is_named(run, tmp_path, monkeypatch):
     journal = tmp_path / "out" / "training.jsonl"
-    if when == "before":
-        journal.mkdir(parents=True)
-    else:
-        monkeypatch.setattr(training_folder.Journal, "cut", lambda *args: journal.mkdir())
+    monkeypatch.setattr(training_folder.Journal, "cut", lambda *args: journal.mkdir())
     with pytest.raises(IsADirectoryError, match=r"/out/training\.jsonl: cannot write: Is a directory"):
         run(max_steps=1)
     assert not list((tmp_path / "out").glob("*.part"))

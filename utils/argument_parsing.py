@@ -27,8 +27,6 @@ ELSEWHERE = "see PaddleNLP's Trainer"
 _DATA = ("input_data_path", "dev_path", "dataset_name_or_path")
 # Arguments that hold a text's template.
 _TEMPLATES = ("template", "query_template", "passage_template")
-# Arguments that name files or folders to read, beside those called so.
-_READ = ("candidate_pool", "compare_with", "embedding_cache")
 # Whole numbers beyond it, either way, are out of range where no limit of their own says so: no library here takes them.
 _LARGEST_WHOLE = 2**31 - 1
 # As many unknown names are listed; a file of data may hold any number.
@@ -99,14 +97,6 @@ def parse(
     arguments = build(cls, **merged)
     arguments.arguments_path = path
     return arguments
-
-
-def input_paths(arguments) -> list[str]:
-    """Every file and folder that a run may read: those that the arguments name, and the file that they came from."""
-    names = [f.name for f in dataclasses.fields(arguments) if f.name in _READ or f.name.endswith("_path")]
-    values = [getattr(arguments, name) for name in names if name != "output_data_path"]
-    values += [getattr(arguments, "arguments_path", None)]
-    return [path for value in values if value for path in (value if isinstance(value, list) else [value])]
 
 
 def build(cls: type[Arguments], **values) -> Arguments:

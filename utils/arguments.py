@@ -3,21 +3,32 @@
 Training's is in ``training_arguments``.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
-from utils.argument_parsing import ArgumentError, build, input_paths, nearest, option, parse
+from utils.argument_parsing import ArgumentError, build, nearest, option, parse
 
-__all__ = ["ArgumentError", "build", "input_paths", "parse"]
+__all__ = ["ArgumentError", "build", "parse"]
 
 # The bundled model's name, which bundled_model.py answers to.
 DEFAULT_MODEL = "multilingual-e5-small"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 POOLINGS = ("cls", "mean", "last")
+# Arguments that name files or folders to read, beside those called so.
+_READ = ("candidate_pool", "compare_with")
 # Of templates. JSON has it anyway.
 NEW_LINE = r"; in a flag, \n is a new line"
 # What NumPy and Paddle take alike.
 LARGEST_SEED = 2**32 - 1
+
+
+def input_paths(arguments) -> list[str]:
+    """Every file and folder that a run reads: those that the arguments name, and the file that they came from."""
+    names = [f.name for f in fields(arguments) if f.name in _READ or f.name.endswith("_path")]
+    values = [getattr(arguments, name) for name in names if name != "output_data_path"]
+    values += [getattr(arguments, "arguments_path", None)]
+    paths = [path for value in values if value for path in (value if isinstance(value, list) else [value])]
+    return [path for path in paths if path != DEFAULT_MODEL]
 
 
 @dataclass

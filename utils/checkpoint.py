@@ -140,6 +140,9 @@ def _understand(folder: Path, tokenizer_folder: Path, pooling: str | None) -> Ch
     for path in folder.glob("*.safetensors"):
         _safetensors_header(path)
     weights = _weight_files(folder)
+    for path in weights:
+        if not path.is_file():
+            raise ValueError(f"{path}: is no regular file; expected the model's weights")
     if not weights:
         raise ValueError(f"{folder}: no weights there; expected one of {', '.join(WEIGHT_PATTERNS)}")
     _check_shards(folder, weights[0].suffix)
@@ -266,6 +269,8 @@ def _sha256(path: Path) -> bytes:
 
 def _folder(name: str) -> Path:
     if name == bundled_model.NAME:
+        if os.path.isdir(name):
+            logger.info("%s means the bundled model; the folder of that name is ./%s", name, name)
         return bundled_model.build()
     if os.path.isdir(name):
         return Path(name)

@@ -135,7 +135,7 @@ class _Inputs:
             vectors = read_user_vectors(given.embeddings_path, queries.source.n_rows, "row of input", normalize=True)
         else:
             build_encoders(given)
-        outputs.open_work(input_paths(given))
+        outputs.open_work(input_paths(given), given.embedding_cache)
         return cls(queries, reference, vectors)
 
 

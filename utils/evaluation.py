@@ -115,7 +115,7 @@ class _Inputs:
         for model in ([_model(given)] if has_model else []) + [inputs.other_model]:
             if model is not None:
                 build_encoders(replace(model, dimension=largest))
-        outputs.open_work(input_paths(given))
+        outputs.open_work(input_paths(given), given.embedding_cache)
         return inputs
 
     def _read_vectors(self, given: EvaluateArguments) -> None:

@@ -82,7 +82,7 @@ def _read(given: MiningArguments, outputs: Outputs) -> Inputs:
         raise ValueError(f"score_baseline is {given.score_baseline}; expected less than 1, a cosine")
     if given.index_factory:
         check_factory(dim, given.index_factory, given.index_parameters)
-    outputs.open_work(input_paths(given))
+    outputs.open_work(input_paths(given), given.embedding_cache)
     wanted = given.negatives_a_row
     if given.window[1] - given.window[0] < wanted:
         logger.warning(

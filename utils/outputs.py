@@ -1,9 +1,11 @@
 """Output files that appear whole or not at all, and the folder that a killed run leaves behind."""
 
 import fcntl
+import glob
 import gzip
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,6 +17,8 @@ from utils.records import RecordError, to_line
 
 # In the work folder, what a later run has no use for begins so; caches, which it goes on from, do not.
 _PASSING = "output"
+# All that a work folder can hold: the lock, such drafts, vectors by their fingerprint, and neighbours.
+_OF_WORK = re.compile(rf"lock|{_PASSING}\..*|[0-9a-f]{{32}}|neighbors-.*")
 # Beside every main output; its key "outputs" lists the names of all that a run has written.
 REPORT = ".report.json"
 # What a small file's name ends with until it is whole.
@@ -49,11 +53,12 @@ class Outputs:
         self._staged: dict[str, Path] = {}
         self._lock: IO | None = None
 
-    def open_work(self, inputs: Iterable[str | None] = ()) -> None:
+    def open_work(self, inputs: Iterable[str | None] = (), cache: str | None = None) -> None:
         """Check every output path, then make and lock the work folder.
 
         Args:
-            inputs: files and folders that no output may overwrite, whether they are there or still to be made.
+            inputs: files and folders that no output may overwrite.
+            cache: a folder that is still to be made, perhaps, and that an output may lie in, but not the reverse.
 
         Raises:
             OSError: it cannot be made or written.
@@ -63,10 +68,10 @@ class Outputs:
             raise ValueError(f"{self.main}: the name is too long; expected at most {_LONGEST_NAME} bytes")
         if self._given.endswith("/") or self.main.is_dir():
             raise IsADirectoryError(f"{self._given}: is a directory; expected a path for the output file")
-        inputs = [path for path in inputs if path]
-        existing = [path for path in inputs if os.path.exists(path)]
+        existing = with_links(path for path in inputs if path and os.path.exists(path))
         earlier = self._earlier()
-        self._keep_out_of_inputs(inputs, existing, earlier)
+        self._check_work(existing + ([cache] if cache else []))
+        self._keep_out_of_inputs(existing, earlier)
         for suffix in ("", *self._suffixes):
             final = self._final(suffix)
             if len(os.fsencode(final.name)) > _LONGEST_NAME:
@@ -76,27 +81,38 @@ class Outputs:
             if final.exists() and not final.is_file():
                 raise ValueError(f"{final}: is no regular file; expected a path for a file, which is put there whole")
             is_input = final.exists() and any(os.path.samefile(path, final) for path in existing)
-            if is_input or any(Path(os.path.realpath(path)).is_relative_to(final) for path in inputs):
+            if is_input or (cache and Path(os.path.realpath(cache)).is_relative_to(final)):
                 raise ValueError(f"{final}: the output would overwrite an input; give another output path")
             if suffix and final.exists() and final.name not in earlier:
                 reason = f"is in the way, and of no earlier run (no {REPORT} there lists it); move it elsewhere"
                 raise ValueError(f"{final}: {reason}")
+            if suffix and _is_main_output(final):
+                raise ValueError(f"{final}: another run's output is in the way; give another output path")
         try:
             self._lock = take_lock(self.work, LOCK_PATIENCE_S)
         except OSError as error:
             raise described(error, f"{self._given}: cannot write there") from None
         if self._lock is None:
             raise ValueError(f"{self._given}: another run is writing this output; wait for it or give another path")
+        self._remove_done()
 
-    def _keep_out_of_inputs(self, inputs: Sequence[str], existing: Sequence[str], earlier: Sequence[str]) -> None:
-        """Refuse a work folder that holds what is not ours, and a main output that is a file of an input folder."""
+    def _check_work(self, inputs: Sequence[str]) -> None:
+        """Refuse a work folder that holds what is not ours."""
         for path in inputs:
             if Path(os.path.realpath(path)).is_relative_to(self.work):
                 raise ValueError(f"{path}: lies in {self.work}, which is removed in the end; move it elsewhere")
-        if self.work.exists() and not self.work.is_dir():
+        if os.path.lexists(self.work) and (self.work.is_symlink() or not self.work.is_dir()):
             raise ValueError(f"{self.work}: is in the way and no folder; move it elsewhere")
-        if self.work.is_dir() and any(self.work.iterdir()) and not (self.work / "lock").exists():
-            raise ValueError(f"{self.work}: is in the way and no work folder of an earlier run; move it elsewhere")
+        if self.work.is_dir():
+            held = os.listdir(self.work)
+            if (held and "lock" not in held) or not all(map(_OF_WORK.fullmatch, held)):
+                raise ValueError(f"{self.work}: is in the way and no work folder of an earlier run; move it elsewhere")
+
+    def _keep_out_of_inputs(self, existing: Sequence[str], earlier: Sequence[str]) -> None:
+        """Refuse a main output that is a file of an input folder, or that another run wrote beside its own."""
+        for name, about in _reports_that_could_list(self.main):
+            if self.main.name in about:
+                raise ValueError(f"{self.main}: was written beside {name}, of another run; give another output path")
         # An earlier run's output, such as an evaluation beside the model, is listed by the report beside it.
         is_foreign = self.main.exists() and self.main.name not in earlier
         for folder in filter(os.path.isdir, existing):
@@ -112,14 +128,8 @@ class Outputs:
 
     def _earlier(self) -> Sequence[str]:
         """The names of the files that an earlier run left, by the report that is there."""
-        report = self._final(REPORT)
-        if not report.is_file():
-            return []  # nor a pipe, which would be waited for
-        try:
-            listed = json.loads(report.read_bytes())["outputs"]
-        except (OSError, ValueError, TypeError, KeyError, RecursionError):
-            return []  # another program's
-        return [name for name in listed if isinstance(name, str)] if isinstance(listed, list) else []
+        own = (self.main.name, self.main.name + ".")
+        return [name for name in _listed(self._final(REPORT)) if name == own[0] or name.startswith(own[1])]
 
     def names(self) -> list[str]:
         """The names of the files that this run writes, its report among them, for the report to list."""
@@ -148,10 +158,10 @@ class Outputs:
 
     def commit(self) -> None:
         """Rename every staged file into place, then remove the work folder."""
-        earlier = self._earlier()
-        for suffix in self._suffixes:
-            if suffix not in self._staged and self._final(suffix).name in earlier:
-                self._final(suffix).unlink(missing_ok=True)
+        # Another script's, too, whose main output this one takes the place of.
+        for name in {*self._earlier()} - {*self.names(), self.main.name}:
+            if not _is_main_output(self.main.with_name(name)):
+                self.main.with_name(name).unlink(missing_ok=True)
         # The report comes first: after a kill, it tells that what lies beside it is ours.
         for suffix in sorted(self._staged, key=lambda suffix: (suffix == "", suffix != REPORT)):
             try:
@@ -160,15 +170,20 @@ class Outputs:
                 raise described(error, f"{self._final(suffix)}: cannot write") from None
         done = self.work.with_name(f"{self.work.name}.done-{os.getpid()}")
         os.rename(self.work, done)  # at once, so that a run that waits for the lock never sees half of it
-        shutil.rmtree(done, ignore_errors=True)
+        self._remove_done()
         self.close()
+
+    def _remove_done(self) -> None:
+        """This run's work folder, and what kills have left of others that were done with."""
+        for path in self.work.parent.glob(f"{glob.escape(self.work.name)}.done-*"):
+            shutil.rmtree(path, ignore_errors=True)
 
     def abandon(self) -> None:
         """Remove drafts and scratch files, and the work folder too if nothing worth resuming is in it."""
         if self._lock is not None:
             for name in os.listdir(self.work):
                 if name.startswith(_PASSING):
-                    (self.work / name).unlink()
+                    remove(self.work / name)
             if os.listdir(self.work) == ["lock"]:
                 shutil.rmtree(self.work, ignore_errors=True)
             self.close()
@@ -187,6 +202,37 @@ class Outputs:
             self.abandon()
 
 
+def with_links(paths: Iterable[str]) -> list[str]:
+    """Files and folders, and what is linked to from a folder: a hub's cache, for one, keeps models so."""
+    paths = list(paths)
+    within = [os.path.join(path, name) for path in paths if os.path.isdir(path) for name in os.listdir(path)]
+    return paths + [path for path in within if os.path.islink(path) and os.path.exists(path)]
+
+
+def _listed(report: Path) -> list[str]:
+    """The names of the files that a run says it has written; none if the file is no report of ours."""
+    if not report.is_file():
+        return []  # nor a pipe, which would be waited for
+    try:
+        listed = json.loads(report.read_bytes())["outputs"]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return []
+    return [name for name in listed if isinstance(name, str) and "/" not in name] if isinstance(listed, list) else []
+
+
+def _is_main_output(path: Path) -> bool:
+    """Whether a run has written its main output there, or is about to."""
+    return path.name in _listed(path.with_name(path.name + REPORT)) or path.with_name(path.name + ".work").is_dir()
+
+
+def _reports_that_could_list(path: Path) -> Iterator[tuple[str, list[str]]]:
+    """Of every output that this file could lie beside, by its name: that output's name, and what its report lists."""
+    parts = path.name.split(".")
+    for n in range(1, len(parts)):
+        main = ".".join(parts[:n])
+        yield main, _listed(path.with_name(main + REPORT))
+
+
 def write_rejected(outputs: Outputs, rejected: Iterable[RecordError]) -> None:
     """The rows that ``on_bad_row=skip`` set aside, in ``<output>.rejected.jsonl``."""
     with outputs.stage(".rejected.jsonl") as stream:
@@ -198,10 +244,15 @@ def take_lock(folder: Path, patience_s: float) -> IO | None:
     """Make ``folder`` and lock it until the returned file is closed or the process ends.
 
     Returns None if another process still holds it after ``patience_s`` seconds.
+
+    Raises:
+        OSError, ValueError: it cannot be made there.
     """
     deadline = time.monotonic() + patience_s
     while True:
         folder.mkdir(parents=True, exist_ok=True)
+        if (folder / "lock").exists() and not (folder / "lock").is_file():
+            raise ValueError(f"{folder / 'lock'}: is in the way and no regular file; move it elsewhere")
         try:
             lock = open(folder / "lock", "a")  # noqa: SIM115 - held until the process ends
         except FileNotFoundError:

@@ -110,7 +110,11 @@ def read_lines(path: str, saw: Callable[[bytes], None] = lambda chunk: None) -> 
         raise IsADirectoryError(f"{path}: is a directory; expected a JSONL file")
     if not os.path.isfile(path):
         raise ValueError(f"{path}: is no regular file; expected a JSONL file, which is read twice")
-    with open(path, "rb") as plain:
+    try:
+        plain = open(path, "rb")  # noqa: SIM115 - the next line closes it
+    except OSError as error:
+        raise type(error)(f"{path}: cannot be read: {error.strerror}") from None
+    with plain:
         zipped = plain.read(2) == b"\x1f\x8b"
         plain.seek(0)
         stream: IO[bytes] = gzip.GzipFile(fileobj=plain) if zipped else plain

@@ -3,34 +3,38 @@
 A run leaves in ``run.json`` what it was asked to do and what it has read, before its first checkpoint.
 """
 
+import contextlib
 import json
 import logging
 import os
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO
 
-from utils.argument_parsing import input_paths
+from utils.arguments import DEFAULT_MODEL, input_paths
 from utils.checkpoint import DESCRIPTION, WEIGHT_PATTERNS
 from utils.json_files import as_json, read_object
-from utils.outputs import DRAFT, LOCK_PATIENCE_S, described, remove, take_lock, write_whole
+from utils.outputs import DRAFT, LOCK_PATIENCE_S, described, remove, take_lock, with_links, write_whole
 from utils.report import shortened
 from utils.training_arguments import TrainArguments
-from utils.training_folder import WEIGHTS, checkpoints, not_leading_to
+from utils.training_folder import MODEL_DRAFT, WEIGHTS, checkpoints, not_leading_to
 
 logger = logging.getLogger(__name__)
 
 _RECORD = "run.json"
 # What a training writes to its folder, or takes away there, beside its checkpoints.
 _WRITTEN = {
-    _RECORD, "training.jsonl", "report.json", "runs", "lock", "model.work", "huggingface", WEIGHTS, *DESCRIPTION,
+    _RECORD, "training.jsonl", "report.json", "lock", MODEL_DRAFT, "huggingface", WEIGHTS, *DESCRIPTION,
 }  # fmt: skip
+_CHECKPOINT = re.compile(r"checkpoint-\d+(\.work)?")
 # What an export consists of.
 _EXPORTED = {"model.safetensors", *DESCRIPTION}
-# What may differ between a run and the one that it continues.
+# What may differ between a run and the one that it continues. What is read is compared by its content.
 _FREE_TO_CHANGE = {
     "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "logging_steps", "save_total_limit",
-    "export_format", "report_to", "logging_dir", "disable_tqdm",
+    "export_format", "report_to", "logging_dir", "disable_tqdm", "save_steps", "device", "dataloader_num_workers",
+    "model_name_or_path", "tokenizer_name_or_path", "dataset_name_or_path", "dev_dataset_path", "dev_corpus_path",
 }  # fmt: skip
 # What the other keys of a run's record stand for.
 _READ_OTHERWISE = {
@@ -55,15 +59,15 @@ def take_folder(given: TrainArguments) -> IO:
         raise ValueError(f"{folder}: output_dir is a file; expected a folder, or a path for a new one")
     if folder.is_dir():
         for path in (given.model_name_or_path, given.tokenizer_name_or_path):
-            if path and os.path.isdir(path) and os.path.samefile(folder, path):
+            if path not in (None, DEFAULT_MODEL) and os.path.isdir(path) and os.path.samefile(folder, path):
                 raise ValueError(f"{folder}: is the base model's folder; give another output_dir")
-        _check_inputs(given, folder)
         others = {path.name for kind in WEIGHT_PATTERNS for path in folder.glob(kind)} - {WEIGHTS}
         if others:
             raise ValueError(
                 f"{folder}: holds {min(others)}, which would be loaded in place of what is trained or with it; give"
                 " another output_dir"
             )
+        _check_inputs(given, folder)
     try:
         lock = take_lock(folder, LOCK_PATIENCE_S)
     except OSError as error:
@@ -73,56 +77,81 @@ def take_folder(given: TrainArguments) -> IO:
     return lock
 
 
+def leave_nothing_else(given: TrainArguments) -> None:
+    """Remove a folder that was made for a run that has written nothing."""
+    with contextlib.suppress(OSError):
+        if os.listdir(given.output_dir) == ["lock"]:
+            os.unlink(Path(given.output_dir) / "lock")
+            os.rmdir(given.output_dir)
+
+
 def _check_inputs(given: TrainArguments, folder: Path) -> None:
     """Refuse to write over, or remove, what is read."""
-    inputs = [path for path in input_paths(given) if os.path.exists(path)]
-    # A folder's files can be links to where training writes.
-    within = [os.path.join(path, name) for path in inputs if os.path.isdir(path) for name in os.listdir(path)]
-    inputs += [path for path in within if os.path.islink(path)]
     own = Path(os.path.realpath(folder))
-    for given_path in inputs:
+    for given_path in with_links(path for path in input_paths(given) if os.path.exists(path)):
         path = Path(os.path.realpath(given_path))
         first = path.relative_to(own).parts[0] if path.is_relative_to(own) and path != own else ""
-        if first.removesuffix(DRAFT) in _WRITTEN or first.startswith("checkpoint-"):
+        if _is_written(first):
             reason = f"is an input, and lies where training writes or removes {first}; give another output_dir"
             raise ValueError(f"{given_path}: {reason}")
     export = folder / "huggingface"
-    if export.is_dir():
-        foreign = sorted({*os.listdir(export)} - _EXPORTED)
-        if foreign or (any(export.iterdir()) and not (folder / _RECORD).is_file()):
-            named = f" (it holds {foreign[0]})" if foreign else ""
-            raise ValueError(f"{export}: is in the way, and no export of an earlier training{named}; move it elsewhere")
+    foreign = sorted({*os.listdir(export)} - _EXPORTED) if export.is_dir() else []
+    if foreign:
+        reason = f"holds {foreign[0]}, which is of no export, and would be removed; move it elsewhere"
+        raise ValueError(f"{export}: {reason}")
+    threatened = sorted(name for name in {*os.listdir(folder)} - {"lock"} if _is_written(name))
+    if threatened and not _is_ours(folder / _RECORD):
+        reason = f"holds {threatened[0]}, of no earlier training there, and would lose it; give another output_dir"
+        raise ValueError(f"{folder}: {reason}")
+
+
+def _is_written(name: str) -> bool:
+    """Whether training writes or removes what is called so in its folder."""
+    return not _WRITTEN.isdisjoint((name, name.removesuffix(DRAFT))) or bool(_CHECKPOINT.fullmatch(name))
+
+
+def _is_ours(record: Path) -> bool:
+    """Whether a run has left this file. One that is damaged is taken for its own."""
+    try:
+        return record.is_file() and "data" in read_object(record)
+    except ValueError:
+        return True
 
 
 def resumed(given: TrainArguments, read: dict) -> str | None:
     """The checkpoint to go on from, on rank 0: this run's last one, or what ``resume_from_checkpoint`` says.
 
-    Checkpoints that are not this run's are removed if ``overwrite_output_dir`` says so.
+    Checkpoints that are not this run's are removed, and its model written over, if ``overwrite_output_dir`` says so.
 
     Args:
         read: digests of all that the run has read, and whatever else its weights depend on, as JSON holds it.
 
     Raises:
-        ValueError: the folder holds checkpoints that are not this run's, or none is there where one was asked for.
+        ValueError: the folder holds checkpoints or a model that are not this run's, or no checkpoint is there where one
+            was asked for.
     """
     folder = Path(given.output_dir)
     for stale in folder.glob("checkpoint-*.work"):
-        remove(stale)
+        if _CHECKPOINT.fullmatch(stale.name):
+            remove(stale)
     found = checkpoints(given.output_dir)
     asked = given.resume_from_checkpoint
     arguments = {name: value for name, value in asdict(given).items() if name not in _FREE_TO_CHANGE}
     own = json.loads(json.dumps(arguments | read)) | {_RESUMED: asked and os.path.realpath(asked)}
     record = folder / _RECORD
     anew = asked is None and given.overwrite_output_dir
-    other = _differences(own, record, asked is not None) if found and not anew else []
+    trained = found or (folder / WEIGHTS).is_file()
+    other = _differences(own, record, asked is not None) if trained and not anew else []
     if found and not anew and not other:
         logger.info("going on from %s", found[-1])
         return str(found[-1])
-    what = f"checkpoints of a run with other {', '.join(other[:_MOST_NAMED])}"
+    what = f"{'checkpoints' if found else 'the model'} of a run with other {', '.join(other[:_MOST_NAMED])}"
+    is_lost = bool(found or other)
     if asked is not None:
         found = not_leading_to(asked, found)
         what = f"{', '.join(path.name for path in found)}, not on the way to {asked}"
-    if found and not given.overwrite_output_dir:
+        is_lost = bool(found)
+    if is_lost and not given.overwrite_output_dir:
         raise ValueError(f"{folder}: holds {what}; give another output_dir, or --overwrite_output_dir true")
     for path in found:
         logger.info("removing %s, of an earlier run", path)
@@ -137,7 +166,7 @@ def _differences(own: dict, record: Path, asked: bool) -> list[str]:
     Args:
         asked: True if a checkpoint to go on from was asked for; the run goes on as it began where none is.
     """
-    before = read_object(record, "what an earlier run left. Remove its folder, or move it away")
+    before = read_object(record, "what an earlier run left; --overwrite_output_dir true begins anew")
     names = {*own, *before} - (set() if asked else {_RESUMED})
     return [
         _READ_OTHERWISE.get(name) or f"{name} ({_shown(before.get(name))} then, {_shown(own.get(name))} now)"

@@ -74,7 +74,9 @@ class _Inputs:
     def fingerprint(self, n_ranks: int) -> dict:
         """What makes two runs with equal arguments the same run."""
         dev = list(self.dev.digests.values()) if self.dev else None
-        return {"data": self.rows.digests, "dev_data": dev, "model": self.base.digest, "ranks": n_ranks}
+        base = self.base
+        described = [base.query_template, base.passage_template, base.pooling, base.normalize]
+        return {"data": self.rows.digests, "dev_data": dev, "model": [base.digest, *described], "ranks": n_ranks}
 
     @classmethod
     def read(cls, given: TrainArguments) -> "_Inputs":
@@ -146,6 +148,7 @@ def train(given: TrainArguments) -> TrainingResult:
     finally:
         if lock is not None:
             lock.close()
+            resuming.leave_nothing_else(given)
 
 
 def _agree_on_inputs(ranks: Ranks, inputs: _Inputs) -> None:

@@ -15,6 +15,8 @@ from utils.outputs import described, remove, write_whole
 
 logger = logging.getLogger(__name__)
 
+# Where the files of a model are until all are whole.
+MODEL_DRAFT = "model.part"
 # The trained weights, in PaddleNLP's form.
 WEIGHTS = "model_state.pdparams"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -67,7 +69,7 @@ def put_into(folder: Path, what: str, earlier: Sequence[str] = ()) -> Iterator[P
         earlier: names that go before anything is put there, in this order. With the weights before what describes
             them, a kill leaves the weights of either model with all of its own description, or no weights.
     """
-    work = folder / "model.work"
+    work = folder / MODEL_DRAFT
     try:
         remove(work)
         work.mkdir(parents=True)
