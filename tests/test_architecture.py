@@ -64,8 +64,8 @@ AREAS = {
     ),
     "training": (
         "training",
-        "arguments machine ranks files reports formulae models texts encoding batches trainable dev folders resuming"
-        " export trainer",
+        "arguments machine ranks records files reports formulae models texts encoding batches trainable dev folders"
+        " resuming export trainer",
     ),
 }  # fmt: skip
 # The packages that are not Python's own, and who may import them.

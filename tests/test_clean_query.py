@@ -211,6 +211,23 @@ def test_target_size(job):
     assert len(more.kept_rows) > 100
 
 
+def test_a_target_that_asks_for_nothing_is_told_of(job, rows, caplog):
+    caplog.set_level("INFO")
+    result = job(target_size=9999)
+    n_unique = len({row["query"] for row in rows})
+    assert len(result.kept_rows) == n_unique
+    assert f"target_size 9999 asks for nothing: there are {n_unique} queries" in caplog.text
+
+
+@pytest.mark.parametrize("n_bare", [0, 2, 9])
+def test_rows_that_later_steps_refuse_are_told_of(tiny_model, tmp_path, caplog, n_bare):
+    rows = [{"query": f"how {i}", "pos": [] if i < n_bare else ["p"]} for i in range(9)]
+    source = write_jsonl(tmp_path / "in.json", rows)
+    Clean_Query(tiny_model, input_data_path=source, output_data_path=str(tmp_path / "out.json")).clean()
+    told = f"{source}: {n_bare} of 9 rows have no positive, and mining and training will refuse those"
+    assert (told in caplog.text) == ("no positive" in caplog.text) == (n_bare == 2)
+
+
 def test_a_target_that_takes_unrelated_queries_is_warned_of(job, caplog):
     job(target_size=3)
     assert "what unrelated queries score with this model" in caplog.text
@@ -233,7 +250,7 @@ def test_bad_rows_can_be_set_aside(tmp_path, rows, tiny_model):
     (tmp_path / "in.json").write_bytes(b"\n".join(lines))
     output = tmp_path / "clean.json"
     options = {"input_data_path": str(tmp_path / "in.json"), "output_data_path": str(output)}
-    with pytest.raises(ValueError, match=r"in\.json:5: not JSON"):
+    with pytest.raises(ValueError, match=r"in\.json:5: not JSON .* \(on_bad_row skip leaves bad rows out\)$"):
         Clean_Query(tiny_model, **options).clean()
     assert not output.exists()
     result = Clean_Query(tiny_model, **options, on_bad_row="skip", similarity_threshold=THRESHOLD).clean()

@@ -331,6 +331,20 @@ def test_bad_rows_can_be_set_aside(tiny_model, tmp_path, dev):
     result = evaluation(tiny_model, tmp_path, on_bad_row="skip", **paths(dev)).evaluate()
     assert result.report["counts"]["query_rows"] == 65 and result.report["counts"]["rejected"] == 5
     assert len(read_jsonl(tmp_path / "out" / "eval.jsonl.rejected.jsonl")) == 5
+    assert " passages, 5 bad rows left out -> " in result.summary()
+
+
+def test_a_corpus_can_be_rows_of_negatives_some_without_any(tiny_model, tmp_path, dev, caplog):
+    caplog.set_level("INFO")
+    evaluation(tiny_model, tmp_path, dev_path=dev["dev_path"]).evaluate()
+    assert "all are the rows' own passages" in caplog.text
+    caplog.clear()
+    corpus = write_jsonl(tmp_path / "mined.jsonl", [{"query": "q", "neg": ["a lost tax"]}, {"query": "r", "neg": []}])
+    evaluation(tiny_model, tmp_path, dev_path=dev["dev_path"], neg_path=corpus).evaluate()
+    assert "all are the rows' own passages" not in caplog.text
+    write_jsonl(tmp_path / "mined.jsonl", [{"query": "r", "neg": []}])
+    with pytest.raises(ValueError, match="no passage in its 1 rows; expected rows of neg_passage, or of text"):
+        evaluation(tiny_model, tmp_path, dev_path=dev["dev_path"], neg_path=corpus).evaluate()
 
 
 @pytest.mark.parametrize(

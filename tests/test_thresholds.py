@@ -40,3 +40,6 @@ def test_a_given_threshold_stands_but_is_warned_of(caplog):
     assert checked(0.7, Unrelated(50, 0.3, 0.7)) == 0.7
     assert len(caplog.messages) == 1 and "try 0.9," in caplog.messages[0]
     assert 0.999 < checked(1.0, Unrelated(50, 0.3, 0.7)) < 1  # equal vectors reach it
+    caplog.clear()
+    assert checked(0.9, Unrelated(50, 0.8, 0.86)) == 0.9 and checked(0.97, Unrelated(50, 0.8, 0.86)) == 0.97
+    assert len(caplog.messages) == 1 and caplog.messages[0].startswith("the threshold 0.9 is below 0.97, what would be")

@@ -96,6 +96,7 @@ def test_training_learns_and_the_checkpoint_is_a_model(run, tmp_path):
     before, *dev = dev
     assert len(dev) == 6 and dev[-1] > dev[0] > before and result.metrics["ndcg@10"] == dev[-1]
     assert result.before["ndcg@10"] == result.report["metrics_before"]["ndcg@10"] == before
+    assert "-> " + str(tmp_path / "out") + ", and for sentence-transformers in huggingface/" in result.summary()
     assert f"dev ndcg@10      {before:.4f} -> {dev[-1]:.4f}" in result.summary()
     losses = [entry["loss"] for entry in log if "loss" in entry]
     assert losses[-1] < losses[0]
@@ -579,6 +580,24 @@ def test_an_ended_run_is_not_gone_on_with(run, tmp_path, options):
     after = weights(tmp_path / "once")
     assert all(np.array_equal(before[name], after[name]) for name in before)
     assert (again.steps, again.loss) == (first.steps, pytest.approx(first.loss))
+
+
+def test_what_is_left_out_and_what_dev_rows_are_known_is_told(run, data, tmp_path, caplog):
+    shutil.copytree(data, tmp_path / "data")
+    with open(tmp_path / "data" / "train.json", "a") as stream:
+        stream.write('{"query": "a", "pos_passage": []}\n')
+    run(dataset_name_or_path=f"{tmp_path}/data", max_steps=1, on_bad_row="skip", evaluation_strategy="epoch")
+    assert (
+        "1 bad rows are left out, the first: " in caplog.text
+        and 'train.json:61: "pos_passage" is an empty' in caplog.text
+    )
+    n_dev = len({row["query"] for row in read_jsonl(tmp_path / "data" / "dev.json")})
+    assert f"{n_dev} of the {n_dev} dev queries are training rows' too" in caplog.text
+    caplog.clear()
+    caplog.set_level("INFO")
+    (tmp_path / "data" / "dev.json").unlink()
+    run("other", dataset_name_or_path=f"{tmp_path}/data", max_steps=1, on_bad_row="skip", evaluation_strategy="epoch")
+    assert "no dev rows, so nothing is evaluated" in caplog.text and "dev queries" not in caplog.text
 
 
 def test_the_metrics_of_before_survive_a_kill(run, tmp_path, monkeypatch):
@@ -1099,6 +1118,10 @@ def test_do_eval_without_dev_rows_evaluates_nothing(run, data, strategy):
         ({"loss_type": "kl", "group_size": 1}, "kl compares passages"),
         ({"bf16": True, "fp16": True}, "fp16 and bf16 are both true"),
         ({"load_best_model_at_end": True, "evaluation_strategy": "no"}, "need an evaluation_strategy"),
+        (
+            {"load_best_model_at_end": True, "evaluation_strategy": "steps"},
+            "evaluation_strategy is steps, but save_strategy is epoch; expected save_strategy steps too",
+        ),
         ({"bf16": "yes"}, "bf16 is 'yes'; expected true or false or null"),
         ({"max_steps": -5}, "max_steps is -5; expected at least -1"),
         ({"max_steps": 0}, "max_steps is 0; expected at least 1, or -1 for as many as num_train_epochs says"),

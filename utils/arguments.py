@@ -129,7 +129,7 @@ class EvaluateArguments(ModelArguments, InputArguments):
     dev_path: str | None = option(
         None, f"JSONL rows of query and pos_passage, or a BEIR folder; default: {_TOY_DEV} with {_TOY_NEG}"
     )
-    neg_path: str | None = option(None, "JSONL rows of neg_passage: more passages for the corpus")
+    neg_path: str | None = option(None, "JSONL rows of neg_passage, or of text and title: more passages for the corpus")
     corpus_path: str | None = option(
         None, "JSONL rows of neg_passage, or of text and perhaps title: the corpus, instead of dev_path's positives"
     )
@@ -317,8 +317,9 @@ class MiningArguments(ModelArguments, InputArguments):
         " write_corpus",
     )  # fmt: skip
     output_format: str = option(
-        "list", "list: rows with neg_passage; flagembedding: query, pos, neg; triplet, n-tuple, labeled-list: the"
-        " columns of sentence-transformers; context_qa: rows of context, question, answer", choices=FORMATS,
+        "list", "list: the rows with their own keys, and neg_passage (neg where they have pos); flagembedding: query,"
+        " pos, neg, and no row without negatives; triplet, n-tuple, labeled-list: the columns of sentence-transformers;"
+        " context_qa: rows of context, question, answer", choices=FORMATS,
     )  # fmt: skip
     output_scores: bool = option(False, "write pos_scores and neg_scores (scores, in sentence-transformers' formats)")
     answer_key: str = option("answer", "of context_qa: the key of a row's answer, a string or a list of them")

@@ -108,19 +108,17 @@ def qrels_path(folder: str, split: str) -> str:
 
 
 def corpus_passages(record: Record, path: str) -> tuple[str, ...]:
-    """The passages of a corpus's row: its ``neg_passage``, or else ``text`` with perhaps a ``title``.
+    """The passages of a corpus's row: its ``neg_passage``, which may be an empty list, or else ``text`` with perhaps a
+    ``title``.
 
     Raises:
         RecordError: there is neither.
     """
     row = record.row
-    if record.neg_passage:
-        return record.neg_passage
-    if "text" in row or "title" in row:
+    if not record.neg_passage and ("text" in row or "title" in row):
         return (passage_text(row, path, record.line),)
-    name = passages_key(row, "neg_passage")
-    if name in row:
-        raise RecordError(path, record.line, f'"{name}" is an empty list; expected a list of at least one string')
+    if passages_key(row, "neg_passage") in row:
+        return record.neg_passage
     raise RecordError(path, record.line, 'neither "neg_passage" nor "text" is there; expected a row of a corpus')
 
 

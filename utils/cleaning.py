@@ -96,11 +96,15 @@ class _Queries:
     @classmethod
     def read(cls, path: str, on_bad_row: str) -> "_Queries":
         source = Source(path, ("query",), on_bad_row)
-        lines, texts, first, folded = [], [], [], {}
+        lines, texts, first, folded, n_bare = [], [], [], {}, 0
         for record in source:
+            n_bare += not record.pos_passage
             first.append(folded.setdefault(fold(record.query), len(texts)))
             lines.append(record.line)
             texts.append(record.query)
+        if 0 < n_bare < len(texts):
+            logger.warning("%s: %d of %d rows have no positive, and mining and training will refuse those",
+                           path, n_bare, len(texts))  # fmt: skip
         return cls(source, np.array(lines, np.int64), texts, np.array(first, np.int64), folded)
 
     @property

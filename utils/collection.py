@@ -170,8 +170,9 @@ def _read_rows(given: EvaluateArguments) -> Collection:
     assert given.dev_path is not None
     corpus, queries = _Numbered(), _Numbered()
     rejected: list[RecordError] = []
+    bad = rejected if given.on_bad_row == "skip" else None
     if given.corpus_path is not None:
-        for text in read_corpus_file(given.corpus_path, rejected if given.on_bad_row == "skip" else None):
+        for text in read_corpus_file(given.corpus_path, bad):
             corpus.add(text)
     lines: list[int] = []
     positives: list[dict[str, None]] = []
@@ -186,11 +187,8 @@ def _read_rows(given: EvaluateArguments) -> Collection:
             corpus.add(text)
     rejected += source.rejected
     if given.neg_path is not None:
-        negatives = Source(given.neg_path, ("neg_passage",), given.on_bad_row)
-        for record in negatives:
-            for text in record.neg_passage:
-                corpus.add(text)
-        rejected += negatives.rejected
+        for text in read_corpus_file(given.neg_path, bad):
+            corpus.add(text)
     n_corpus, n_read, passage_rows = len(corpus.texts), corpus.n_read, np.array(corpus.rows, np.int64)
     # Positives that the corpus lacks come after it, and none of them counts as read.
     judged = [{corpus.add(text): 1 for text in texts} for texts in positives]
@@ -222,7 +220,7 @@ def read_corpus_file(
     path: str, rejected: list[RecordError] | None, saw: Callable[[bytes], None] = lambda chunk: None
 ) -> Iterator[str]:
     """The passages of a corpus's rows; ``saw`` gets every byte."""
-    n_rows = n_good = 0
+    n_rows = n_passages = 0
     for raw in read_lines(path, saw):
         n_rows += 1
         try:
@@ -232,12 +230,12 @@ def read_corpus_file(
                 raise
             rejected.append(error)
             continue
-        n_good += 1
+        n_passages += len(texts)
         yield from texts
     if n_rows == 0:
         raise ValueError(f"{path}: the file has no rows; expected one JSON object a line")
-    if n_good == 0:
-        raise ValueError(f"{path}: all {n_rows} rows are bad; expected rows of a corpus")
+    if n_passages == 0:
+        raise ValueError(f"{path}: no passage in its {n_rows} rows; expected rows of neg_passage, or of text")
 
 
 def _read_beir(given: EvaluateArguments) -> Collection:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from utils import beir, comparison, engines, metrics, report, runtime, statistics, trec
 from utils import collection as collections
-from utils import comparison, engines, metrics, report, runtime, statistics, trec
 from utils.arguments import EvaluateArguments, ModelArguments, input_paths
 from utils.collection import Collection
 from utils.comparison import Comparison
@@ -148,6 +148,8 @@ def _describe(collection: Collection, given: EvaluateArguments) -> None:
         "%s: %s queries, %s passages; about %.0f MiB of texts in memory",
         given.dev_path, f"{len(collection.queries):,}", f"{collection.n_corpus:,}", texts / 2**20,
     )  # fmt: skip
+    if given.corpus_path is None and given.neg_path is None and not beir.is_folder(given.dev_path):
+        logger.info("all are the rows' own passages; neg_path or corpus_path adds others, among which values tell more")
     large = sorted({k for _, k in map(metrics.split_name, given.metric_names()) if k > collection.n_corpus})
     if large:
         logger.warning(

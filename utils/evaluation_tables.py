@@ -16,6 +16,7 @@ def _main_table(done: dict) -> str:
     rows = [["", "value", percent]]
     rows += [[name, f"{m['value']:.4f}", f"{m['low']:.4f} to {m['high']:.4f}"] for name, m in done["metrics"].items()]
     title = f"{given['dev_path']}: {counts['queries']:,} queries, {counts['passages']:,} passages"
+    title += f", {counts['rejected']:,} bad rows left out" if counts.get("rejected") else ""
     return table(rows, f"{title} -> {given['output_data_path']}")
 
 

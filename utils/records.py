@@ -17,6 +17,8 @@ from typing import IO, NamedTuple
 
 # FlagEmbedding writes its rows under shorter names.
 _ALIASES = {"pos_passage": "pos", "neg_passage": "neg"}
+# What a user can do about a bad row.
+_REMEDY = " (on_bad_row skip leaves bad rows out)"
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -84,7 +86,7 @@ class Source:
                 self.check(record)
             except RecordError as error:
                 if self.on_bad_row != "skip":
-                    raise
+                    raise RecordError(error.path, error.line, f"{error.reason}{_REMEDY}") from None
                 rejected.append(error)
                 continue
             yield record

@@ -75,13 +75,21 @@ def unrelated_scores(vectors: np.ndarray) -> np.ndarray:
 
 
 def checked(threshold: float, unrelated: Unrelated) -> float:
-    """The threshold that is given, low enough for equal vectors to reach; a warning if unrelated queries do, too."""
+    """The threshold that is given or found, low enough for equal vectors to reach; a warning where it is low for the
+    model, and another if unrelated queries reach it, too.
+    """
     threshold = min(threshold, _SAME)
     if not unrelated.few and threshold <= unrelated.high:
         logger.warning(
             "warning: the threshold %g lies within what unrelated queries score with this model (mean %.2f, "
             "99th percentile %.2f): many removals will be wrong; try %g, and read what is removed",
             threshold, unrelated.mean, unrelated.high, unrelated.above,
+        )  # fmt: skip
+    elif not unrelated.few and unrelated.high >= _THRESHOLD and threshold < unrelated.above:
+        logger.warning(
+            "the threshold %g is below %g, what would be taken for this model, whose unrelated queries score %.2f on "
+            "average: read what is removed",
+            threshold, unrelated.above, unrelated.mean,
         )  # fmt: skip
     return threshold
 
@@ -112,6 +120,8 @@ def find(clean: Callable[[float], DedupResult], target_size: int) -> DedupResult
     low, high = round(-1 / STEP), round(1 / STEP)
     result = clean(high * STEP)
     if len(result.kept_rows) <= target_size:
+        logger.info("target_size %d asks for nothing: there are %d queries, and only equal ones are removed",
+                    target_size, len(result.kept_rows))  # fmt: skip
         return result
     best = None
     while high - low > 1:

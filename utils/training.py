@@ -25,6 +25,7 @@ from utils.encoder import Encoder, EncoderSettings
 from utils.json_files import as_json
 from utils.outputs import write_whole
 from utils.paddlenlp_arguments import trainer_arguments
+from utils.records import fold
 from utils.trainable import TrainableEncoder, TrainableEngine, merged_state, multiplies_bfloat16, shares_of_dropout
 from utils.training_arguments import TrainArguments
 from utils.training_data import Collator, Loader, Preflight
@@ -54,7 +55,10 @@ class TrainingResult:
             before = f"{self.before[name]:.4f} -> " if name in self.before else ""
             rows.append((f"dev {name}", f"{before}{value:.4f}"))
         rows += [("seconds", f"{self.report['seconds']['total']:.1f}")]
-        return report.table(rows, f"-> {self.folder}")
+        exported = ", and for sentence-transformers in huggingface/" * (
+            self.report["arguments"]["export_format"] is not None
+        )
+        return report.table(rows, f"-> {self.folder}{exported}")
 
 
 @dataclass
@@ -97,10 +101,22 @@ class _Inputs:
         shares_of_dropout(base, given.dropout)
         if base.hidden_size in dims and not any(given.embedding_matryoshka_weights or [1]):
             raise ValueError("embedding_matryoshka_weights are all 0, the full width's too; expected one above 0")
+        if rows.rejected:
+            logger.warning("%s bad rows are left out, the first: %s", f"{len(rows.rejected):,}", rows.rejected[0])
         dev = None
         if given.evaluation_strategy != "no" and dev_path is not None:
             dev = DevSet.read(dev_path, given.dev_corpus_path, given.on_bad_row)
             logger.info("dev: %s queries, %s passages of %s", f"{len(dev.queries):,}", f"{len(dev.corpus):,}", dev_path)
+            known = {fold(text) for text in rows.queries}
+            n_known = sum(fold(query) in known for query in dev.queries)
+            if n_known:
+                logger.warning(
+                    "warning: %s of the %s dev queries are training rows' too, and tell little of what is learnt; "
+                    "clean_query.py --reference_data_path takes them out",
+                    f"{n_known:,}", f"{len(dev.queries):,}",
+                )  # fmt: skip
+        elif given.evaluation_strategy != "no":
+            logger.info("no dev rows, so nothing is evaluated: give dev_dataset_path, or a folder with dev.json")
         if dev is None and (given.load_best_model_at_end or given.early_stopping_patience):
             raise ValueError("load_best_model_at_end and early_stopping_patience need dev rows; give dev_dataset_path")
         metric = judging_metric(given.metric_for_best_model)

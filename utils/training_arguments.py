@@ -178,7 +178,10 @@ class TrainArguments:
         if needs_dev and self.evaluation_strategy == "no":
             raise ArgumentError("load_best_model_at_end and early_stopping_patience need an evaluation_strategy")
         if self.load_best_model_at_end and self.save_strategy != self.evaluation_strategy:
-            raise ArgumentError("load_best_model_at_end needs save_strategy and evaluation_strategy to be the same")
+            raise ArgumentError(
+                f"load_best_model_at_end: evaluation_strategy is {self.evaluation_strategy}, but save_strategy is"
+                f" {self.save_strategy}; expected save_strategy {self.evaluation_strategy} too"
+            )
 
     def _check_reports(self) -> None:
         """Whether there is what report_to needs."""
