@@ -300,8 +300,8 @@ class _Watch(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self._progress.update(1)
-        if state.global_step == 1:
-            control.should_log = True  # a sign of life, however long logging_steps are
+        if state.global_step in (1, state.max_steps):
+            control.should_log = True  # where it began and ended, however long logging_steps are
 
     def on_train_end(self, args, state, control, **kwargs):
         self._progress.close()

@@ -43,6 +43,7 @@ class TrainingResult:
 
     folder: str
     steps: int
+    epochs: float
     loss: float
     before: dict[str, float]
     metrics: dict[str, float]
@@ -50,7 +51,7 @@ class TrainingResult:
 
     def summary(self) -> str:
         """A short table for a person."""
-        rows = [("steps", f"{self.steps:,}"), ("mean loss", f"{self.loss:.4f}")]
+        rows = [("steps", f"{self.steps:,}"), ("epochs", f"{self.epochs:.3g}"), ("mean loss", f"{self.loss:.4f}")]
         for name, value in self.metrics.items():
             before = f"{self.before[name]:.4f} -> " if name in self.before else ""
             rows.append((f"dev {name}", f"{before}{value:.4f}"))
@@ -157,10 +158,11 @@ def train(given: TrainArguments) -> TrainingResult:
             ranks.on_first(lambda: job.write_model(Path(given.output_dir)))
         before, metrics = loop.first_metrics, loop.final_metrics
         steps, loss = loop.state.global_step, loop.mean_loss()
-        run.results |= {"steps": steps, "loss": loss, "metrics_before": before, "metrics": metrics}
+        epochs = steps * given.gradient_accumulation_steps / len(job.plan)
+        run.results |= {"steps": steps, "epochs": epochs, "loss": loss, "metrics_before": before, "metrics": metrics}
         about = run.as_dict()
         ranks.on_first(lambda: write_whole(Path(given.output_dir) / "report.json", as_json(about)))
-        return TrainingResult(given.output_dir, steps, loss, before, metrics, about)
+        return TrainingResult(given.output_dir, steps, epochs, loss, before, metrics, about)
     finally:
         if lock is not None:
             lock.close()
