@@ -78,8 +78,12 @@ def test_equal_vectors_are_duplicates_at_a_threshold_of_1(tmp_path, rows):
     assert result.kept_rows.tolist() == list(range(0, 40, 2))
 
 
-def test_the_closest_removals_are_shown_each_pair_once(job, rows):
-    result = job()
+def test_the_closest_removals_are_shown_each_pair_once(job, rows, tmp_path):
+    plain = job()
+    closest = min((r for r in plain.removed if r.reason == "similar"), key=lambda r: r.score)
+    rows = [*rows, rows[closest.row]]  # a copy, which goes for the same reason
+    write_jsonl(tmp_path / "more.json", rows)
+    result = job(input_data_path=str(tmp_path / "more.json"))
     texts = [row["query"] for row in rows]
     pairs = {(r.score, texts[r.row], texts[r.kept_row]) for r in result.removed if r.reason == "similar"}
     shown = [(pair["cosine"], pair["query"], pair["kept_query"]) for pair in result.report["closest_removals"]]

@@ -143,11 +143,56 @@ def test_what_another_script_left_beside_the_output_goes(tmp_path):
     write(tmp_path / "out.json", ("", ".removed.jsonl", ".report.json")).commit()
 
 
+def test_what_another_script_left_is_kept_where_it_is_an_input(tmp_path):
+    names = ["out.json", "out.json.report.json", "out.json.short.jsonl"]
+    (tmp_path / "out.json.report.json").write_text(json.dumps({"outputs": names}))
+    (tmp_path / "out.json.short.jsonl").write_text("precious")
+    with pytest.raises(ValueError, match="would overwrite an input"):
+        write(tmp_path / "out.json", inputs=[str(tmp_path / "out.json.short.jsonl")])
+
+
+@pytest.mark.parametrize("name", ["../precious", "precious", "out.json2"])
+def test_a_report_cannot_have_other_files_removed(tmp_path, name):
+    (tmp_path / "in").mkdir()
+    path = tmp_path / "in" / name
+    path.write_text("precious")
+    (tmp_path / "in" / "out.json.report.json").write_text(json.dumps({"outputs": ["out.json.report.json", name]}))
+    write(tmp_path / "in" / "out.json", ("", ".report.json")).commit()
+    assert path.read_text() == "precious"
+
+
+def test_another_runs_output_that_took_a_files_place_stays(tmp_path):
+    every = ("", ".removed.jsonl", ".report.json")
+    write(tmp_path / "out.json", every).commit()
+    outputs = write(tmp_path / "out.json", ("", ".report.json"))
+    name = "out.json.removed.jsonl"
+    (tmp_path / f"{name}.report.json").write_text(json.dumps({"outputs": [name]}))
+    outputs.commit()
+    assert (tmp_path / name).exists()
+
+
+def test_an_interruption_after_the_commit_leaves_the_next_run_alone(tmp_path, monkeypatch):
+    first, second, remove_done = write(tmp_path / "out.json", ("", ".report.json")), [], Outputs._remove_done
+
+    def interrupted(self):
+        monkeypatch.undo()
+        remove_done(self)
+        second.append(write(tmp_path / "out.json", ("", ".report.json")))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Outputs, "_remove_done", interrupted)
+    with pytest.raises(KeyboardInterrupt), first:
+        first.commit()
+    second[0].commit()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.json", "out.json.report.json"]
+
+
 def test_what_a_kill_left_of_a_work_folder_goes(tmp_path):
+    (tmp_path / "out.json.work.done-mine").mkdir()
     (tmp_path / f"out.json.work.done-{os.getpid()}").mkdir()
     (tmp_path / f"out.json.work.done-{os.getpid()}" / "vectors").write_text("")
     write(tmp_path / "out.json").commit()
-    assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.json", "out.json.work.done-mine"]
 
 
 def test_a_file_of_an_input_folder_is_kept_but_an_earlier_output_there_is_not(tmp_path):

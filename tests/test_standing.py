@@ -21,6 +21,9 @@ def test_what_was_judged_by_something_else_is_no_best():
     values = {"judged_by": ["mrr@10"], "best": 0.9, "best_step": 4, "without_gain": 1, "loss_sum": 6.0, "n_losses": 3}
     assert Standing.of(values, ["mrr@10"]) == Standing(**values)
     assert Standing.of(values, ["ndcg@10"]) == Standing(["ndcg@10"], loss_sum=6.0, n_losses=3)
+    values |= {"judged_by": ["mrr@10", "digest"], "before": {"ndcg@10": 0.5}}
+    assert Standing.of(values, ["ndcg@10", "digest"]).before == {"ndcg@10": 0.5}
+    assert Standing.of(values, ["ndcg@10", "another"]).before == {}
 
 
 def test_a_loss_that_is_no_number_ends_the_training():

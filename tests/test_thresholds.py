@@ -5,7 +5,7 @@ import pytest
 from test_dedup import clean, clustered, one_by_one
 
 from utils import thresholds
-from utils.thresholds import Unrelated, checked, measured
+from utils.thresholds import Unrelated, measured
 
 
 @pytest.mark.parametrize("target", [1, 50, 200, 399, 400, 1000])
@@ -34,12 +34,21 @@ def test_a_measured_threshold_lies_above_what_unrelated_queries_score():
     assert measured(Unrelated(1000, 0.9, 0.95)) == 0.98 and measured(Unrelated(49, 0.9, 0.95)) == 0.97
 
 
-def test_a_given_threshold_stands_but_is_warned_of(caplog):
-    assert checked(0.8, Unrelated(50, 0.3, 0.7)) == 0.8 and checked(0.5, Unrelated(49, 0.3, 0.7)) == 0.5
-    assert not caplog.messages
-    assert checked(0.7, Unrelated(50, 0.3, 0.7)) == 0.7
-    assert len(caplog.messages) == 1 and "try 0.9," in caplog.messages[0]
-    assert 0.999 < checked(1.0, Unrelated(50, 0.3, 0.7)) < 1  # equal vectors reach it
-    caplog.clear()
-    assert checked(0.9, Unrelated(50, 0.8, 0.86)) == 0.9 and checked(0.97, Unrelated(50, 0.8, 0.86)) == 0.97
-    assert len(caplog.messages) == 1 and caplog.messages[0].startswith("the threshold 0.9 is below 0.97, what would be")
+def test_equal_vectors_reach_any_threshold():
+    assert thresholds.reachable(0.8) == 0.8 and 0.999 < thresholds.reachable(1.0) < 1
+
+
+@pytest.mark.parametrize(
+    ("threshold", "unrelated", "told"),
+    [
+        (0.8, (50, 0.3, 0.7), None),
+        (0.5, (49, 0.3, 0.7), None),
+        (0.7, (50, 0.3, 0.7), "warning: the threshold 0.7 lies within what unrelated queries score"),
+        (0.9, (50, 0.8, 0.86), "warning: the threshold 0.9 is below 0.97, what would be taken for this model"),
+        (0.97, (50, 0.8, 0.86), None),
+    ],
+)
+def test_a_low_threshold_is_warned_of(caplog, threshold, unrelated, told):
+    thresholds.warn_if_low(threshold, Unrelated(*unrelated), "try more")
+    assert len(caplog.messages) == (told is not None)
+    assert told is None or (caplog.messages[0].startswith(told) and "try more" in caplog.messages[0])

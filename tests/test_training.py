@@ -19,7 +19,9 @@ from utils import (
     engines,
     matmul,
     onednn,
+    outputs,
     paddlenlp_models,
+    resuming,
     standing,
     training,
     training_data,
@@ -429,10 +431,60 @@ def test_the_same_data_elsewhere_make_the_same_run(run, data, tiny_model, tmp_pa
     run(model_name_or_path=str(tmp_path / "base"), dataset_name_or_path=f"{tmp_path}/moved/", save_steps=2, **options)
 
 
-def test_a_folder_made_for_nothing_goes(run, tmp_path):
+def test_what_the_base_says_may_be_said_again(run, tmp_path, monkeypatch):
+    options = {"max_steps": 6}
+    run(**options)
+    from utils.embedding_trainer import EmbeddingTrainer
+
+    monkeypatch.setattr(EmbeddingTrainer, "training_step", None)
+    run(normalize=True, query_template="{text}", passage_template="{text}", dataloader_num_workers=1, **options)
+    with pytest.raises(ValueError, match=r'other query_template \("{text}" then, "how {text}" now\)'):
+        run(query_template="how {text}", **options)
+
+
+def test_another_runs_model_is_not_written_over_by_a_checkpoint_from_elsewhere(run, tmp_path):
+    run(save_strategy="no", max_steps=2)
+    run("other", max_steps=6)
+    asked = {"max_steps": 8, "resume_from_checkpoint": str(tmp_path / "other" / "checkpoint-6")}
+    with pytest.raises(ValueError, match="holds the model of a run with other max_steps"):
+        run(**asked)
+    run(**asked, overwrite_output_dir=True)
+
+
+def test_a_run_of_an_earlier_version_is_gone_on_with(run, tmp_path, monkeypatch):
+    options = {"max_steps": 6}
+    run(**options)
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    record |= {"float32_matmul_precision": "highest", "dataset_name_or_path": ["elsewhere"], "save_steps": 4}
+    (tmp_path / "out" / "run.json").write_text(json.dumps(record))
+    from utils.embedding_trainer import EmbeddingTrainer
+
+    monkeypatch.setattr(EmbeddingTrainer, "training_step", None)
+    run(**options)
+
+
+def test_a_kill_in_the_first_write_is_no_reason_to_refuse(run, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "run.json.part").write_text("{")
+    run(max_steps=1)
+
+
+def test_a_folder_made_for_nothing_goes(run, tmp_path, monkeypatch):
+    made = resuming.leave_nothing_else
+    held = []
+
+    def leave(*given):
+        held.append(outputs.take_lock(tmp_path / "out", 0) is None)
+        made(*given)
+
+    monkeypatch.setattr(resuming, "leave_nothing_else", leave)
     with pytest.raises(FileNotFoundError):
         run(dataset_name_or_path="none.json")
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out").exists() and held == [True]
+    (tmp_path / "out").mkdir()
+    with pytest.raises(FileNotFoundError):
+        run(dataset_name_or_path="none.json")
+    assert (tmp_path / "out").exists()
     os.mkfifo(tmp_path / "lock")
     with pytest.raises(ValueError, match="lock: is in the way and no regular file"):
         run(".")
@@ -615,7 +667,7 @@ def test_a_model_that_became_worse_is_told_of(run, monkeypatch, caplog):
 
     judge(0.9, 0.5, 0.7)
     run(evaluation_strategy="epoch")
-    assert "the dev rows are retrieved worse than before training: ndcg@10 0.9000 -> 0.7000; a lower" in caplog.text
+    assert "passages are found worse than before training: ndcg@10 0.9000 -> 0.7000; a lower" in caplog.text
     caplog.clear()
     judge(0.6, 0.5, 0.7)
     run("better", evaluation_strategy="epoch")

@@ -137,12 +137,12 @@ def _understand(folder: Path, tokenizer_folder: Path, pooling: str | None) -> Ch
         first = sentence_transformers_folder.read_modules(folder).get("Transformer", folder)
         hint = f"; the model lies in {first}: give that, and pooling=..." if (first / "config.json").is_file() else ""
         raise ValueError(f"{folder}: no config.json there; expected a model's folder{hint}")
-    for path in folder.glob("*.safetensors"):
-        _safetensors_header(path)
     weights = _weight_files(folder)
-    for path in weights:
+    for path in {*weights, *folder.glob("*.safetensors")}:
         if not path.is_file():
             raise ValueError(f"{path}: is no regular file; expected the model's weights")
+    for path in folder.glob("*.safetensors"):
+        _safetensors_header(path)
     if not weights:
         raise ValueError(f"{folder}: no weights there; expected one of {', '.join(WEIGHT_PATTERNS)}")
     _check_shards(folder, weights[0].suffix)

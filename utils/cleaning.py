@@ -85,13 +85,16 @@ def clean(given: CleanArguments) -> CleaningResult:
 
 @dataclass
 class _Queries:
-    """A file's queries. ``first`` gives, for each row, the first row whose text is equal after folding."""
+    """A file's queries. ``first`` gives, for each row, the first row whose text is equal after folding; ``n_bare`` rows
+    have no positive.
+    """
 
     source: Source
     lines: np.ndarray
     texts: list[str]
     first: np.ndarray
     folded: dict[str, int]
+    n_bare: int
 
     @classmethod
     def read(cls, path: str, on_bad_row: str) -> "_Queries":
@@ -102,10 +105,7 @@ class _Queries:
             first.append(folded.setdefault(fold(record.query), len(texts)))
             lines.append(record.line)
             texts.append(record.query)
-        if 0 < n_bare < len(texts):
-            logger.warning("%s: %d of %d rows have no positive, and mining and training will refuse those",
-                           path, n_bare, len(texts))  # fmt: skip
-        return cls(source, np.array(lines, np.int64), texts, np.array(first, np.int64), folded)
+        return cls(source, np.array(lines, np.int64), texts, np.array(first, np.int64), folded, n_bare)
 
     @property
     def unique(self) -> np.ndarray:
@@ -132,6 +132,9 @@ class _Inputs:
     @classmethod
     def read(cls, given: CleanArguments, outputs: Outputs) -> "_Inputs":
         queries = _Queries.read(given.input_data_path, given.on_bad_row)
+        if 0 < queries.n_bare < len(queries.texts):
+            logger.warning("warning: %s: %d of %d rows have no positive, and mining and training will refuse those",
+                           given.input_data_path, queries.n_bare, len(queries.texts))  # fmt: skip
         reference, vectors = None, None
         if given.reference_data_path:
             reference = _Queries.read(given.reference_data_path, given.on_bad_row)
@@ -191,7 +194,7 @@ def _decide(
     n, dim = ranks.broadcast_object(vectors.shape if vectors is not None else None)
     logger.info("dedup: %s unique queries, at most %.1f MiB of vectors in memory", f"{n:,}", n * dim * 4 / 2**20)
     unrelated = thresholds.Unrelated.of(vectors) if vectors is not None else None
-    threshold = ranks.broadcast_object(_threshold(given, n, unrelated, run) if unrelated is not None else None)
+    threshold = ranks.broadcast_object(_threshold(given, unrelated, run) if unrelated is not None else None)
     nearest = None
     if given.reference_data_path:
         nearest = _nearest_reference(ranks, inputs, vectors, reference, n, device)
@@ -205,22 +208,21 @@ def _decide(
         return decide(threshold), nearest
     result = thresholds.find(decide, given.target_size)
     if unrelated is not None:
-        thresholds.checked(result.threshold, unrelated)
+        thresholds.warn_if_low(result.threshold, unrelated, "give a higher target_size")
     return result, nearest
 
 
-def _threshold(
-    given: CleanArguments, n_queries: int, unrelated: thresholds.Unrelated, run: report.RunReport
-) -> float | None:
+def _threshold(given: CleanArguments, unrelated: thresholds.Unrelated, run: report.RunReport) -> float | None:
     """The threshold that is given, or else one that suits the model. None where ``target_size`` finds it."""
-    if n_queries > 1:
+    if unrelated.n_queries > 1:
         run.results["unrelated_queries"] = unrelated.described()
     if given.target_size is not None:
         if given.similarity_threshold is not None:
             logger.info("similarity_threshold is not used: target_size finds its own")
         return None
     if given.similarity_threshold is not None:
-        return thresholds.checked(given.similarity_threshold, unrelated)
+        thresholds.warn_if_low(given.similarity_threshold, unrelated, f"try {unrelated.above:g}")
+        return thresholds.reachable(given.similarity_threshold)
     return thresholds.measured(unrelated)
 
 

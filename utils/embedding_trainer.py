@@ -209,8 +209,8 @@ class EmbeddingTrainer(Trainer):
         name = self.job.judged_by[0] if self.job.judged_by else ""
         if name in self.first_metrics and self.final_metrics[name] < self.first_metrics[name]:
             logger.warning(
-                "the dev rows are retrieved worse than before training: %s %.4f -> %.4f; a lower learning_rate, fewer"
-                " epochs, load_best_model_at_end with an evaluation_strategy, or negatives that are no answers help",
+                "warning: the dev rows' passages are found worse than before training: %s %.4f -> %.4f; a lower"
+                " learning_rate, fewer epochs, load_best_model_at_end, or negatives that are no answers can help",
                 name, self.first_metrics[name], self.final_metrics[name],
             )  # fmt: skip
 

@@ -7,9 +7,10 @@ import json
 import os
 import re
 import shutil
+import stat
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -58,7 +59,7 @@ class Outputs:
 
         Args:
             inputs: files and folders that no output may overwrite.
-            cache: a folder that is still to be made, perhaps, and that an output may lie in, but not the reverse.
+            cache: a folder that is still to be made, perhaps; it may hold the outputs, but not lie within one.
 
         Raises:
             OSError: it cannot be made or written.
@@ -72,7 +73,9 @@ class Outputs:
         earlier = self._earlier()
         self._check_work(existing + ([cache] if cache else []))
         self._keep_out_of_inputs(existing, earlier)
-        for suffix in ("", *self._suffixes):
+        # And those of another script's, which commit removes.
+        left = {name.removeprefix(self.main.name) for name in earlier}
+        for suffix in sorted({"", *self._suffixes, *left}):
             final = self._final(suffix)
             if len(os.fsencode(final.name)) > _LONGEST_NAME:
                 raise ValueError(f"{final}: the name is too long; expected at most {_LONGEST_NAME} bytes")
@@ -103,7 +106,7 @@ class Outputs:
                 raise ValueError(f"{path}: lies in {self.work}, which is removed in the end; move it elsewhere")
         if os.path.lexists(self.work) and (self.work.is_symlink() or not self.work.is_dir()):
             raise ValueError(f"{self.work}: is in the way and no folder; move it elsewhere")
-        if self.work.is_dir():
+        with suppress(FileNotFoundError):  # also where a run that ends takes it away just now
             held = os.listdir(self.work)
             if (held and "lock" not in held) or not all(map(_OF_WORK.fullmatch, held)):
                 raise ValueError(f"{self.work}: is in the way and no work folder of an earlier run; move it elsewhere")
@@ -169,14 +172,18 @@ class Outputs:
             except OSError as error:
                 raise described(error, f"{self._final(suffix)}: cannot write") from None
         done = self.work.with_name(f"{self.work.name}.done-{os.getpid()}")
+        shutil.rmtree(done, ignore_errors=True)  # a killed run's that had this number
+        lock, self._lock = self._lock, None  # whatever interrupts this, nothing is left to abandon
         os.rename(self.work, done)  # at once, so that a run that waits for the lock never sees half of it
+        if lock is not None:
+            lock.close()
         self._remove_done()
-        self.close()
 
     def _remove_done(self) -> None:
         """This run's work folder, and what kills have left of others that were done with."""
         for path in self.work.parent.glob(f"{glob.escape(self.work.name)}.done-*"):
-            shutil.rmtree(path, ignore_errors=True)
+            if path.name.rpartition("-")[2].isdecimal():
+                shutil.rmtree(path, ignore_errors=True)
 
     def abandon(self) -> None:
         """Remove drafts and scratch files, and the work folder too if nothing worth resuming is in it."""
@@ -251,8 +258,9 @@ def take_lock(folder: Path, patience_s: float) -> IO | None:
     deadline = time.monotonic() + patience_s
     while True:
         folder.mkdir(parents=True, exist_ok=True)
-        if (folder / "lock").exists() and not (folder / "lock").is_file():
-            raise ValueError(f"{folder / 'lock'}: is in the way and no regular file; move it elsewhere")
+        with suppress(FileNotFoundError):
+            if not stat.S_ISREG(os.stat(folder / "lock").st_mode):
+                raise ValueError(f"{folder / 'lock'}: is in the way and no regular file; move it elsewhere")
         try:
             lock = open(folder / "lock", "a")  # noqa: SIM115 - held until the process ends
         except FileNotFoundError:

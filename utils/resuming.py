@@ -28,12 +28,14 @@ _WRITTEN = {
     _RECORD, "training.jsonl", "report.json", "lock", MODEL_DRAFT, "huggingface", WEIGHTS, *DESCRIPTION,
 }  # fmt: skip
 _CHECKPOINT = re.compile(r"checkpoint-\d+(\.work)?")
+# Arguments that earlier versions had.
+_NOT_ANY_MORE = {"float32_matmul_precision"}
 # What an export consists of.
 _EXPORTED = {"model.safetensors", *DESCRIPTION}
 # What may differ between a run and the one that it continues. What is read is compared by its content.
 _FREE_TO_CHANGE = {
     "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "logging_steps", "save_total_limit",
-    "export_format", "report_to", "logging_dir", "disable_tqdm", "save_steps", "device", "dataloader_num_workers",
+    "export_format", "report_to", "logging_dir", "disable_tqdm", "save_steps", "dataloader_num_workers",
     "model_name_or_path", "tokenizer_name_or_path", "dataset_name_or_path", "dev_dataset_path", "dev_corpus_path",
 }  # fmt: skip
 # What the other keys of a run's record stand for.
@@ -77,8 +79,14 @@ def take_folder(given: TrainArguments) -> IO:
     return lock
 
 
-def leave_nothing_else(given: TrainArguments) -> None:
-    """Remove a folder that was made for a run that has written nothing."""
+def leave_nothing_else(given: TrainArguments, existed: bool) -> None:
+    """Remove a folder that was made for a run that has written nothing; call it while the lock is held.
+
+    Args:
+        existed: the folder was there before.
+    """
+    if existed:
+        return
     with contextlib.suppress(OSError):
         if os.listdir(given.output_dir) == ["lock"]:
             os.unlink(Path(given.output_dir) / "lock")
@@ -99,7 +107,8 @@ def _check_inputs(given: TrainArguments, folder: Path) -> None:
     if foreign:
         reason = f"holds {foreign[0]}, which is of no export, and would be removed; move it elsewhere"
         raise ValueError(f"{export}: {reason}")
-    threatened = sorted(name for name in {*os.listdir(folder)} - {"lock"} if _is_written(name))
+    # A kill may have left the draft of the very first file.
+    threatened = sorted(name for name in {*os.listdir(folder)} - {"lock", _RECORD + DRAFT} if _is_written(name))
     if threatened and not _is_ours(folder / _RECORD):
         reason = f"holds {threatened[0]}, of no earlier training there, and would lose it; give another output_dir"
         raise ValueError(f"{folder}: {reason}")
@@ -148,9 +157,10 @@ def resumed(given: TrainArguments, read: dict) -> str | None:
     what = f"{'checkpoints' if found else 'the model'} of a run with other {', '.join(other[:_MOST_NAMED])}"
     is_lost = bool(found or other)
     if asked is not None:
-        found = not_leading_to(asked, found)
-        what = f"{', '.join(path.name for path in found)}, not on the way to {asked}"
-        is_lost = bool(found)
+        later = not_leading_to(asked, found)
+        if found or os.path.samefile(Path(asked).parent, folder):
+            what, is_lost = f"{', '.join(path.name for path in later)}, not on the way to {asked}", bool(later)
+        found = later
     if is_lost and not given.overwrite_output_dir:
         raise ValueError(f"{folder}: holds {what}; give another output_dir, or --overwrite_output_dir true")
     for path in found:
@@ -167,7 +177,8 @@ def _differences(own: dict, record: Path, asked: bool) -> list[str]:
         asked: True if a checkpoint to go on from was asked for; the run goes on as it began where none is.
     """
     before = read_object(record, "what an earlier run left; --overwrite_output_dir true begins anew")
-    names = {*own, *before} - (set() if asked else {_RESUMED})
+    free = _FREE_TO_CHANGE | _NOT_ANY_MORE
+    names = {*own, *before} - ((free - {_RESUMED}) if asked else free)
     return [
         _READ_OTHERWISE.get(name) or f"{name} ({_shown(before.get(name))} then, {_shown(own.get(name))} now)"
         for name in sorted(names)

@@ -31,7 +31,8 @@ class Standing:
         found = cls(**values)
         if found.judged_by == judged_by:
             return found
-        return cls(judged_by, loss_sum=found.loss_sum, n_losses=found.n_losses)
+        before = found.before if found.judged_by[1:] == judged_by[1:] else {}
+        return cls(judged_by, loss_sum=found.loss_sum, n_losses=found.n_losses, before=before)
 
     def note(self, value: float, step: int) -> None:
         """An evaluation's metric; higher is better."""

@@ -74,24 +74,27 @@ def unrelated_scores(vectors: np.ndarray) -> np.ndarray:
     return np.sort(pair_scores(vectors[left], vectors[right]))
 
 
-def checked(threshold: float, unrelated: Unrelated) -> float:
-    """The threshold that is given or found, low enough for equal vectors to reach; a warning where it is low for the
-    model, and another if unrelated queries reach it, too.
-    """
-    threshold = min(threshold, _SAME)
-    if not unrelated.few and threshold <= unrelated.high:
+def reachable(threshold: float) -> float:
+    """The threshold that is given, low enough for equal vectors to reach."""
+    return min(threshold, _SAME)
+
+
+def warn_if_low(threshold: float, unrelated: Unrelated, advice: str) -> None:
+    """A warning where unrelated queries reach the threshold, or else where it is lower than the model needs."""
+    if unrelated.few:
+        return
+    if threshold <= unrelated.high:
         logger.warning(
             "warning: the threshold %g lies within what unrelated queries score with this model (mean %.2f, "
-            "99th percentile %.2f): many removals will be wrong; try %g, and read what is removed",
-            threshold, unrelated.mean, unrelated.high, unrelated.above,
+            "99th percentile %.2f): many removals will be wrong; %s, and read what is removed",
+            threshold, unrelated.mean, unrelated.high, advice,
         )  # fmt: skip
-    elif not unrelated.few and unrelated.high >= _THRESHOLD and threshold < unrelated.above:
+    elif unrelated.high >= _THRESHOLD and threshold < unrelated.above:
         logger.warning(
-            "the threshold %g is below %g, what would be taken for this model, whose unrelated queries score %.2f on "
-            "average: read what is removed",
-            threshold, unrelated.above, unrelated.mean,
+            "warning: the threshold %g is below %g, what would be taken for this model, whose unrelated queries score "
+            "%.2f on average; %s, or read what is removed",
+            threshold, unrelated.above, unrelated.mean, advice,
         )  # fmt: skip
-    return threshold
 
 
 def measured(unrelated: Unrelated) -> float:

@@ -56,9 +56,8 @@ class TrainingResult:
             before = f"{self.before[name]:.4f} -> " if name in self.before else ""
             rows.append((f"dev {name}", f"{before}{value:.4f}"))
         rows += [("seconds", f"{self.report['seconds']['total']:.1f}")]
-        exported = ", and for sentence-transformers in huggingface/" * (
-            self.report["arguments"]["export_format"] is not None
-        )
+        is_exported = self.report["arguments"]["export_format"] is not None
+        exported = ", and for sentence-transformers in huggingface/" if is_exported else ""
         return report.table(rows, f"-> {self.folder}{exported}")
 
 
@@ -79,9 +78,7 @@ class _Inputs:
     def fingerprint(self, n_ranks: int) -> dict:
         """What makes two runs with equal arguments the same run."""
         dev = list(self.dev.digests.values()) if self.dev else None
-        base = self.base
-        described = [base.query_template, base.passage_template, base.pooling, base.normalize]
-        return {"data": self.rows.digests, "dev_data": dev, "model": [base.digest, *described], "ranks": n_ranks}
+        return {"data": self.rows.digests, "dev_data": dev, "model": self.base.digest, "ranks": n_ranks}
 
     @classmethod
     def read(cls, given: TrainArguments) -> "_Inputs":
@@ -103,13 +100,14 @@ class _Inputs:
         if base.hidden_size in dims and not any(given.embedding_matryoshka_weights or [1]):
             raise ValueError("embedding_matryoshka_weights are all 0, the full width's too; expected one above 0")
         if rows.rejected:
-            logger.warning("%s bad rows are left out, the first: %s", f"{len(rows.rejected):,}", rows.rejected[0])
+            logger.warning(
+                "warning: %s bad rows are left out, the first: %s", f"{len(rows.rejected):,}", rows.rejected[0]
+            )
         dev = None
         if given.evaluation_strategy != "no" and dev_path is not None:
             dev = DevSet.read(dev_path, given.dev_corpus_path, given.on_bad_row)
             logger.info("dev: %s queries, %s passages of %s", f"{len(dev.queries):,}", f"{len(dev.corpus):,}", dev_path)
-            known = {fold(text) for text in rows.queries}
-            n_known = sum(fold(query) in known for query in dev.queries)
+            n_known = len({fold(query) for query in dev.queries}.intersection(map(fold, rows.queries)))
             if n_known:
                 logger.warning(
                     "warning: %s of the %s dev queries are training rows' too, and tell little of what is learnt; "
@@ -134,6 +132,7 @@ def train(given: TrainArguments) -> TrainingResult:
     """
     ranks = Ranks()
     run = report.RunReport("run_embedding", asdict(given))
+    existed = Path(given.output_dir).exists()
     with run.stage("read"):
         lock = ranks.start(lambda: resuming.take_folder(given))
     try:
@@ -145,7 +144,8 @@ def train(given: TrainArguments) -> TrainingResult:
             found = ranks.all_agree(job.preflight)
             run.counts = {"rows": len(inputs.rows), "rejected": len(inputs.rows.rejected)}
             run.results["preflight"] = found.facts | {"warnings": found.warnings}
-        resume = ranks.broadcast_object(ranks.on_first(lambda: resuming.resumed(given, inputs.fingerprint(ranks.size))))
+        same = inputs.fingerprint(ranks.size) | job.settled()
+        resume = ranks.broadcast_object(ranks.on_first(lambda: resuming.resumed(given, same)))
         with run.stage("train"):
             arguments = trainer_arguments(given, inputs.base, len(job.plan), ranks.size, inputs.dev is not None)
             job.load()
@@ -165,8 +165,8 @@ def train(given: TrainArguments) -> TrainingResult:
         return TrainingResult(given.output_dir, steps, epochs, loss, before, metrics, about)
     finally:
         if lock is not None:
+            resuming.leave_nothing_else(given, existed)
             lock.close()
-            resuming.leave_nothing_else(given)
 
 
 def _agree_on_inputs(ranks: Ranks, inputs: _Inputs) -> None:
@@ -239,6 +239,14 @@ class Job:
             self.loss.function, self.normalize, given.embedding_matryoshka_dims, given.embedding_matryoshka_weights
         )
         self.encoder: TrainableEncoder | None = None
+
+    def settled(self) -> dict:
+        """Arguments by their names, with the base model's own values where none are given."""
+        query_template, passage_template = self.templates
+        return {
+            "pooling": self.pooling, "normalize": self.normalize, "query_template": query_template,
+            "passage_template": passage_template,
+        }  # fmt: skip
 
     def _tokenizer(self, limit: int) -> tokenizing.Tokenizer:
         return tokenizing.load(self.base.tokenizer_folder, limit, self.base.is_torch)
