@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from utils.records import RawLine, Record, RecordError, parse_object, passages_key, read_lines
+from utils.records import RawLine, Record, RecordError, parse_object, passages_key, read_lines, set_aside
 
 # A grade; programs that write tables make 1.0 of 1.
 _WHOLE = re.compile(r"-?[0-9]{1,9}(\.0+)?", re.ASCII)
@@ -80,9 +80,7 @@ def read_qrels(folder: str, split: str, rejected: list[RecordError] | None = Non
                     path, raw.number, f"grade {row.grade} for a pair that has grade {earlier} above; expected one grade"
                 )
         except RecordError as error:
-            if rejected is None:
-                raise
-            rejected.append(error)
+            set_aside(error, rejected)
             continue
         yield row
     if n_rows == 0:
@@ -164,9 +162,7 @@ def _read_texts(path: str, rejected: list[RecordError] | None) -> Iterator[tuple
                     path, raw.number, f'"_id" {key!r} is also that of line {lines[key]}; expected its own'
                 )
         except RecordError as error:
-            if rejected is None:
-                raise
-            rejected.append(error)
+            set_aside(error, rejected)
             continue
         yield key, text
     if n_rows == 0:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from utils.records import RecordError, read_lines
+from utils.records import RecordError, read_lines, set_aside
 
 # Reciprocal rank fusion's constant (Cormack, Clarke and Buettcher, SIGIR 2009).
 _RRF_K = 60
@@ -51,9 +51,7 @@ def read_run(
                 reason = f"unknown query id {name!r:.80}; expected one such as {example!r}"
                 raise RecordError(path, raw.number, reason)
         except RecordError as error:
-            if rejected is None:
-                raise
-            rejected.append(error)
+            set_aside(error, rejected)
             continue
         if passage < n_candidates:
             found.setdefault(queries[name], {}).setdefault(passage, score)

@@ -269,8 +269,7 @@ def _sha256(path: Path) -> bytes:
 
 def _folder(name: str) -> Path:
     if name == bundled_model.NAME:
-        if os.path.isdir(name):
-            logger.info("%s means the bundled model; the folder of that name is ./%s", name, name)
+        _tell_of_folder()
         return bundled_model.build()
     if os.path.isdir(name):
         return Path(name)
@@ -288,6 +287,13 @@ def _folder(name: str) -> Path:
             f"{name}: not a local folder, and the hub could not supply it ({error}); "
             f"give a local folder (of embedding models, {bundled_model.NAME} is bundled)"
         ) from None
+
+
+@functools.cache
+def _tell_of_folder() -> None:
+    """A folder of the bundled model's name may be meant."""
+    if os.path.isdir(bundled_model.NAME):
+        logger.info("%s means the bundled model; the folder of that name is ./%s", *[bundled_model.NAME] * 2)
 
 
 def _position_offset(config: dict, model_type: str) -> int:

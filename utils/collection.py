@@ -16,7 +16,7 @@ import numpy as np
 from utils import beir
 from utils.arguments import EvaluateArguments
 from utils.ragged import Ragged
-from utils.records import RecordError, Source, parse_record, read_lines
+from utils.records import RecordError, Source, parse_record, read_lines, set_aside
 
 logger = logging.getLogger(__name__)
 
@@ -226,9 +226,7 @@ def read_corpus_file(
         try:
             texts = beir.corpus_passages(parse_record(raw, path, ()), path)
         except RecordError as error:
-            if rejected is None:
-                raise
-            rejected.append(error)
+            set_aside(error, rejected)
             continue
         n_passages += len(texts)
         yield from texts

@@ -11,7 +11,7 @@ from utils.arguments import MiningArguments
 from utils.embedding_store import read_user_vectors
 from utils.mining_formats import answer_of
 from utils.ragged import Ragged
-from utils.records import Record, RecordError, Source, fold, parse_record
+from utils.records import Record, RecordError, Source, fold, parse_record, set_aside
 
 # Under which keys a row may carry its own id.
 _QUERY_IDS = ("_id", "query_id", "id")
@@ -151,20 +151,17 @@ class Inputs:
             for passage, line in passages.items():
                 if passage in texts:
                     positives.append(texts[passage])
-                elif rejected is None:
-                    raise RecordError(path, line, f"passage {passage!r} is not in the corpus; expected one of its ids")
                 else:
-                    rejected.append(RecordError(path, line, f"passage {passage!r} is not in the corpus"))
+                    reason = f"passage {passage!r} is not in the corpus; expected one of its ids"
+                    set_aside(RecordError(path, line, reason), rejected)
             if not positives:
                 self.n_unjudged += 1
                 continue
             row = {"_id": key, "query": query, "pos_passage": positives}
             self._beir_rows.append(Record(query, tuple(positives), (), len(self._beir_rows) + 1, row))
         for key, passages in judged.items():
-            error = RecordError(path, min(passages.values()), f"query {key!r} is not in queries.jsonl")
-            if rejected is None:
-                raise error
-            rejected.append(error)
+            reason = f"query {key!r} is not in queries.jsonl"
+            set_aside(RecordError(path, min(passages.values()), reason), rejected)
         if not self._beir_rows:
             raise ValueError(f"{path}: no query has a relevant passage; expected grades above 0")
         self.n_rows = len(self._beir_rows)
@@ -205,9 +202,7 @@ class Inputs:
                         reason = f"id {own_id!r} is also that of another passage; run_path expects each passage's own"
                         raise RecordError(pool.path, record.line, reason)
             except RecordError as error:
-                if self.given.on_bad_row != "skip":
-                    raise
-                rejected.append(error)
+                set_aside(error, rejected if self.given.on_bad_row == "skip" else None)
         self.rejected += sorted(rejected + pool.rejected, key=lambda error: error.line)
         if len(self.passages) == before and self.given.candidate_pool_only:
             raise ValueError(f"{pool.path}: no passage in it; expected rows of neg_passage, or of text")

@@ -17,8 +17,6 @@ from typing import IO, NamedTuple
 
 # FlagEmbedding writes its rows under shorter names.
 _ALIASES = {"pos_passage": "pos", "neg_passage": "neg"}
-# What a user can do about a bad row.
-_REMEDY = " (on_bad_row skip leaves bad rows out)"
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -32,6 +30,13 @@ class RecordError(ValueError):
     def __reduce__(self) -> tuple:
         """Errors travel between ranks, pickled."""
         return RecordError, (self.path, self.line, self.reason)
+
+
+def set_aside(error: RecordError, rejected: list[RecordError] | None) -> None:
+    """Keep a bad row's error in a list; where there is none, raise it, with what a user can do about it."""
+    if rejected is None:
+        raise RecordError(error.path, error.line, f"{error.reason} (on_bad_row skip leaves bad rows out)") from None
+    rejected.append(error)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,9 +90,7 @@ class Source:
                 record = parse_record(raw, self.path, self.require)
                 self.check(record)
             except RecordError as error:
-                if self.on_bad_row != "skip":
-                    raise RecordError(error.path, error.line, f"{error.reason}{_REMEDY}") from None
-                rejected.append(error)
+                set_aside(error, rejected if self.on_bad_row == "skip" else None)
                 continue
             yield record
         if n_rows == 0:
