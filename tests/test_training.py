@@ -765,6 +765,8 @@ def test_the_journal_and_the_export_are_this_runs(run, tmp_path, monkeypatch):
     out = tmp_path / "out"
     run(export_format="huggingface", max_steps=2, save_strategy="no")
     assert (out / "huggingface").is_dir()
+    run(max_steps=2, save_strategy="no")
+    assert (out / "huggingface").is_dir()  # the same model's
     with pytest.raises(ValueError, match=r"holds the model of a run with other max_steps \(2 then, -1 now\), save_str"):
         run(logging_steps=1)
     with killed_at(9, monkeypatch):
@@ -1161,6 +1163,7 @@ def test_do_eval_without_dev_rows_evaluates_nothing(run, data, strategy):
         ({"warmup_step": 1}, "did you mean warmup_steps?"),
         ({"loss_type": "contrastiv"}, "did you mean contrastive?"),
         ({"tensor_parallel_degree": 2}, "tensor_parallel_degree is 2; not supported here"),
+        ({"ignore_save_lr_and_optim": True}, "not supported here: a killed training goes on with its optimizer"),
         (
             {"ignore_load_lr_and_optim": True},
             "ignore_load_lr_and_optim is True; not supported here: a checkpoint is gone on from with its optimizer",

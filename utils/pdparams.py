@@ -33,6 +33,19 @@ def read(path: Path) -> dict[str, np.ndarray]:
     return floats(arrays)
 
 
+def are_equal(path: Path, other: Path) -> bool:
+    """Whether two files hold the same weights; their bytes differ by the numbers that Paddle gives to parameters.
+
+    False if the other cannot be read.
+    """
+    try:
+        others = read(other)
+    except (OSError, ValueError):
+        return False
+    own = read(path)
+    return own.keys() == others.keys() and all(np.array_equal(own[name], others[name]) for name in own)
+
+
 def floats(state: dict) -> dict[str, np.ndarray]:
     """The floating-point arrays of a file that Paddle or PaddleNLP has read, as float32."""
     weights = {name: values for name, values in state.items() if isinstance(values, np.ndarray)}

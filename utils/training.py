@@ -9,6 +9,7 @@ from utils import (
     engines,
     export,
     losses,
+    pdparams,
     report,
     resuming,
     runtime,
@@ -319,9 +320,13 @@ class Job:
 
     def write_model(self, folder: Path) -> None:
         """The model's files; then its export, if one is asked for, so that its failure costs no model."""
-        # An earlier model may have left its export, and files that this one has not, such as a tokenizer.json.
-        with put_into(folder, "the model", ("huggingface", WEIGHTS, *checkpoint.DESCRIPTION)) as work:
+        # An earlier model may have left files that this one has not, such as a tokenizer.json.
+        earlier = [WEIGHTS, *checkpoint.DESCRIPTION]
+        with put_into(folder, "the model", earlier) as work:
             self.write_model_files(work)
+            export_folder = folder / "huggingface"
+            if export_folder.is_dir() and not pdparams.are_equal(work / WEIGHTS, folder / WEIGHTS):
+                earlier.insert(0, export_folder.name)
         if self.given.export_format == "huggingface":
             with put_into(folder, "the export") as work:
                 self.write_export(work / "huggingface")

@@ -16,6 +16,7 @@ _DATA_PARALLEL = "training is data-parallel"
 _WHY = {
     "metrics_output_path": "losses and metrics are in <output_dir>/training.jsonl",
     "ignore_load_lr_and_optim": "a checkpoint is gone on from with its optimizer; else give it as model_name_or_path",
+    "ignore_save_lr_and_optim": "a killed training goes on with its optimizer; save_total_limit bounds what is kept",
     "local_rank": "Paddle's launcher says which worker this is",
 }
 # Where PaddleNLP's Trainer can report to, and the package that it needs for that.
@@ -36,6 +37,7 @@ _NOT_SUPPORTED = {
     "offload_optim": (None, False), "do_predict": (None, False), "do_export": (None, False),
     "amp_master_grad": (None, False), "skip_data_intervals": (None,), "label_names": (None,),
     "ignore_data_skip": (None, False), "ignore_load_lr_and_optim": (None, False), "flatten_param_grads": (None, False),
+    "ignore_save_lr_and_optim": (None, False),
     "hybrid_parallel_topo_order": (None, "pp_first", "sharding_first"),
     # It leaves a process behind; training.jsonl has the metrics.
     "metrics_output_path": (None,),

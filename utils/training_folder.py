@@ -66,8 +66,9 @@ def put_into(folder: Path, what: str, earlier: Sequence[str] = ()) -> Iterator[P
     If it cannot be put there, the work folder stays: it holds the only copy.
 
     Args:
-        earlier: names that go before anything is put there, in this order. With the weights before what describes
-            them, a kill leaves the weights of either model with all of its own description, or no weights.
+        earlier: names that go before anything is put there, in this order; looked at when all is written. With the
+            weights before what describes them, a kill leaves the weights of either model with all of its own
+            description, or no weights.
     """
     work = folder / MODEL_DRAFT
     try:
