@@ -28,8 +28,6 @@ _WRITTEN = {
     _RECORD, "training.jsonl", "report.json", "lock", MODEL_DRAFT, "huggingface", WEIGHTS, *DESCRIPTION,
 }  # fmt: skip
 _CHECKPOINT = re.compile(r"checkpoint-\d+(\.work)?")
-# Arguments that earlier versions had.
-_NOT_ANY_MORE = {"float32_matmul_precision"}
 # What an export consists of.
 _EXPORTED = {"model.safetensors", *DESCRIPTION}
 # What may differ between a run and the one that it continues. What is read is compared by its content.
@@ -94,7 +92,7 @@ def leave_nothing_else(given: TrainArguments, existed: bool) -> None:
 
 
 def _check_inputs(given: TrainArguments, folder: Path) -> None:
-    """Refuse to write over, or remove, what is read."""
+    """Refuse to write over, or remove, what is read, and what no training has left there."""
     own = Path(os.path.realpath(folder))
     for given_path in with_links(path for path in input_paths(given) if os.path.exists(path)):
         path = Path(os.path.realpath(given_path))
@@ -177,8 +175,8 @@ def _differences(own: dict, record: Path, asked: bool) -> list[str]:
         asked: True if a checkpoint to go on from was asked for; the run goes on as it began where none is.
     """
     before = read_object(record, "what an earlier run left; --overwrite_output_dir true begins anew")
-    free = _FREE_TO_CHANGE | _NOT_ANY_MORE
-    names = {*own, *before} - ((free - {_RESUMED}) if asked else free)
+    # What only the record has was an argument of an earlier version.
+    names = {*own} - (_FREE_TO_CHANGE - {_RESUMED} if asked else _FREE_TO_CHANGE)
     return [
         _READ_OTHERWISE.get(name) or f"{name} ({_shown(before.get(name))} then, {_shown(own.get(name))} now)"
         for name in sorted(names)

@@ -104,25 +104,30 @@ class _Inputs:
             logger.warning(
                 "warning: %s bad rows are left out, the first: %s", f"{len(rows.rejected):,}", rows.rejected[0]
             )
-        dev = None
-        if given.evaluation_strategy != "no" and dev_path is not None:
-            dev = DevSet.read(dev_path, given.dev_corpus_path, given.on_bad_row)
-            logger.info("dev: %s queries, %s passages of %s", f"{len(dev.queries):,}", f"{len(dev.corpus):,}", dev_path)
-            n_known = len({fold(query) for query in dev.queries}.intersection(map(fold, rows.queries)))
-            if n_known:
-                logger.warning(
-                    "warning: %s of the %s dev queries are training rows' too, and tell little of what is learnt; "
-                    "clean_query.py --reference_data_path takes them out",
-                    f"{n_known:,}", f"{len(dev.queries):,}",
-                )  # fmt: skip
-        elif given.evaluation_strategy != "no":
-            logger.info("no dev rows, so nothing is evaluated: give dev_dataset_path, or a folder with dev.json")
+        dev = _read_dev(given, dev_path, rows) if given.evaluation_strategy != "no" else None
         if dev is None and (given.load_best_model_at_end or given.early_stopping_patience):
             raise ValueError("load_best_model_at_end and early_stopping_patience need dev rows; give dev_dataset_path")
         metric = judging_metric(given.metric_for_best_model)
         if dev is not None and metric not in METRICS:
             raise ValueError(f"metric_for_best_model is {metric!r}; expected one of {', '.join(METRICS)}")
         return cls(files, rows, base, dev)
+
+
+def _read_dev(given: TrainArguments, path: str | None, rows: TrainingRows) -> DevSet | None:
+    """The dev rows, if there are any, and a word on those that training knows."""
+    if path is None:
+        logger.info("no dev rows, so nothing is evaluated: give dev_dataset_path, or a folder with dev.json")
+        return None
+    dev = DevSet.read(path, given.dev_corpus_path, given.on_bad_row)
+    logger.info("dev: %s queries, %s passages of %s", f"{len(dev.queries):,}", f"{len(dev.corpus):,}", path)
+    n_known = len({fold(query) for query in dev.queries}.intersection(map(fold, rows.queries)))
+    if n_known:
+        logger.warning(
+            "warning: %s of the %s dev queries are training rows' too, and tell little of what is learnt; "
+            "clean_query.py --reference_data_path takes them out",
+            f"{n_known:,}", f"{len(dev.queries):,}",
+        )  # fmt: skip
+    return dev
 
 
 def train(given: TrainArguments) -> TrainingResult:
