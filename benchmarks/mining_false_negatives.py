@@ -150,8 +150,8 @@ def main() -> None:
     data, pool, cache, n_passages = [*sys.argv[1:], *defaults[len(sys.argv) - 1 :]]
     inputs, planted = load(data, pool, int(n_passages))
     query_encoder, passage_encoder = build_encoders(build(MiningArguments))
-    queries, _ = embed(query_encoder, inputs.queries, Ranks(), Path(cache), "queries")
-    passages, _ = embed(passage_encoder, inputs.passages, Ranks(), Path(cache), "passages")
+    queries, *_ = embed(query_encoder, inputs.queries, Ranks(), Path(cache), "queries")
+    passages, *_ = embed(passage_encoder, inputs.passages, Ranks(), Path(cache), "passages")
     depth = min(50 + int(inputs.forbidden.sizes().max()), len(passages))
     rankings = Rankings.of(ExactIndex(passages.shape[1], vectors=passages).search(queries, depth))
     known_first, forbidden, hidden = hide(inputs)

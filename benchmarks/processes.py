@@ -56,7 +56,7 @@ def encode(folder: Path, ranks: Ranks) -> Callable[[int], np.ndarray | None]:
     def work(share: int) -> np.ndarray | None:
         some = texts[: max(8, len(texts) // share)] if texts is not None else None
         with tempfile.TemporaryDirectory(dir=folder) as store:
-            found, _ = embed(encoder, some, ranks, Path(store), "passages")
+            found, *_ = embed(encoder, some, ranks, Path(store), "passages")
             return np.array(found) if ranks.is_first else None
 
     return work

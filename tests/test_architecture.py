@@ -28,7 +28,7 @@ AREAS = {
     "texts": ("word_cache wordpiece tokenizing", "json_files paddlenlp_models"),
     "encoding": ("encoder_kernels onednn engines encoder", "machine products models texts"),
     "embedding": ("embedding reranker", "arguments machine ranks stores reports models encoding"),
-    "collections": ("collection trec comparison", "arguments rows statistics"),
+    "collections": ("collection trec comparison", "arguments rows files statistics"),
     "negatives": ("mining_problem rankings margins negatives sampling", "machine ragged scores"),
     "candidates": ("candidates mining_inputs", "arguments rows files stores mining_problem"),
     "mined": ("mining_outputs", "arguments machine rows files reports negatives candidates"),

@@ -306,6 +306,37 @@ def test_compare_with_a_model_or_its_file(tiny_model, tmp_path, dev):
     assert {test["p_value"] for test in same.report["comparison"]["metrics"].values()} == {1.0}
 
 
+def test_a_comparison_names_the_settings_in_which_the_runs_encode_differently(tiny_model, tmp_path, dev):
+    earlier = str(tmp_path / "short.jsonl")
+    evaluation(
+        tiny_model, tmp_path, output_data_path=earlier, max_src_len=8, template="the {text}", **paths(dev)
+    ).evaluate()
+    compared = evaluation(tiny_model, tmp_path, compare_with=earlier, max_src_len=8, **paths(dev)).evaluate()
+    apart = compared.report["comparison"]["settings_apart"]
+    assert apart == [f"{side}: template is '{{text}}', the other's 'the {{text}}'" for side in ("queries", "passages")]
+    longer = evaluation(tiny_model, tmp_path, compare_with=earlier, template="the {text}", **paths(dev)).evaluate()
+    assert "passages: max_src_len is 64, the other's 8" in longer.summary()
+    same = evaluation(tiny_model, tmp_path, compare_with=tiny_model, **paths(dev)).evaluate()
+    assert same.report["comparison"]["settings_apart"] == [] and "differently" not in same.summary()
+
+
+def test_texts_beyond_the_limit_are_counted(tiny_model, tmp_path, dev, caplog):
+    options = {"max_src_len": 8, "embedding_cache": str(tmp_path / "cache"), **paths(dev)}
+    lengths = [len(text.split()) + 2 for text in dev["corpus"]]
+    expected = {
+        "texts": sum(n > 8 for n in lengths), "tokens": sum(max(0, n - 8) for n in lengths), "limit": 8,
+        "is_estimated": False,
+    }  # fmt: skip
+    assert expected["texts"] > 100
+    for _ in range(2):  # the second time from the cache
+        caplog.clear()
+        found = evaluation(tiny_model, tmp_path, **options).evaluate().report["cut"]
+        assert found["passages"] == expected and found["queries"]["texts"] == 0
+        assert f"{expected['texts']} passages are longer than 8 tokens" in caplog.text
+    whole = evaluation(tiny_model, tmp_path, **paths(dev)).evaluate().report["cut"]
+    assert whole["passages"]["texts"] == 0
+
+
 BAD_ROWS = [
     ('{"query": "a"}', 'dev.json:2: "pos_passage" is missing; expected'),
     ('{"query": "a", "pos_passage": []}', 'dev.json:2: "pos_passage" is an empty list'),

@@ -490,6 +490,18 @@ def test_a_folder_made_for_nothing_goes(run, tmp_path, monkeypatch):
         run(".")
 
 
+def test_a_trained_model_keeps_the_length_of_its_base(run, tiny_model, tmp_path):
+    """It is longer only if the training was, so that a comparison of both compares their weights."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model, base)
+    for own, trained, expected in ((24, 16, 24), (24, 32, 32), (1000, 16, 64)):
+        (base / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": own}))
+        options = {"max_query_len": 8, "max_passage_len": trained, "max_steps": 1, "export_format": "huggingface"}
+        run("out", model_name_or_path=str(base), overwrite_output_dir=True, **options)
+        for folder in ("out", "out/huggingface"):
+            assert checkpoint.resolve(str(tmp_path / folder)).default_length == expected
+
+
 def test_a_model_of_dot_products_says_so(run, tiny_model, tmp_path):
     """To every script that loads it, the next training too; what is asked for goes first."""
     options = {"max_steps": 2, "save_strategy": "no"}

@@ -11,7 +11,7 @@ from utils import dedup, engines, merged_positives, report, thresholds
 from utils.arguments import CleanArguments, input_paths
 from utils.dedup import DedupResult
 from utils.distributed import Ranks
-from utils.embedding import build_encoders, embed
+from utils.embedding import build_encoders, embed, note_cut
 from utils.embedding_store import derive, read_user_vectors
 from utils.outputs import Outputs, write_rejected
 from utils.records import RawLine, RecordError, Source, fold, parse_object, to_line
@@ -163,7 +163,8 @@ def _vectors(
     folder = Path(given.embedding_cache) if given.embedding_cache else outputs.work
 
     def encode(queries: _Queries | None, what: str) -> np.ndarray | None:
-        vectors, encoded = embed(encoder, queries.unique_texts() if queries else None, ranks, folder, what)
+        vectors, encoded, cut = embed(encoder, queries.unique_texts() if queries else None, ranks, folder, what)
+        note_cut(run, what, cut)
         run.counts["encoded"] += encoded
         if encoder.normalize:
             return vectors

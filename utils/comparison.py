@@ -2,12 +2,17 @@
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
-from utils import statistics
+from utils import json_files, statistics
 from utils.collection import Collection
+from utils.outputs import REPORT
 from utils.records import RecordError, parse_object, read_lines
+
+# What two encoders may do differently with one text. Pooling and dimensions differ by model, and are not named.
+_SETTINGS = ("template", "max_src_len", "dtype")
 
 
 @dataclass
@@ -54,6 +59,36 @@ def is_file(compare_with: str) -> bool:
     if compare_with.endswith((".json", ".jsonl", ".gz")):
         raise FileNotFoundError(f"{compare_with}: no such file; expected an earlier evaluation's per-query file")
     return False
+
+
+def encoder_of(path: str) -> dict | None:
+    """The encoders that an earlier run's report describes; None without a report, or where no model encoded.
+
+    Raises:
+        ValueError: the report is damaged.
+    """
+    report = Path(path + REPORT)
+    return json_files.read_object(report).get("encoder") if report.is_file() else None
+
+
+def settings_apart(own: dict | None, other: dict | None) -> list[str]:
+    """One sentence for each setting in which two runs encode differently, such as the length limit.
+
+    Args:
+        own, other: the description of each run's encoders, by side (``queries``, ``passages``).
+    """
+    if not own or not other:
+        return []
+    return [
+        f"{side}: {name} is {_short(own[side][name])}, the other's {_short(other[side][name])}"
+        for side in ("queries", "passages")
+        for name in _SETTINGS
+        if side in own and side in other and own[side].get(name) != other[side].get(name)
+    ]
+
+
+def _short(value: object) -> str:
+    return f"{value!r:.60}"
 
 
 def read_earlier(path: str, collection: Collection, names: list[str], digest: str) -> np.ndarray:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -12,13 +13,24 @@ from utils import checkpoint, engines
 from utils.arguments import ModelArguments
 from utils.distributed import Ranks
 from utils.embedding_store import EmbeddingStore, fingerprint
-from utils.encoder import Encoder, EncoderSettings, TextEncoder
-from utils.report import Progress
+from utils.encoder import Cut, Encoder, EncoderSettings, TextEncoder
+from utils.report import Progress, RunReport
 
 logger = logging.getLogger(__name__)
 
 # Batches that each rank encodes between two exchanges: what a kill can cost.
 _BATCHES_A_ROUND = 8
+
+
+class Embedded(NamedTuple):
+    """Vectors on rank 0 (None elsewhere), float32 [n, dim], memory-mapped from a store.
+
+    ``encoded``: how many texts were encoded now. ``cut``: what the length limit left out, on rank 0.
+    """
+
+    vectors: np.ndarray | None
+    encoded: int
+    cut: Cut | None
 
 
 def build_encoders(given: ModelArguments) -> tuple[Encoder, Encoder]:
@@ -40,18 +52,13 @@ def build_encoders(given: ModelArguments) -> tuple[Encoder, Encoder]:
     return query, passage
 
 
-def embed(
-    encoder: TextEncoder, texts: Sequence[str] | None, ranks: Ranks, folder: Path, what: str
-) -> tuple[np.ndarray | None, int]:
-    """Vectors of ``texts`` on rank 0 (None elsewhere), float32 [n, dim], memory-mapped from a store.
+def embed(encoder: TextEncoder, texts: Sequence[str] | None, ranks: Ranks, folder: Path, what: str) -> Embedded:
+    """Encode ``texts``, or read the vectors of an earlier run.
 
     Args:
         texts: on rank 0; None elsewhere.
         folder: where rank 0 keeps its stores; unused on other ranks.
         what: a word for progress lines, such as "queries".
-
-    Returns:
-        The vectors, and how many texts had to be encoded now.
     """
     store: EmbeddingStore | None = None
     finished: set[int] | None = None
@@ -71,10 +78,17 @@ def embed(
         encoded = 0
         if finished is not None:
             encoded = _fill(encoder, ranks.broadcast_texts(texts), ranks, store, finished, what)
-        return ranks.on_first(lambda: store.read() if store is not None else None), encoded
+        vectors = ranks.on_first(lambda: store.read() if store is not None else None)
+        return Embedded(vectors, encoded, ranks.on_first(lambda: _cut(store, what)))
     finally:
         if store is not None:
             store.close()
+
+
+def note_cut(run: RunReport, what: str, cut: Cut | None, is_other: bool = False) -> None:
+    """Put what the length limit left out into the report: ``cut``, or ``other_cut`` for a second model."""
+    if cut is not None:
+        run.results.setdefault("other_cut" if is_other else "cut", {})[what] = cut._asdict()
 
 
 def _fill(
@@ -108,8 +122,22 @@ def _fill(
             gathered = ranks.gather_rows(own_rows)
             ranks.on_first(partial(_write, store, numbers, plan, gathered, texts))
             progress.update(sum(len(plan[number]) for number in numbers))
-    ranks.on_first(lambda: store.finish() if store is not None else None)
+    ranks.on_first(lambda: store.finish({"cut": encoder.cut(texts, lengths)}) if store is not None else None)
     return n_todo
+
+
+def _cut(store: EmbeddingStore | None, what: str) -> Cut | None:
+    """What the length limit left out of a complete store's texts, logged; None if the store does not say."""
+    found = store.about.get("cut") if store is not None else None
+    if found is None:
+        return None
+    cut = Cut(*found)
+    if cut.texts:
+        logger.warning(
+            "warning: %s%s %s are longer than %d tokens; their other %s tokens are not encoded. See max_src_len",
+            "about " if cut.is_estimated else "", f"{cut.texts:,}", what, cut.limit, f"{cut.tokens:,}",
+        )  # fmt: skip
+    return cut
 
 
 def _write(

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import islice
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -20,6 +20,10 @@ from utils import checkpoint, engines, tokenizing
 
 logger = logging.getLogger(__name__)
 
+# No limit on a text's tokens.
+UNCUT = 1 << 20
+# Texts at the limit that are tokenised whole, to count what is cut: all would take as long as counting them did.
+_MEASURED_TEXTS = 1000
 # Tokens of a text at most, unless asked for: what a model says can be 32,768, which few texts need.
 DEFAULT_LENGTH = 512
 # Rows of a batch at most, whatever their length.
@@ -35,6 +39,18 @@ _COUNTED_TEXTS = 4096
 _BATCHES_AHEAD = 4
 
 
+class Cut(NamedTuple):
+    """Texts that are longer than the limit of ``limit`` tokens, and their tokens beyond it.
+
+    Where more than 1,000 texts reach the limit, both counts are estimated from 1,000 of them.
+    """
+
+    texts: int
+    tokens: int
+    limit: int
+    is_estimated: bool = False
+
+
 class TextEncoder(Protocol):
     """What the algorithms need of an encoder; tests replace it with one that has no model."""
 
@@ -45,6 +61,9 @@ class TextEncoder(Protocol):
 
     def token_lengths(self, texts: Sequence[str]) -> np.ndarray:
         """Token counts, int32 [n]."""
+
+    def cut(self, texts: Sequence[str], lengths: np.ndarray) -> "Cut":
+        """What the length limit leaves out of these texts, whose token counts are ``lengths``."""
 
     def plan(self, lengths: np.ndarray) -> list[np.ndarray]:
         """Rows of each batch, int64."""
@@ -118,6 +137,18 @@ class Encoder:
                 kept += int(counts[start : start + len(block)].sum())
                 self._remembered |= {text: np.array(ids, np.int32) for text, ids in zip(block, tokens, strict=True)}
         return counts
+
+    def cut(self, texts: Sequence[str], lengths: np.ndarray) -> Cut:
+        """What the length limit leaves out of these texts, whose token counts after the cut are ``lengths``."""
+        full = np.flatnonzero(lengths >= self.max_length)
+        if not len(full):
+            return Cut(0, 0, self.max_length)
+        measured = full[np.linspace(0, len(full) - 1, min(len(full), _MEASURED_TEXTS)).astype(int)]
+        uncut = tokenizing.load(self.model.tokenizer_folder, UNCUT, self.model.is_torch)
+        beyond = np.array([len(ids) for ids in uncut([self._filled(texts[row]) for row in measured])]) - self.max_length
+        scale = len(full) / len(measured)
+        n_texts, n_tokens = int((beyond > 0).sum() * scale), int(beyond.sum() * scale)
+        return Cut(n_texts, n_tokens, self.max_length, len(measured) < len(full))
 
     def plan(self, lengths: np.ndarray) -> list[np.ndarray]:
         """Rows of each batch, int64: longest texts first, each batch within the token budget."""

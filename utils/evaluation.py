@@ -14,7 +14,7 @@ from utils.arguments import EvaluateArguments, ModelArguments, input_paths
 from utils.collection import Collection
 from utils.comparison import Comparison
 from utils.distributed import Ranks
-from utils.embedding import build_encoders, embed
+from utils.embedding import build_encoders, embed, note_cut
 from utils.embedding_store import derive, read_user_vectors
 from utils.evaluation_outputs import SUFFIXES, QueryWriter
 from utils.evaluation_rankings import GivenRankings
@@ -91,6 +91,7 @@ class _Inputs:
     query_vectors: np.ndarray | None = None
     passage_vectors: np.ndarray | None = None
     earlier: np.ndarray | None = None
+    earlier_encoder: dict | None = None
     other_model: ModelArguments | None = None
     rankings: GivenRankings | None = None
 
@@ -105,6 +106,7 @@ class _Inputs:
             if comparison.is_file(given.compare_with):
                 names = given.metric_names()
                 inputs.earlier = comparison.read_earlier(given.compare_with, collection, names, collection.digest())
+                inputs.earlier_encoder = comparison.encoder_of(given.compare_with)
             else:
                 inputs.other_model = _other_model(given)
         inputs._read_vectors(given)
@@ -231,9 +233,15 @@ def _vectors(
     collection = inputs.collection if inputs is not None else None
     already = run.counts["encoded"], run.seconds.get("encode", 0.0)
     with run.stage("encode"):
-        queries, n = embed(query_encoder, collection.queries if collection else None, ranks, folder, "queries")
-        passages, m = embed(passage_encoder, collection.corpus if collection else None, ranks, folder, "passages")
+        queries, n, cut_queries = embed(
+            query_encoder, collection.queries if collection else None, ranks, folder, "queries"
+        )
+        passages, m, cut_passages = embed(
+            passage_encoder, collection.corpus if collection else None, ranks, folder, "passages"
+        )
     run.counts["encoded"] += n + m
+    note_cut(run, "queries", cut_queries, is_other)
+    note_cut(run, "passages", cut_passages, is_other)
     speed = (n + m) / max(run.seconds["encode"] - already[1], 1e-9)
     name = "other_encoder" if is_other else "encoder"
     run.results[name] = {
@@ -373,6 +381,9 @@ def _summarize(
         values = by_dimension[largest]
         assert values is not None and given.compare_with is not None
         run.results["comparison"] = _compare(given, inputs, Comparison(given.compare_with, values, other), names)
+        others = run.results.get("other_encoder", inputs.earlier_encoder)
+        apart = comparison.settings_apart(run.results.get("encoder"), others)
+        run.results["comparison"]["settings_apart"] = apart
     if given.on_bad_row == "skip":
         write_rejected(outputs, inputs.collection.rejected)
     return {name: summaries[largest][name]["value"] for name in names}

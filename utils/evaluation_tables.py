@@ -41,6 +41,12 @@ def _comparison_tables(done: dict) -> list[str]:
         )
     counts = f"{compared['n_won']} queries won, {compared['n_lost']} lost, {compared['n_equal']} equal"
     lines = [table(rows, f"compared with {compared['with']}; by {compared['changes_by']}, {counts}")]
+    if compared["settings_apart"]:
+        lines.append(
+            "\n  ".join(
+                ["the two runs encode differently, which the difference includes:", *compared["settings_apart"]]
+            )
+        )
     for title in ("won_most", "lost_most"):
         changes = [
             f"  {c['other']:.3f} -> {c['this']:.3f}  {shortened(c['query'], _QUERY_WIDTH)}" for c in compared[title]

@@ -10,7 +10,7 @@ import numpy as np
 from utils import margins, mining_outputs, negatives, report
 from utils.arguments import MiningArguments, input_paths
 from utils.distributed import Ranks
-from utils.embedding import build_encoders, embed
+from utils.embedding import build_encoders, embed, note_cut
 from utils.embedding_store import derive, fingerprint
 from utils.faiss_search import check_factory
 from utils.margins import Background
@@ -110,9 +110,15 @@ def _encode(
         return own or Vectors(None, None, given.normalizes_own_vectors)
     query_encoder, passage_encoder = ranks.all_agree(lambda: build_encoders(given))
     with run.stage("encode"):
-        queries, n_queries = embed(query_encoder, inputs.queries if inputs else None, ranks, folder, "queries")
-        passages, n_passages = embed(passage_encoder, inputs.passages if inputs else None, ranks, folder, "passages")
+        queries, n_queries, cut_queries = embed(
+            query_encoder, inputs.queries if inputs else None, ranks, folder, "queries"
+        )
+        passages, n_passages, cut_passages = embed(
+            passage_encoder, inputs.passages if inputs else None, ranks, folder, "passages"
+        )
     run.counts["encoded"] = n_queries + n_passages
+    note_cut(run, "queries", cut_queries)
+    note_cut(run, "passages", cut_passages)
     if inputs is None:
         return Vectors(queries, passages, passage_encoder.normalize)
     run.results["encoder"] = {"query": query_encoder.description(), "passage": passage_encoder.description()}

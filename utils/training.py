@@ -22,7 +22,7 @@ from utils.batch_plan import Plan
 from utils.checkpoint import Checkpoint
 from utils.dev_evaluation import METRICS, DevSet, judging_metric
 from utils.distributed import Ranks
-from utils.encoder import Encoder, EncoderSettings
+from utils.encoder import UNCUT, Encoder, EncoderSettings
 from utils.json_files import as_json
 from utils.outputs import write_whole
 from utils.paddlenlp_arguments import trainer_arguments
@@ -34,8 +34,6 @@ from utils.training_folder import WEIGHTS, put_into
 from utils.training_rows import TrainingRows
 
 logger = logging.getLogger(__name__)
-
-_UNCUT = 1 << 20
 
 
 @dataclass
@@ -222,7 +220,7 @@ class Job:
             given.query_template or self.base.query_template,
             given.passage_template or self.base.passage_template,
         )
-        longest = self.base.max_length or _UNCUT
+        longest = self.base.max_length or UNCUT
         self.limits = (min(given.max_query_len, longest), min(given.max_passage_len, longest))
         self.tokenizers = tuple(self._tokenizer(limit) for limit in self.limits)
         self.pad_ids = tuple(tokenizer.pad_id for tokenizer in self.tokenizers)
@@ -259,7 +257,7 @@ class Job:
 
     def preflight(self) -> Preflight:
         """Measure the data, and say what may be wrong with it."""
-        uncut = _Fitting(self._tokenizer(_UNCUT), self.base)
+        uncut = _Fitting(self._tokenizer(UNCUT), self.base)
         shared = self.given.embedding_negatives_cross_device
         found = training_data.preflight(
             self.plan, (uncut, uncut), self.templates, self.limits, not self.loss.needs_group,
@@ -354,8 +352,8 @@ class Job:
     def _write_description(self, folder: Path, for_torch: bool) -> None:
         export.write_config(self.base, folder)
         export.write_tokenizer(self.base, folder, for_torch)
-        # Not the length trained with: every script here encodes up to 512 tokens unless told otherwise.
-        longest = min(self.base.max_length or _UNCUT, max(512, *self.limits))
+        # The base model's own length, so that both encode alike; longer only if the training was.
+        longest = min(self.base.max_length or UNCUT, max(self.base.default_length, *self.limits))
         sentence_transformers_folder.write(
             folder, self.base.hidden_size, self.pooling, self.normalize, self.templates, longest
         )
