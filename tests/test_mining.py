@@ -628,13 +628,14 @@ def test_own_vectors_are_searched_at_the_width_that_they_are_cut_to(mine, own, t
     assert not (tmp_path / "out.json.work").exists()
 
 
-def test_an_approximate_index_reports_its_recall(mine):
+def test_an_approximate_index_reports_its_recall(mine, caplog):
     exact, _ = mine()
     found, _ = mine(index_factory="IVF4,Flat", index_parameters="nprobe=4")  # every list is searched
     assert found.report["index"]["recall"] == 1.0
     assert found.negatives == exact.negatives
     found, _ = mine(index_factory="IVF8,Flat")
     assert 0 < found.report["index"]["recall"] < 1
+    assert ("misses" in caplog.text) == (found.report["index"]["recall"] < 0.9)
     for options, message in (
         ({"index_factory": "IFV4,Flat"}, "index_factory is 'IFV4,Flat'; expected a faiss factory string"),
         ({"index_factory": "Flat", "index_parameters": "nprobs=2"}, "index_parameters is 'nprobs=2'"),

@@ -75,7 +75,7 @@ class LazyEngine:
             if self.name == "onednn":
                 self.dtype = onednn.best_dtype()
         elif self.device == "cpu" and dtype != "float32" and (self.name, dtype) != ("onednn", onednn.best_dtype()):
-            logger.info("%s is for BERT-like encoders, on processors that multiply it; computing in float32", dtype)
+            logger.warning("warning: %s is not used for this model on this processor; computing in float32", dtype)
             self.dtype = "float32"
 
     def description(self) -> dict:

@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 _QUERY_BLOCK, _BLOCK_NEIGHBORS = 16384, 1 << 21
 # Queries on which an approximate index is compared with exact search.
 _RECALL_QUERIES = 200
+# Below this recall an approximate index leaves out many of the hardest negatives, which a person must know.
+_LOW_RECALL = 0.9
 
 
 @dataclass
@@ -204,6 +206,12 @@ class _DenseSearch:
         self._recall = {"factory": given.index_factory, "recall": recall, "depth": depth, "queries": len(sample)}
         self._report(self._recall)
         logger.info("search: %s finds %.1f%% of the exact top %d", given.index_factory, 100 * recall, depth)
+        if recall < _LOW_RECALL:
+            logger.warning(
+                "warning: %s misses %.0f%% of the nearest passages; give index_parameters that search more, such as "
+                "nprobe=32, or leave index_factory out for the exact search",
+                given.index_factory, 100 * (1 - recall),
+            )  # fmt: skip
         return index
 
     def _report(self, recall: dict | None) -> None:

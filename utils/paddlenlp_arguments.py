@@ -40,7 +40,7 @@ def trainer_arguments(
         if options.get(name) and not on_gpu:
             options[name] = False  # the Trainer's way is a GPU's
             if name == "fp16" or not multiplies_bfloat16(base):
-                logger.info("%s is of no use here; training in float32", name)
+                logger.warning("warning: %s is not used on this processor; training in float32", name)
     if options.pop("sharding", None) and n_ranks > 1:
         logger.info("sharding saves memory only and is not used: every rank keeps the whole optimizer")
     options |= {
