@@ -22,7 +22,7 @@ AREAS = {
     "screens": ("search_screens screening", "machine products scores"),
     "search": ("search faiss_search dealing dedup thresholds", "machine products ranks scores screens"),
     "models": (
-        "sentence_transformers_folder bundled_model checkpoint weight_files pdparams bert_names weights"
+        "sentence_transformers_folder bundled_model checkpoint weight_files pdparams torch_files bert_names weights"
         " paddlenlp_models qwen3", "machine files",
     ),
     "texts": ("word_cache wordpiece tokenizing", "json_files paddlenlp_models"),
@@ -71,7 +71,7 @@ AREAS = {
 # The packages that are not Python's own, and who may import them.
 PACKAGES = {
     "numpy": "mapped shared_memory products ranks ragged stores metrics statistics scores screens search"
-    " bundled_model weight_files pdparams weights paddlenlp_models tokenizing encoding embedding collections negatives"
+    " bundled_model weight_files pdparams torch_files weights tokenizing encoding embedding collections negatives"
     " candidates mining_search batches cpu trainable gradients dev evaluated evaluation cleaning mined mining",
     "paddle": "runtime ranks losses qwen3 paddlenlp_models weights engines reranker cpu_pylayers trainable gradients"
     " trainer training",

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from utils import checkpoint, export, paddlenlp_models, weights
+from utils import checkpoint, export, paddlenlp_models, torch_files, weights
 from utils.engines import PaddleEngine
 from utils.weight_files import read_weights, write_weights
 
@@ -20,7 +20,8 @@ LAYER_NORM = "encoder.layer.1.output.LayerNorm"
 
 class _Storage:
     def __init__(self, kind: str, values: np.ndarray, key: str):
-        self.kind, self.values, self.key = kind, values, key
+        self.view, self.values = values, values if values.base is None else values.base
+        self.kind, self.key = kind, key
 
 
 class _Tensor:
@@ -28,9 +29,10 @@ class _Tensor:
         self.storage = storage
 
     def __reduce__(self):
-        shape = self.storage.values.shape
-        strides = tuple(stride // self.storage.values.itemsize for stride in self.storage.values.strides)
-        return sys.modules["torch._utils"]._rebuild_tensor_v2, (self.storage, 0, shape, strides, False, {})
+        view, whole = self.storage.view, self.storage.values
+        strides = tuple(stride // whole.itemsize for stride in view.strides)
+        offset = (view.ctypes.data - whole.ctypes.data) // whole.itemsize
+        return sys.modules["torch._utils"]._rebuild_tensor_v2, (self.storage, offset, view.shape, strides, False, {})
 
 
 class _Pickler(pickle.Pickler):
@@ -112,6 +114,32 @@ def test_other_types_in_the_older_format(torch_model):
     found = read_weights(torch_model(lambda state: {"half": half, "brain": brain, "ids": np.arange(4)}))
     assert found["half"].tolist() == half.tolist() and found["brain"].tolist() == [1.0, -3.0]
     assert set(found) == {"half", "brain"} and found["half"].dtype == found["brain"].dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda whole: whole[:, 2:5],  # columns of a wider matrix
+        lambda whole: whole[1::2],
+        lambda whole: whole.T,
+        lambda whole: np.swapaxes(whole.reshape(4, 2, 3), 0, 2),
+        lambda whole: whole[2:3, 1],
+        lambda whole: whole[:0],
+    ],
+)
+def test_a_view_of_a_larger_storage_is_read_as_that_view(tmp_path, view, monkeypatch):
+    whole = np.arange(24, dtype=np.float32).reshape(4, 6)
+    path = tmp_path / "pytorch_model.bin"
+    save_torch(path, {"w": view(whole), "whole": whole}, monkeypatch)
+    found = torch_files.read(path)
+    np.testing.assert_array_equal(found["w"], view(whole))
+    np.testing.assert_array_equal(found["whole"], whole)
+
+
+@pytest.mark.parametrize(("offset", "size", "stride"), [(0, (9, 9), (9, 1)), (-4, (2,), (1,)), (20, (5,), (1,))])
+def test_a_view_beyond_its_storage_is_refused(offset, size, stride):
+    with pytest.raises(ValueError, match="a tensor "):
+        torch_files._tensor(np.arange(24, dtype=np.float32), offset, size, stride)
 
 
 def test_a_damaged_file_of_the_older_format_is_named(torch_model):

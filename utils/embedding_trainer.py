@@ -20,6 +20,7 @@ import paddle
 from paddlenlp.trainer import Trainer, TrainingArguments
 from paddlenlp.trainer.trainer_callback import PrinterCallback, TrainerCallback
 
+from utils import pdparams
 from utils.distributed import Ranks, through_gloo
 from utils.gradients import GradientStep, reduce
 from utils.losses import LossFunction, Targets
@@ -226,7 +227,7 @@ class EmbeddingTrainer(Trainer):
         if self.ranks.is_first:
             name = "adapters.pdopt" if self.given.lora else WEIGHTS
             with _whole(folder):
-                self.model.set_state_dict(paddle.load(os.path.join(folder, name), return_numpy=True))
+                self.model.set_state_dict(pdparams.read_state(Path(folder) / name))
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         if checkpoint is None:
@@ -236,7 +237,7 @@ class EmbeddingTrainer(Trainer):
             folder = Path(checkpoint)
             names = ["optimizer", "scheduler"] + ["scaler"] * (folder / "scaler.pdopt").is_file()
             with _whole(checkpoint):
-                found = {name: paddle.load(str(folder / f"{name}.pdopt"), return_numpy=True) for name in names}
+                found = {name: pdparams.read_state(folder / f"{name}.pdopt") for name in names}
                 return found | {"standing": json.loads((folder / "standing.json").read_text())}
 
         states = self.ranks.broadcast_object(self.ranks.on_first(load))

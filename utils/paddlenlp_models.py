@@ -4,13 +4,12 @@ import contextlib
 import io
 import textwrap
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+from unittest import mock
 
-import numpy as np
-
-from utils import pdparams, runtime
+from utils import pdparams, runtime, torch_files
 
 if TYPE_CHECKING:
     from utils.checkpoint import Checkpoint
@@ -80,20 +79,24 @@ def load_tokenizer(folder: Path):
         return transformers.AutoTokenizer.from_pretrained(str(folder))
 
 
-def read_torch_file(path: Path) -> dict[str, np.ndarray]:
-    """The floating-point weights in a file of torch.save, as float32.
+@contextlib.contextmanager
+def checked_files() -> Iterator[None]:
+    """In this block Paddle and PaddleNLP load no file of weights that holds more than tensors, numbers and text."""
+    import paddle
+    from paddlenlp.transformers import conversion_utils
 
-    PaddleNLP takes the file apart. Its own loading of a model would leave a converted copy in the folder, prefer that
-    from then on, and say nothing of weights that are not there.
+    def first(check: Callable[[Path], object], load: Callable) -> Callable:
+        def checked(path, *args, **kwargs):
+            check(Path(path))
+            return load(path, *args, **kwargs)
 
-    Raises:
-        ValueError: no such file, or a damaged one.
-    """
-    import_paddlenlp()
-    from paddlenlp.utils.serialization import load_torch
+        return checked
 
-    with one_line(f"{path}: no weights of PyTorch's, or a damaged file"):
-        return pdparams.floats(load_torch(str(path)))
+    with (
+        mock.patch.object(paddle, "load", first(pdparams.read_state, paddle.load)),
+        mock.patch.object(conversion_utils, "load_torch", first(torch_files.read, conversion_utils.load_torch)),
+    ):
+        yield
 
 
 def download(name: str, weights: Sequence[str]) -> Path:
@@ -112,7 +115,7 @@ def download(name: str, weights: Sequence[str]) -> Path:
         folder = Path(MODEL_HOME) / name
         if (folder / "config.json").is_file() and any(any(folder.glob(kind)) for kind in weights):
             return folder
-        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()), checked_files():
             transformers.AutoTokenizer.from_pretrained(name)
             transformers.AutoModel.from_pretrained(name)
         if (folder / "config.json").is_file():

@@ -14,7 +14,20 @@ def read(path: Path) -> dict[str, np.ndarray]:
     """The floating-point weights of a file of ``paddle.save``, as float32.
 
     Raises:
-        ValueError: no such file, a damaged one, or one that holds more than arrays, numbers and text.
+        OSError: the file cannot be opened.
+        ValueError: it is damaged, or holds more than arrays, numbers and text.
+    """
+    return floats(read_state(path))
+
+
+def read_state(path: Path) -> dict:
+    """All that a file of ``paddle.save`` holds: a model's, an optimizer's or a schedule's state, tensors as arrays.
+
+    The same as ``paddle.load(path, return_numpy=True)``, which runs what the file asks for.
+
+    Raises:
+        OSError: the file cannot be opened.
+        ValueError: it is damaged, or holds more than arrays, numbers and text.
     """
     try:
         with open(path, "rb") as stream:
@@ -23,14 +36,19 @@ def read(path: Path) -> dict[str, np.ndarray]:
             state[name] = np.concatenate([state.pop(part) for part in parts["slices"]]).reshape(parts["OriginShape"])
     except OSError:
         raise
-    except _UnknownError as error:
+    except UnknownError as error:
         raise ValueError(f"{path}: holds {error}, which is not read here; expected arrays and numbers alone") from None
     except Exception as error:  # noqa: BLE001 - a damaged pickle ends in whatever its bytes happen to ask for
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{path}: no weights of Paddle's, or a damaged file ({reason})") from None
-    # Paddle 2.1 and later keep a tensor as (its variable's name, its values).
-    arrays = {name: kept[1] if isinstance(kept, tuple) and len(kept) == 2 else kept for name, kept in state.items()}
-    return floats(arrays)
+    return _without_names(state)
+
+
+def _without_names(kept):
+    """Paddle 2.1 and later keep a tensor as (its variable's name, its values)."""
+    if isinstance(kept, tuple) and len(kept) == 2 and isinstance(kept[1], np.ndarray):
+        return kept[1]
+    return {name: _without_names(value) for name, value in kept.items()} if isinstance(kept, dict) else kept
 
 
 def are_equal(path: Path, other: Path) -> bool:
@@ -55,7 +73,7 @@ def floats(state: dict) -> dict[str, np.ndarray]:
     return {name: values.astype(np.float32, copy=False) for name, values in weights.items() if values.dtype.kind == "f"}
 
 
-class _UnknownError(pickle.UnpicklingError):
+class UnknownError(pickle.UnpicklingError):
     """Says what a file holds that is not allowed."""
 
 
@@ -63,9 +81,18 @@ class _Reader(pickle.Unpickler):
     """Arrays and numbers in dictionaries and tuples, and nothing else."""
 
     def find_class(self, module: str, name: str):
-        if (module, name) in _HARMLESS:
-            return _HARMLESS[module, name]
-        raise _UnknownError(" ".join(f"{module}.{name}".split())[:200])
+        return allowed(module, name)
+
+
+def allowed(module: str, name: str):
+    """The function or class of this name, if unpickling may call it.
+
+    Raises:
+        UnknownError: it may not.
+    """
+    if (module, name) in _HARMLESS:
+        return _HARMLESS[module, name]
+    raise UnknownError(" ".join(f"{module}.{name}".split())[:200])
 
 
 def _value(name: str, values: dict):

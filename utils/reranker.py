@@ -72,34 +72,29 @@ class Reranker:
 
     def _load(self) -> tuple:
         runtime.import_paddle().set_device(engines.device())
-        transformers, folder = import_paddlenlp(), self.model.folder
-        with one_line(f"{folder}: PaddleNLP cannot load this reranker"):
-            if self.model.is_torch:
-                model = _from_torch(self.model)
-            else:
-                model = transformers.AutoModelForSequenceClassification.from_pretrained(
-                    str(folder), num_labels=1, convert_from_torch=False, dtype="float32"
-                )
+        with one_line(f"{self.model.folder}: PaddleNLP cannot load this reranker"):
+            model = _with_weights(self.model)
         model.eval()
         return load_tokenizer(self.model.tokenizer_folder), model
 
 
-def _from_torch(reranker: Checkpoint):
-    """PaddleNLP's model with weights in PyTorch's naming.
+def _with_weights(reranker: Checkpoint):
+    """PaddleNLP's model with the checkpoint's weights, in PyTorch's naming or Paddle's.
 
-    Its own loader writes a converted copy into the folder and leaves the head of BERT untransposed and
-    without its bias; only its table of names is used here.
+    PaddleNLP's own loader runs what a file of weights asks for. It also writes a converted copy of PyTorch's weights
+    into the folder, and leaves the head of BERT untransposed and without its bias. Only its names are used here.
     """
     folder, architecture = reranker.folder, reranker.config["architectures"][0]
     model_class = getattr(import_paddlenlp(), architecture)
     config = model_class.config_class.from_pretrained(str(folder), num_labels=1)
     model = model_class(config)
-    names = {m.source_name: (m.target_name, m.action) for m in model_class._get_name_mappings(config)}
+    mappings = model_class._get_name_mappings(config) if reranker.is_torch else ()
+    names = {m.source_name: (m.target_name, m.action) for m in mappings}
     state = {}
     for name, values in read_weights(reranker).items():
         target, action = names.get(name, (name, None))
-        transposed = action == "transpose" or (name.startswith("classifier.") and values.ndim == 2)
-        state[target] = np.ascontiguousarray(values.T if transposed else values)
+        is_head = reranker.is_torch and name.startswith("classifier.") and values.ndim == 2
+        state[target] = np.ascontiguousarray(values.T if action == "transpose" or is_head else values)
     missing = [name for name in model.state_dict() if name not in state and "position_ids" not in name]
     if missing:
         raise ValueError(f"{folder}: the weights lack {missing[0]}; expected those of {architecture}")

@@ -32,7 +32,7 @@ def read_weights(model: "Checkpoint") -> Parameters:
     elif files[0].suffix == ".safetensors":
         read = _mapped
     else:
-        from utils.paddlenlp_models import read_torch_file as read
+        from utils.torch_files import read
     return {_renamed(name): values for path in files for name, values in read(path).items()}
 
 
