@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from utils import checkpoint, paddlenlp_models
+from utils import checkpoint, paddlenlp_models, tokenizing
+from utils.weight_files import read_weights
 
 DECODER = {
     "model_type": "qwen2", "architectures": ["Qwen2Model"], "hidden_size": 16, "num_hidden_layers": 1,
@@ -143,6 +144,12 @@ def test_the_length_limit_is_read_where_either_kind_of_folder_keeps_it(folder, o
     ("config", "message"),
     [
         ({"is_causal": False}, "is_causal is False; expected True"),
+        (
+            {"model_type": "bert", "position_embedding_type": "relative_key"},
+            "position_embedding_type is 'relative_key'",
+        ),
+        ({"model_type": "xlm-roberta", "position_embedding_type": "relative_key_query"}, "expected 'absolute'"),
+        ({"model_type": "bert", "is_decoder": True}, "is_decoder is True; expected False"),
         ({"use_sliding_window": True}, "use_sliding_window is True; expected False"),
         ({"auto_map": {"AutoModel": "modeling.Own"}}, "auto_map names code of the model's own"),
         ({"model_type": "distilbert", "hidden_size": None, "dim": 64}, "a distilbert model, which is not supported; "),
@@ -162,3 +169,52 @@ def test_an_old_layout_is_told_from_a_folder_without_a_model(folder, tmp_path):
     (path / "modules.json").write_text(json.dumps([{"type": "a.Transformer", "path": "0_Transformer"}]))
     with pytest.raises(ValueError, match=r"the model lies in .*0_Transformer: give that, and pooling="):
         checkpoint.resolve(str(path))
+
+
+@pytest.mark.parametrize("header", [b"[" * 5000, b'{"a":' * 5000, b"[1]", b"null", b'{"w": 3}'])
+def test_hostile_headers_get_one_line(folder, header):
+    path = folder(model_type="bert")
+    (path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(ValueError, match=r"model\.safetensors: (is )?no safetensors file"):
+        read_weights(checkpoint.resolve(str(path)))
+
+
+def test_a_folder_that_wants_its_texts_treated_otherwise_is_refused(folder):
+    path = folder(model_type="bert")
+    (path / "sentence_bert_config.json").write_text('{"max_seq_length": 32, "do_lower_case": true}')
+    with pytest.raises(ValueError, match="do_lower_case is True; expected false, or a tokenizer that does so"):
+        checkpoint.resolve(str(path))
+    (path / "tokenizer_config.json").write_text('{"do_lower_case": true}')
+    assert checkpoint.resolve(str(path)).default_length == 32
+
+
+@pytest.mark.parametrize(
+    ("says", "expected"),
+    [
+        ({}, [2, 5, 7, 9, 10, 3]),
+        ({"do_lower_case": False}, [2, 6, 1, 9, 10, 3]),
+        ({"tokenize_chinese_chars": False}, [2, 5, 7, 11, 3]),
+    ],
+)
+@pytest.mark.parametrize("lowercase", [True, False])
+def test_the_configuration_has_the_last_word_on_case(tmp_path, says, expected, lowercase):
+    """Expected are the ids that transformers 5.24 gives."""
+    import tokenizers
+    from tokenizers import models, normalizers, pre_tokenizers, processors
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "hello", "Hello", "cafe", "café", "中", "文", "中文"]
+    built = tokenizers.Tokenizer(models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    built.normalizer, built.pre_tokenizer = (
+        normalizers.BertNormalizer(lowercase=lowercase),
+        pre_tokenizers.BertPreTokenizer(),
+    )
+    built.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    built.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "BertTokenizer"} | says))
+    (found,) = tokenizing.load(tmp_path, 32, True)(["Hello Café 中文"])
+    assert list(found) == expected
+    (tmp_path / "tokenizer_config.json").write_text('{"truncation_side": "left"}')
+    with pytest.raises(ValueError, match="truncation_side is 'left'; expected 'right'"):
+        tokenizing.load(tmp_path, 32, True)

@@ -75,6 +75,20 @@ def test_any_change_is_another_store(tmp_path, change):
     assert run(encoder, tmp_path, texts)[1] == len(TEXTS)
 
 
+def test_a_store_on_a_full_disk_lets_go_of_its_lock(tmp_path):
+    store = EmbeddingStore(tmp_path, "f" * 32, 3, 2)
+    store.open()
+    store.write([(0, np.arange(2), np.ones((2, 2), np.float32))])
+    store._data.close()
+    store._data = open("/dev/full", "wb")  # noqa: SIM115 - the store closes it
+    store._data.write(b"what cannot be flushed")
+    with pytest.raises(OSError, match=f"{store.folder}: cannot write embeddings"):
+        store.close()
+    again = EmbeddingStore(tmp_path, "f" * 32, 3, 2)
+    assert again.open() == {0}
+    again.close()
+
+
 def test_a_broken_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(embedding, "_BATCHES_A_ROUND", 2)
     with pytest.raises(KeyboardInterrupt):

@@ -504,6 +504,7 @@ def test_candidates_of_a_run_file(mine, tmp_path):
     [
         ("nobody Q0 0 1 0.5 t", "run.trec:2: unknown query id 'nobody'"),
         ("0 Q0 nothing 1 0.5 t", "run.trec:2: unknown passage id 'nothing'"),
+        ("0 Q0 1 2 0.4 t", "run.trec:2: passage '1' is named twice for query '0'"),
         ("0 Q0 0 1 high t", "run.trec:2: the score is 'high'; expected a number"),
         ("0 0 0.5", "run.trec:2: 3 columns; expected 6"),
     ],

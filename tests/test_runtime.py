@@ -1,5 +1,6 @@
 """What the process may use of the machine."""
 
+import logging
 import os
 import shlex
 import signal
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from utils import runtime
+from utils import report, runtime
 
 
 @pytest.mark.parametrize(
@@ -61,6 +62,7 @@ def test_a_job_is_done_whether_or_not_anybody_listens(tmp_path, redirected):
     ("given", "expected"),
     [
         ({"PADDLE_TRAINER_ID": "1"}, "rank 1 (PADDLE_TRAINER_ID) of 1 (PADDLE_TRAINERS_NUM)"),
+        ({"PADDLE_TRAINERS_NUM": "2"}, "PADDLE_TRAINER_ENDPOINTS is not set"),
         ({"PADDLE_TRAINERS_NUM": "0"}, "rank 0 (PADDLE_TRAINER_ID) of 0 (PADDLE_TRAINERS_NUM)"),
         ({"PADDLE_TRAINERS_NUM": "abc"}, "PADDLE_TRAINERS_NUM is 'abc' in the environment"),
         ({"PADDLE_TRAINER_ID": "-1"}, "PADDLE_TRAINER_ID is '-1' in the environment"),
@@ -85,7 +87,11 @@ def main():
     time.sleep(60)
 runtime.run(main)
 """
-TWO_RANKS = {"PADDLE_TRAINERS_NUM": "2", "PADDLE_TRAINER_ID": "1"}
+TWO_RANKS = {
+    "PADDLE_TRAINER_ENDPOINTS": "127.0.0.1:1,127.0.0.1:2",
+    "PADDLE_TRAINERS_NUM": "2",
+    "PADDLE_TRAINER_ID": "1",
+}
 
 
 @pytest.mark.parametrize("first", ["", "runtime.import_paddle()"], ids=["plain", "paddle"])
@@ -155,3 +161,14 @@ def wait_for(path: Path) -> None:
     while not (path.exists() and path.stat().st_size):
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def test_what_data_holds_for_a_terminal_is_shown_as_escapes():
+    hostile = "a\x1b]0;title\x07b\x1b[2Jc\x9bd\u202ee\x7ff\r"
+    escaped = r"a\x1b]0;title\x07b\x1b[2Jc\x9bd\u202ee\x7ff\r"
+    assert runtime.shown(hostile) == escaped
+    assert runtime.shown("line\n\ttab 中文 é 🙂") == "line\n\ttab 中文 é 🙂"
+    assert escaped in report.table([("name", hostile)], hostile)
+    assert report.shortened("x\x1b[2J", 80) == r"x\x1b[2J"
+    record = logging.LogRecord("utils", logging.INFO, "", 0, "%s", (hostile,), None)
+    assert report._Formatter("%(message)s").format(record) == escaped

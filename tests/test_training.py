@@ -1174,6 +1174,10 @@ def test_do_eval_without_dev_rows_evaluates_nothing(run, data, strategy):
         ({"lerning_rate": 1e-5}, "unknown argument 'lerning_rate'; did you mean learning_rate?"),
         ({"warmup_step": 1}, "did you mean warmup_steps?"),
         ({"loss_type": "contrastiv"}, "did you mean contrastive?"),
+        ({"device": "banana"}, "device is 'banana'; expected one of cpu, gpu"),
+        ({"fp16_opt_level": "O9"}, "fp16_opt_level is 'O9'; expected one of O0, O1, O2"),
+        ({"do_train": False}, "do_train is False; not supported here: run_embedding.py trains"),
+        ({"minimum_eval_times": 3}, "minimum_eval_times is 3; not supported here: eval_steps says"),
         ({"tensor_parallel_degree": 2}, "tensor_parallel_degree is 2; not supported here"),
         ({"ignore_save_lr_and_optim": True}, "not supported here: a killed training goes on with its optimizer"),
         (

@@ -50,16 +50,20 @@ def read_run(
                 example = next(iter(queries))
                 reason = f"unknown query id {name!r:.80}; expected one such as {example!r}"
                 raise RecordError(path, raw.number, reason)
+            ranked = found.setdefault(queries[name], {})
+            if passage in ranked:
+                again = raw.content.decode().split()[2]
+                raise RecordError(path, raw.number, f"passage {again!r:.80} is named twice for query {name!r:.80}")
         except RecordError as error:
             set_aside(error, rejected)
             continue
-        if passage < n_candidates:
-            found.setdefault(queries[name], {}).setdefault(passage, score)
+        ranked[passage] = score
     if n_lines == 0:
         raise ValueError(f"{path}: the file is empty; expected lines of query id, Q0, passage id, rank, score, tag")
     lists: list[list[int]] = [[] for _ in range(max(queries.values()) + 1)]
     for query, scores in found.items():
-        lists[query] = sorted(scores, key=lambda passage: -scores[passage])
+        kept = [passage for passage in scores if passage < n_candidates]
+        lists[query] = sorted(kept, key=lambda passage: -scores[passage])
     return lists
 
 

@@ -38,6 +38,9 @@ _TORCH_TYPES = (
     "bert", "roberta", "xlm-roberta", "camembert", "ernie", "electra", "albert", "deberta", "deberta-v2", "roformer",
     "qwen2", "qwen3", "llama", "mistral", "gemma", "gpt", "opt", "bloom",
 )  # fmt: skip
+# Values of the configuration that change what a model computes, and the only ones that are computed here.
+_PLAIN_DECODER = {"is_causal": True, "use_sliding_window": False}
+_PLAIN_ENCODER = {"position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False}
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
@@ -205,8 +208,8 @@ def _check_is_plain(path: Path, config: dict) -> None:
             f"{path}: auto_map names code of the model's own, which is not run here; expected a plain"
             f" {config.get('model_type')} model (take auto_map out if it is one)"
         )
-    for name, plain in (("is_causal", True), ("use_sliding_window", False)):
-        if config.get(name, plain) != plain and config.get("model_type") in DECODERS:
+    for name, plain in (_PLAIN_DECODER if config.get("model_type") in DECODERS else _PLAIN_ENCODER).items():
+        if config.get(name, plain) not in (plain, None):
             raise ValueError(f"{path}: {name} is {config[name]!r}; expected {plain!r}, the only kind supported")
 
 
@@ -253,8 +256,8 @@ def _safetensors_header(path: Path) -> dict:
         with open(path, "rb") as stream:
             size = int.from_bytes(stream.read(8), "little")
             if 0 < size <= path.stat().st_size:
-                return json.loads(stream.read(size))
-    except ValueError:
+                return dict(json.loads(stream.read(size)))
+    except (ValueError, TypeError, RecursionError):  # it may be nested to any depth
         pass
     raise ValueError(f"{path}: is no safetensors file; expected the model's weights (an unfetched git-lfs file?)")
 

@@ -8,6 +8,7 @@ its rows are on disk; when all are there the file is renamed to ``vectors``. ``a
 damaged file from a whole one, whatever numbers are in it.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -164,12 +165,16 @@ class EmbeddingStore:
 
     def close(self) -> None:
         """Let go of the files and the lock; a store in which nothing was finished is removed."""
-        if self._journal is not None and not self._journal.closed and self._journal.tell() == 0:
-            shutil.rmtree(self.folder, ignore_errors=True)
-        for stream in (self._data, self._journal, self._lock):
-            if stream is not None:
-                stream.close()
-        self._data = self._journal = self._lock = None
+        try:
+            with contextlib.ExitStack() as stack:  # closes each, also where one cannot be flushed
+                for stream in filter(None, (self._lock, self._journal, self._data)):
+                    stack.callback(stream.close)
+                if self._journal is not None and not self._journal.closed and self._journal.tell() == 0:
+                    shutil.rmtree(self.folder, ignore_errors=True)
+        except OSError as error:
+            raise described(error, f"{self.folder}: cannot write {self.what}") from None
+        finally:
+            self._data = self._journal = self._lock = None
 
     def _read_journal(self) -> set[int]:
         try:

@@ -43,10 +43,14 @@ def trainer_arguments(
                 logger.warning("warning: %s is not used on this processor; training in float32", name)
     if options.pop("sharding", None) and n_ranks > 1:
         logger.info("sharding saves memory only and is not used: every rank keeps the whole optimizer")
-    options |= {
+    settled = {
         "do_train": True, "device": engines.device(), "disable_tqdm": True, "unified_checkpoint": False,
         "fp16_opt_level": "O1", "recompute": False, "skip_profile_timer": True, "load_best_model_at_end": False,
     }  # fmt: skip
+    for name in ("device", "unified_checkpoint", "fp16_opt_level"):
+        if options.get(name) not in (None, settled[name]):
+            logger.info("%s is %r, not %r, as this training needs it", name, settled[name], options[name])
+    options |= settled
     # The Trainer would do so by itself, after it has counted with the other number, and in a log that is off.
     options["gradient_accumulation_steps"] = min(given.gradient_accumulation_steps, n_batches)
     if n_batches < given.gradient_accumulation_steps:

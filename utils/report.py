@@ -19,11 +19,18 @@ _LINE_EVERY_S = 30.0
 def set_up_logging() -> None:
     """Log lines on stderr, from rank 0 only."""
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setFormatter(_Formatter("%(message)s"))
     root = logging.getLogger("utils")
     root.handlers[:] = [handler] if runtime.rank() == 0 else [logging.NullHandler()]
     root.setLevel(logging.INFO)
     root.propagate = False
+
+
+class _Formatter(logging.Formatter):
+    """Log lines hold texts and paths of the user's data."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return runtime.shown(super().format(record))
 
 
 class Progress:
@@ -133,10 +140,10 @@ def table(rows: Iterable[Sequence[str]], title: str = "") -> str:
     for name, *values in rows:
         cells = [f"{value:>{width}}" for value, width in zip(values, widths[1:], strict=True)]
         lines.append("  ".join(["", f"{name:<{widths[0]}}", *cells]))
-    return "\n".join(lines)
+    return runtime.shown("\n".join(lines))
 
 
 def shortened(text: str, width: int) -> str:
-    """A text on one line, of at most ``width`` characters."""
+    """A text on one line, of at most ``width`` characters before its control characters become escapes."""
     text = " ".join(text.split())
-    return text if len(text) <= width else text[: width - 1] + "…"
+    return runtime.shown(text if len(text) <= width else text[: width - 1] + "…")

@@ -11,6 +11,7 @@ import functools
 import gc
 import io
 import os
+import re
 import signal
 import sys
 import threading
@@ -21,6 +22,9 @@ from typing import NoReturn
 
 # What requirements.lock installs and the scripts import.
 _INSTALLED = ("paddle", "paddlenlp", "numpy", "numba", "llvmlite", "faiss", "tokenizers", "tqdm", "jieba", "bm25s")
+
+# C0 without tab and line feed, DEL, C1, and the marks and overrides of writing direction.
+_UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _PR_SET_PDEATHSIG = 1
@@ -114,6 +118,11 @@ def _check_launcher() -> None:
         raise ValueError(
             f"the environment says rank {rank()} (PADDLE_TRAINER_ID) of {world_size()} (PADDLE_TRAINERS_NUM),"
             f" {local_world_size()} of them here (PADDLE_LOCAL_SIZE); unset what is left over from another launch"
+        )
+    if world_size() > 1 and not os.environ.get("PADDLE_TRAINER_ENDPOINTS"):
+        raise ValueError(
+            f"PADDLE_TRAINERS_NUM is {world_size()} in the environment, but PADDLE_TRAINER_ENDPOINTS is not set; start"
+            " with python -m paddle.distributed.launch, or unset what is left over from another launch"
         )
 
 
@@ -246,7 +255,7 @@ def run(main: Callable[[], None]) -> None:
         if "KeyboardInterrupt" in str(error):  # met inside Paddle
             _interrupted()
         if not getattr(error, "told_elsewhere", False):
-            message = " ".join(str(error).split())
+            message = shown(" ".join(str(error).split()))
             print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr, flush=True)
         _leave(2)
     except MemoryError as error:
@@ -266,10 +275,18 @@ def run(main: Callable[[], None]) -> None:
     _leave(0)
 
 
+def shown(text: str) -> str:
+    """A text for a terminal: control characters and marks that turn the direction of writing become escapes.
+
+    Data may hold sequences that clear a screen, rename a window or reorder what is read. Line ends and tabs stay.
+    """
+    return _UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
 def tell(summary: str) -> None:
     """Print what a finished job has to say. That nobody reads it does not make the job fail."""
     try:
-        print(summary, flush=True)
+        print(shown(summary), flush=True)
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still in the stream
         if not isinstance(error, BrokenPipeError):  # such as ``| head -1``

@@ -90,7 +90,13 @@ def read_max_length(folder: Path) -> int | None:
         ValueError: it says what is no length.
     """
     path = folder / "sentence_bert_config.json"
-    length = json_files.read_object(path).get("max_seq_length")
+    config = json_files.read_object(path)
+    if config.get("do_lower_case"):
+        tokenizer = json_files.read_object(folder / "tokenizer_config.json")
+        if not tokenizer.get("do_lower_case"):
+            reason = "expected false, or a tokenizer that does so (do_lower_case in tokenizer_config.json)"
+            raise ValueError(f"{path}: do_lower_case is {config['do_lower_case']!r}; {reason}")
+    length = config.get("max_seq_length")
     if length is not None and (type(length) is not int or not 0 < length < 1 << 31):
         raise ValueError(f"{path}: max_seq_length is {length!r}; expected a positive whole number")
     return length

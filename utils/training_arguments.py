@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import importlib.util
 import os
+import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,6 +18,8 @@ _WHY = {
     "metrics_output_path": "losses and metrics are in <output_dir>/training.jsonl",
     "ignore_load_lr_and_optim": "a checkpoint is gone on from with its optimizer; else give it as model_name_or_path",
     "ignore_save_lr_and_optim": "a killed training goes on with its optimizer; save_total_limit bounds what is kept",
+    "minimum_eval_times": "eval_steps says how often the dev rows are evaluated",
+    "do_train": "run_embedding.py trains; embedding_evaluate.py evaluates a model",
     "local_rank": "Paddle's launcher says which worker this is",
 }
 # Where PaddleNLP's Trainer can report to, and the package that it needs for that.
@@ -37,11 +40,15 @@ _NOT_SUPPORTED = {
     "offload_optim": (None, False), "do_predict": (None, False), "do_export": (None, False),
     "amp_master_grad": (None, False), "skip_data_intervals": (None,), "label_names": (None,),
     "ignore_data_skip": (None, False), "ignore_load_lr_and_optim": (None, False), "flatten_param_grads": (None, False),
-    "ignore_save_lr_and_optim": (None, False),
+    "ignore_save_lr_and_optim": (None, False), "minimum_eval_times": (None,), "do_train": (None, True),
     "hybrid_parallel_topo_order": (None, "pp_first", "sharding_first"),
     # It leaves a process behind; training.jsonl has the metrics.
     "metrics_output_path": (None,),
 }  # fmt: skip
+
+
+# Words that PaddleNLP's Trainer would take without a look at them.
+_EXPECTED = {"fp16_opt_level": "O0|O1|O2", "device": "cpu|gpu|xpu|npu|mlu|gcu|intel_hpu(:[0-9]+)?"}
 
 
 @dataclass
@@ -169,6 +176,11 @@ class TrainArguments:
             value = getattr(self, name, None)
             if value not in harmless:
                 raise ArgumentError(f"{name} is {value!r}; not supported here: {_WHY.get(name, _DATA_PARALLEL)}")
+        for name, expected in _EXPECTED.items():
+            value = getattr(self, name, None)
+            if value is not None and not re.fullmatch(expected, value):
+                words = re.sub(r"\(.*", "", expected).replace("|", ", ")
+                raise ArgumentError(f"{name} is {value!r}; expected one of {words}{nearest(value, words.split(', '))}")
         if self.max_steps == 0:
             raise ArgumentError("max_steps is 0; expected at least 1, or -1 for as many as num_train_epochs says")
         if self.save_strategy == "steps" and self.save_steps == 0:

@@ -75,7 +75,7 @@ def _mapped(path: Path) -> Parameters:
             for name, entry in entries.items()
             if entry["dtype"] in _FLOAT_TYPES  # not position_ids and their like
         }
-    except (ValueError, AttributeError, KeyError, TypeError) as error:
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}: no safetensors file, or a damaged one") from error
     weights = {}
     for name, (kind, shape, start, stop) in wanted.items():
