@@ -590,7 +590,10 @@ def killed_at(number: int, monkeypatch):
             yield
 
 
-@pytest.mark.parametrize("options", [{}, {"lora": True}, {"gradient_accumulation_steps": 2, "gradcache_chunk_size": 3}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"lora": True}, {"gradient_accumulation_steps": 2, "gradcache_chunk_size": 3, "plain_accumulation": True}],
+)
 def test_a_killed_run_ends_with_the_same_weights(run, tmp_path, monkeypatch, options):
     run("whole", **options)
     calls = die_at(11, monkeypatch)
@@ -614,6 +617,34 @@ def test_a_killed_run_ends_with_the_same_weights(run, tmp_path, monkeypatch, opt
     assert ends[0] == pytest.approx(ends[1], rel=1e-6)
 
 
+def test_accumulated_batches_are_one_contrastive_batch(run, tmp_path):
+    """As PaddleNLP's users know it; every row of an epoch is trained on, the last step being smaller."""
+    rows = [{"query": f"card {i}", "pos_passage": [f"visa {i} answer"]} for i in range(24)]
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    options = {
+        "dataset_name_or_path": data, "group_size": 1, "num_train_epochs": 1, "dropout": 0.0,
+        "evaluation_strategy": "no",
+    }  # fmt: skip
+    found = run("cached", per_device_train_batch_size=2, gradient_accumulation_steps=7, **options)
+    assert found.steps == 2 and found.epochs == 1 and found.loss > 0
+    assert found.report["preflight"]["negatives_a_query_sees"] == pytest.approx((14 * 13 + 10 * 9) / 24, abs=3)
+    assert not any("in no batch" in warning for warning in found.report["preflight"]["warnings"])
+    run("large", per_device_train_batch_size=14, gradcache_chunk_size=2, **options)
+    assert_same_weights(tmp_path / "cached", tmp_path / "large")
+    plain = run(
+        "plain", per_device_train_batch_size=2, gradient_accumulation_steps=7, plain_accumulation=True, **options
+    )
+    assert "10 rows of an epoch are in no batch" in str(plain.report["preflight"]["warnings"])
+
+
+def test_a_part_of_an_epoch_rounds_up_to_a_step_that_learns(run, tmp_path):
+    found = run("part", num_train_epochs=0.01, evaluation_strategy="no", save_strategy="no")
+    rates = [
+        entry["learning_rate"] for entry in read_jsonl(tmp_path / "part" / "training.jsonl") if "learning_rate" in entry
+    ]
+    assert found.steps == 1 and rates and min(rates) > 0
+
+
 def test_more_accumulation_than_an_epoch_has_batches_is_an_epochs(run, tmp_path, monkeypatch, caplog):
     """Each epoch is one step, with the mean of its batches' gradients, in a resumed run too."""
     epochs, set_epoch = [], training_data.Loader.set_epoch
@@ -621,15 +652,15 @@ def test_more_accumulation_than_an_epoch_has_batches_is_an_epochs(run, tmp_path,
         training_data.Loader, "set_epoch", lambda *args: epochs.append(args[1]) or set_epoch(*args)
     )  # fmt: skip
     options = {"num_train_epochs": 6, "save_steps": 1}
-    assert run("exact", gradient_accumulation_steps=8, **options).steps == 6
+    assert run("exact", gradient_accumulation_steps=8, plain_accumulation=True, **options).steps == 6
     with caplog.at_level("INFO"):
-        run("more", gradient_accumulation_steps=11, **options)
+        run("more", gradient_accumulation_steps=11, plain_accumulation=True, **options)
     assert "an epoch has 8 batches: gradient_accumulation_steps is 8, not 11" in caplog.text
     assert epochs == [*range(6), *range(6)]
     assert_same_weights(tmp_path / "exact", tmp_path / "more")
     with killed_at(30, monkeypatch):
-        run("broken", gradient_accumulation_steps=11, **options)
-    run("broken", gradient_accumulation_steps=11, **options)
+        run("broken", gradient_accumulation_steps=11, plain_accumulation=True, **options)
+    run("broken", gradient_accumulation_steps=11, plain_accumulation=True, **options)
     assert epochs[12:] == [0, 1, 2, 3, 3, 4, 5]
     assert_same_weights(tmp_path / "broken", tmp_path / "more")
 
@@ -940,7 +971,8 @@ def test_an_fp16_step_without_a_loss_is_passed_over(run, tmp_path, monkeypatch, 
     monkeypatch.setattr(EmbeddingTrainer, "run", scaled)
     monkeypatch.setattr(GradientStep, "__call__", overflows)
     result = run(
-        num_train_epochs=1, save_strategy="no", logging_steps=8 // accumulated, gradient_accumulation_steps=accumulated
+        num_train_epochs=1, save_strategy="no", logging_steps=8 // accumulated, gradient_accumulation_steps=accumulated,
+        plain_accumulation=True,
     )  # fmt: skip
     assert len(found) == 8 and result.steps == 8 // accumulated
     assert result.loss == pytest.approx(np.nanmean(found))

@@ -108,6 +108,11 @@ class Plan:
         return Epoch(rows, self.rows.query_ids[rows], np.concatenate(drawn_passages), bounds[: len(self)])
 
     @property
+    def n_left_out(self) -> int:
+        """Rows of an epoch that are in no batch."""
+        return sum(self._group_sizes()) - sum(stop - start for start, stop in self.epoch(0).bounds)
+
+    @property
     def smallest_batch(self) -> int:
         """Rows that a batch has at least."""
         return self.batch_size if self.drop_last else min(self.batch_size, max(2, self.n_ranks))

@@ -80,7 +80,7 @@ class EmbeddingTrainer(Trainer):
             Targets(given.group_size, None, given.embedding_temperature, given.margin),
             job.pad_ids,
             given.seed,
-            given.gradcache_chunk_size,
+            given.chunk_size,
             job.ranks.rank,
             given.embedding_negatives_cross_device,
             self.autocast_smart_context_manager,

@@ -1,6 +1,7 @@
 """The arguments of a training as PaddleNLP's Trainer takes them."""
 
 import logging
+import math
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
     from paddlenlp.trainer import TrainingArguments
 
 logger = logging.getLogger(__name__)
+
+# What a product of a number of steps and of epochs may lie above a whole number by rounding.
+_ROUNDING = 1e-6
 
 
 def trainer_arguments(
@@ -52,10 +56,13 @@ def trainer_arguments(
             logger.info("%s is %r, not %r, as this training needs it", name, settled[name], options[name])
     options |= settled
     # The Trainer would do so by itself, after it has counted with the other number, and in a log that is off.
-    options["gradient_accumulation_steps"] = min(given.gradient_accumulation_steps, n_batches)
-    if n_batches < given.gradient_accumulation_steps:
+    options["gradient_accumulation_steps"] = min(given.accumulated, n_batches)
+    if given.max_steps < 0:  # the Trainer rounds a part of an epoch down, to no step at all
+        steps = n_batches // options["gradient_accumulation_steps"] * given.num_train_epochs
+        options["max_steps"] = max(1, math.ceil(steps - _ROUNDING))
+    if n_batches < given.accumulated:
         logger.info("an epoch has %d batches: gradient_accumulation_steps is %d, not %d",
-                    n_batches, n_batches, given.gradient_accumulation_steps)  # fmt: skip
+                    n_batches, n_batches, given.accumulated)  # fmt: skip
     options.setdefault("report_to", ["visualdl"])
     options["do_eval"] = has_dev  # true alone would make PaddleNLP evaluate every few steps
     if not has_dev:

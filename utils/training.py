@@ -162,7 +162,7 @@ def train(given: TrainArguments) -> TrainingResult:
             ranks.on_first(lambda: job.write_model(Path(given.output_dir)))
         before, metrics = loop.first_metrics, loop.final_metrics
         steps, loss = loop.state.global_step, loop.mean_loss()
-        epochs = steps * given.gradient_accumulation_steps / len(job.plan)
+        epochs = steps * loop.args.gradient_accumulation_steps / len(job.plan)
         run.results |= {"steps": steps, "epochs": epochs, "loss": loss, "metrics_before": before, "metrics": metrics}
         about = run.as_dict()
         ranks.on_first(lambda: write_whole(Path(given.output_dir) / "report.json", as_json(about)))
@@ -226,14 +226,14 @@ class Job:
         self.pad_ids = tuple(tokenizer.pad_id for tokenizer in self.tokenizers)
         self.plan = Plan(
             rows=self.rows,
-            batch_size=given.per_device_train_batch_size * ranks.size,
+            batch_size=given.queries_of_a_rank * ranks.size,
             group_size=given.group_size,
             seed=given.seed,
             n_ranks=ranks.size,
             group_by_source=given.group_by_source,
             hard_batches=given.hard_batches,
             drop_last=bool(given.dataloader_drop_last),
-            multiple=given.gradient_accumulation_steps,
+            multiple=given.accumulated,
         )
         self.collate = Collator(
             self.rows, given.group_size, self.tokenizers, self.templates, ranks.rank, ranks.size,
@@ -269,6 +269,11 @@ class Job:
                     f"{side}_template {template!r} goes on behind the text; the trained model's folder keeps what comes"
                     " before it only, so give it again when encoding"
                 )
+        if self.plan.n_left_out:
+            found.warnings.append(
+                f"{self.plan.n_left_out:,} rows of an epoch are in no batch: a last batch of fewer than"
+                f" {self.plan.smallest_batch} rows, or batches beyond a multiple of {self.plan.multiple}"
+            )
         for message in found.warnings:
             logger.warning("warning: %s", message)
         facts = found.facts

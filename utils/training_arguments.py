@@ -120,7 +120,12 @@ class TrainArguments:
     )
     per_device_train_batch_size: int = option(32, "queries a rank and step", at_least=1)
     gradient_accumulation_steps: int = option(
-        1, "batches whose gradients are added up before an update; adds no negatives", at_least=1
+        1,
+        "batches that make one update: together they are one contrastive batch, through the gradient cache",
+        at_least=1,
+    )
+    plain_accumulation: bool = option(
+        False, "gradient_accumulation_steps adds up gradients of batches that are not each other's negatives"
     )
     learning_rate: float = option(3e-5, "the highest learning rate", at_least=0)
     num_train_epochs: float = option(1.0, "how often to go through the data", above=0.0)
@@ -156,6 +161,22 @@ class TrainArguments:
     report_to: list[str] | Literal["none"] | None = option(None, ELSEWHERE)
     resume_from_checkpoint: str | None = option(None, ELSEWHERE)
     dataloader_drop_last: bool | None = option(None, ELSEWHERE)
+
+    @property
+    def accumulated(self) -> int:
+        """Batches whose gradients are added up before an update."""
+        return self.gradient_accumulation_steps if self.plain_accumulation else 1
+
+    @property
+    def queries_of_a_rank(self) -> int:
+        """Queries of one contrastive batch on each rank."""
+        return self.per_device_train_batch_size * (self.gradient_accumulation_steps // self.accumulated)
+
+    @property
+    def chunk_size(self) -> int | None:
+        """Queries of the gradient cache that are in memory at a time; None for the whole batch."""
+        is_cached = self.queries_of_a_rank > self.per_device_train_batch_size
+        return self.gradcache_chunk_size or (self.per_device_train_batch_size if is_cached else None)
 
     def check(self) -> None:
         """Rules that tie fields together."""
