@@ -282,7 +282,7 @@ def test_a_low_threshold_is_warned_of(job, caplog):
 BAD_RUNS = {
     "missing input": (["--input_data_path", "none.json"], "none.json: no such file"),
     "a directory as input": (["--input_data_path", "."], "is a directory; expected a JSONL file"),
-    "a bad row": (["--input_data_path", "bad.json"], 'bad.json:2: "pos_passage" is a string; expected a list'),
+    "a bad row": (["--input_data_path", "bad.json"], 'bad.json:2: "pos_passage" is a number; expected a list'),
     "an empty file": (["--input_data_path", "empty.json"], "empty.json: the file has no rows"),
     "unknown argument": (["--similarity_treshold", "0.5"], "did you mean --similarity_threshold?"),
     "threshold 2": (["--similarity_threshold", "2"], "similarity_threshold is 2.0; expected at least -1.0"),
@@ -298,7 +298,7 @@ BAD_RUNS = {
 @pytest.fixture
 def bad_inputs(tmp_path):
     write_jsonl(tmp_path / "good.json", make_rows(3))
-    write_jsonl(tmp_path / "bad.json", [{"query": "q"}, {"query": "q", "pos_passage": "p"}])
+    write_jsonl(tmp_path / "bad.json", [{"query": "q"}, {"query": "q", "pos_passage": 3}])
     (tmp_path / "empty.json").write_bytes(b"")
     np.save(tmp_path / "nan.npy", np.array([[1, 2], [np.nan, 1], [1, 1]], np.float32))
     return tmp_path

@@ -340,7 +340,7 @@ def test_texts_beyond_the_limit_are_counted(tiny_model, tmp_path, dev, caplog):
 BAD_ROWS = [
     ('{"query": "a"}', 'dev.json:2: "pos_passage" is missing; expected'),
     ('{"query": "a", "pos_passage": []}', 'dev.json:2: "pos_passage" is an empty list'),
-    ('{"query": "a", "pos_passage": "p"}', 'dev.json:2: "pos_passage" is a string; expected a list'),
+    ('{"query": "a", "pos_passage": 3}', 'dev.json:2: "pos_passage" is a number; expected a list'),
     ('{"query": " ", "pos_passage": ["p"]}', 'dev.json:2: "query" is empty'),
     ("{", "dev.json:2: not JSON"),
 ]

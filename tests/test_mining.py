@@ -422,7 +422,7 @@ def test_bad_options(options, message):
         ([{"query": "a"}], None, {}, 'in.jsonl:1: "pos_passage" is missing'),
         ([{"query": "a", "pos_passage": []}], None, {}, 'in.jsonl:1: "pos_passage" is an empty list'),
         ([{"query": " ", "pos_passage": ["b"]}], None, {}, 'in.jsonl:1: "query" is empty'),
-        ([{"query": "a", "pos_passage": ["b"]}], [{"neg_passage": "c"}], {}, "pool.jsonl:1:"),
+        ([{"query": "a", "pos_passage": ["b"]}], [{"neg_passage": 3}], {}, "pool.jsonl:1:"),
         ([{"query": "a", "pos_passage": ["b"]}], [{"body": "c"}], {}, 'pool.jsonl:1: neither "neg_passage" nor "text"'),
         ([{"query": "a", "pos_passage": ["b"]}], [{"text": 3}], {}, '"text" is 3; expected a string'),
         ([{"query": "a", "pos_passage": ["b"]}], [{"text": " ", "title": ""}], {}, '"text" is empty'),

@@ -6,6 +6,7 @@ import pickle
 import pytest
 from conftest import write_jsonl
 
+from utils import records
 from utils.records import RecordError, Source, fold, to_line
 
 GOOD = {"query": "问题", "pos_passage": ["a", "b"], "neg_passage": [], "id": 7}
@@ -50,10 +51,13 @@ BAD_LINES = [
     (b'{"query": "  "}', '"query" is empty'),
     (b'{"query": null}', '"query" is null; expected a string'),
     (b'{"query": 3}', '"query" is a number'),
-    (b'{"query": "q", "pos_passage": "p"}', '"pos_passage" is a string; expected a list'),
+    (b'{"query": "q", "pos_passage": " "}', '"pos_passage" is a string; expected a list'),
+    (b"{'query': 'q'}", "expected one JSON object a line, with double quotes around keys and texts"),
+    ('{"query": "问题"}'.encode("gb18030"), "it may be GB18030: iconv -f GB18030 -t UTF-8 converts it"),
     (b'{"query": "q", "pos_passage": [1]}', '"pos_passage"[0] is a number'),
     (b'{"query": "q", "pos_passage": ["a", ""]}', '"pos_passage"[1] is empty'),
-    (b'{"query": "q", "neg_passage": null}', '"neg_passage" is null'),
+    (b'{"query": "q", "pos_passage": null}', '"pos_passage" is null'),
+    (b'{"query": "q", "neg_passage": ["a", ""]}', '"neg_passage"[1] is empty'),
     (b'{"query": "\\ud800"}', "surrogate"),
     (b'{"query": "q", "x": NaN}', "NaN is no JSON value"),
     (b'{"query": "q", "x": 1e400}', "1e400 is too large a number"),
@@ -79,6 +83,44 @@ def test_bad_rows_are_named(tmp_path, line, message):
     assert len(list(source)) == 1
     assert [error.line for error in source.rejected] == [2]
     assert source.n_rows == 2
+
+
+@pytest.mark.parametrize("row", [{"pos_passage": "p"}, {"pos": "p"}, {"pos_passage": ["p"], "neg_passage": None}])
+@pytest.mark.parametrize("none", [{}, {"neg": [""]}, {"neg": None}])
+def test_other_ways_of_saying_one_positive_and_no_negative(tmp_path, row, none):
+    (record,) = Source(write_jsonl(tmp_path / "in.json", [{"query": "q"} | row | none]))
+    assert (record.pos_passage, record.neg_passage) == (("p",), ())
+    assert record.row[records.passages_key(record.row, "pos_passage")] == ["p"]
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize("on_bad_row", ["error", "skip"])
+def test_an_array_is_named_and_no_row_of_it_skipped(tmp_path, indent, on_bad_row):
+    path = write_bytes(tmp_path, json.dumps([GOOD, GOOD], indent=indent).encode())
+    with pytest.raises(ValueError, match=r"in\.json: is a JSON array; expected one JSON object a line"):
+        list(Source(path, on_bad_row=on_bad_row))
+
+
+@pytest.mark.parametrize(
+    ("text", "same"),
+    [
+        ("ＷｉＦｉ　密码", "WiFi 密码"), ("ｶﾞｽ", "ガス"), ("e\u0301te\u0301", "été"), (" a\u00a0b\n\tc ", "a b c"),
+        ("（１２３）", "(123)"), ("￥５", "¥5"),
+    ],
+)  # fmt: skip
+def test_what_keyboards_and_encodings_vary_is_folded(text, same):
+    assert records.fold(text) == records.fold(same) == same
+
+
+@pytest.mark.parametrize(
+    ("text", "other"),
+    [
+        ("10⁵", "105"), ("x²", "x2"), ("log₂8", "log28"), ("½", "1⁄2"), ("①", "1"), ("ℝ", "R"), ("µm", "mm"),
+        ("Ⅳ", "IV"), ("㎡", "m2"), ("™", "TM"), ("a", "A"), ("ﬁ", "fi"),
+    ],
+)  # fmt: skip
+def test_what_changes_a_number_or_a_letter_is_not_folded(text, other):
+    assert records.fold(text) != records.fold(other)
 
 
 def test_required_passages(tmp_path):

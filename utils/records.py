@@ -17,6 +17,12 @@ from typing import IO, NamedTuple
 
 # FlagEmbedding writes its rows under shorter names.
 _ALIASES = {"pos_passage": "pos", "neg_passage": "neg"}
+# Full-width and half-width forms, by what they are forms of.
+_WIDTHS = {
+    code: chr(int(unicodedata.decomposition(chr(code)).split()[1], 16))
+    for code in range(0x3000, 0x10000)
+    if unicodedata.decomposition(chr(code)).startswith(("<wide>", "<narrow>"))
+}
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -156,9 +162,9 @@ def parse_record(raw: RawLine, path: str, require: tuple[str, ...]) -> Record:
     passages = []
     for key in _ALIASES:
         name = passages_key(row, key)
-        values = row.get(name, [])
+        values = _as_list(key, row, name)
         alias = _ALIASES[key]
-        if name != alias and alias in row and row[alias] != values:
+        if name != alias and alias in row and _as_list(key, row, alias) != values:
             raise bad(f'"{key}" and "{alias}" are both there and differ; expected one of them')
         if not isinstance(values, list):
             raise bad(f'"{name}" is {_kind(values)}; expected a list of strings')
@@ -179,18 +185,34 @@ def parse_record(raw: RawLine, path: str, require: tuple[str, ...]) -> Record:
     return Record(query, passages[0], passages[1], raw.number, row)
 
 
+def _as_list(key: str, row: dict, name: str):
+    """A row's passages. PaddleNLP's rows may hold a positive as a string; others say "no negative" by null or [""]."""
+    values = row.get(name, [])
+    if isinstance(values, str) and values.strip():
+        row[name] = values = [values]
+    return [] if key == "neg_passage" and values in (None, [""], "") else values
+
+
 def parse_object(raw: RawLine, path: str) -> dict:
-    """One line as a JSON object, or a RecordError that says what stands there instead."""
+    """One line as a JSON object, or a RecordError that says what stands there instead.
+
+    Raises:
+        ValueError: the file is a JSON array, whose lines mean nothing alone: none can be skipped.
+    """
+    if raw.number == 1 and raw.content.lstrip().startswith(b"["):
+        hint = "for row in json.load(file): print(json.dumps(row, ensure_ascii=False))"
+        raise ValueError(f"{path}: is a JSON array; expected one JSON object a line, as made by: {hint}")
     try:
         row = json.loads(
             raw.content.decode(), parse_constant=_refuse_constant, parse_float=_finite, parse_int=_whole,
             object_pairs_hook=_each_once,
         )  # fmt: skip
     except UnicodeDecodeError as error:
-        reason = f"byte {error.start + 1} of the line is not UTF-8; expected UTF-8 text"
+        reason = f"byte {error.start + 1} of the line is not UTF-8; expected UTF-8 text{_other_encoding(raw.content)}"
         raise RecordError(path, raw.number, reason) from None
     except json.JSONDecodeError as error:
-        reason = f"not JSON ({error.msg} at column {error.colno}); expected one JSON object a line"
+        hint = ", with double quotes around keys and texts" if raw.content.lstrip().startswith(b"{'") else ""
+        reason = f"not JSON ({error.msg} at column {error.colno}); expected one JSON object a line{hint}"
         raise RecordError(path, raw.number, reason) from None
     except RecursionError:
         reason = "JSON nested too deeply; expected one flat JSON object a line"
@@ -201,6 +223,15 @@ def parse_object(raw: RawLine, path: str) -> dict:
     if not isinstance(row, dict):
         raise RecordError(path, raw.number, f"the row is {_kind(row)}; expected a JSON object")
     return row
+
+
+def _other_encoding(content: bytes) -> str:
+    """A hint for lines that Chinese programs have written."""
+    try:
+        content.decode("gb18030")
+    except UnicodeDecodeError:
+        return ""
+    return " (it may be GB18030: iconv -f GB18030 -t UTF-8 converts it)"
 
 
 def _each_once(pairs: list[tuple[str, object]]) -> dict:
@@ -245,8 +276,13 @@ def passages_key(row: dict, key: str) -> str:
 
 
 def fold(text: str) -> str:
-    """What makes two texts equal: Unicode NFKC, runs of white space as one space, none at the ends."""
-    return " ".join(unicodedata.normalize("NFKC", text).split())
+    """What makes two texts equal: composed characters, of ordinary width, white space as one space, none at the ends.
+
+    Keyboards and encodings vary these. Nothing is folded that changes a number or a letter: ``10⁵`` is not ``105``.
+    """
+    if not text.isascii():
+        text = unicodedata.normalize("NFC", text.translate(_WIDTHS))
+    return " ".join(text.split())
 
 
 def to_line(row: dict) -> bytes:
