@@ -172,3 +172,29 @@ def test_what_data_holds_for_a_terminal_is_shown_as_escapes():
     assert report.shortened("x\x1b[2J", 80) == r"x\x1b[2J"
     record = logging.LogRecord("utils", logging.INFO, "", 0, "%s", (hostile,), None)
     assert report._Formatter("%(message)s").format(record) == escaped
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_a_fork_of_a_process_that_has_run_a_job_is_refused(tmp_path, method):
+    """It would wait for threads that it does not have; a process that starts afresh works."""
+    script = tmp_path / "job.py"
+    script.write_text(
+        "import multiprocessing, sys\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "from utils import runtime\n"
+        "def job():\n"
+        "    try:\n"
+        "        runtime.prepare()\n"
+        "    except ValueError as error:\n"
+        "        print(error, flush=True)\n"
+        "    else:\n"
+        "        print('works', flush=True)\n"
+        "if __name__ == '__main__':\n"
+        "    job()\n"
+        f"    worker = multiprocessing.get_context({method!r}).Process(target=job)\n"
+        "    worker.start(), worker.join()\n"
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True, timeout=60)
+    first, second = done.stdout.splitlines()
+    assert first == "works"
+    assert second.startswith("this process is a fork of one that has run a job") == (method == "fork")

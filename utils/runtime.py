@@ -30,6 +30,8 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _PR_SET_PDEATHSIG = 1
 
 _flags: frozenset[str] | None = None
+# The process that ``prepare`` has set up: its threads, and those of the libraries that it uses, do not survive a fork.
+_prepared_in: int | None = None
 # Whether ``run`` has settled what SIGTERM does.
 _settled = False
 
@@ -41,8 +43,16 @@ def prepare(trains: bool = False) -> None:
         trains: the process will train, where our own loops take turns with Paddle's products on the same cores.
 
     Raises:
-        ValueError: the launcher's variables in the environment contradict each other.
+        ValueError: the launcher's variables in the environment contradict each other, or this process is a fork of one
+            that was set up.
     """
+    global _prepared_in
+    if _prepared_in not in (None, os.getpid()):
+        raise ValueError(
+            "this process is a fork of one that has run a job, and lacks its threads; start it afresh, as"
+            ' multiprocessing.get_context("spawn") does'
+        )
+    _prepared_in = os.getpid()
     _check_launcher()
     threads = str(cpu_threads())
     # Every worker runs its arithmetic on its share of the cores: more threads than cores crawl.
