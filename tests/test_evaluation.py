@@ -381,7 +381,10 @@ def test_a_corpus_can_be_rows_of_negatives_some_without_any(tiny_model, tmp_path
 @pytest.mark.parametrize(
     ("qrels", "message"),
     [
-        ([("q0", "p1", 1), ("q0", "p99", 1)], "test.tsv:3: passage 'p99' is not there; expected an id of corpus.jsonl"),
+        (
+            [("q0", "p99", 1)],
+            "has a positive; expected a score of at least 1 in the qrels, for a passage of the corpus",
+        ),
         ([("q77", "p1", 1)], "test.tsv:2: query 'q77' is not there; expected an id of queries.jsonl"),
         ([("q0", "p1", 0)], "none of the 1 queries that test judges has a positive"),
         ([], "the file has no judgments"),
@@ -465,3 +468,23 @@ def test_scores_that_float32_cannot_tell_apart_keep_their_order():
     falling = trec.falling_scores(np.array([0.5, 0.5, 0.5 - 1e-12, 0.25]))
     assert (np.diff(falling) < 0).all() and falling[0] == 0.5 and falling[3] == 0.25
     assert np.abs(falling - [0.5, 0.5, 0.5, 0.25]).max() < 1e-6
+
+
+def test_judged_passages_that_the_corpus_lacks_stay_in_the_denominators(tmp_path, caplog):
+    """As in trec_eval, with BM25 and with the user's own vectors alike."""
+    passages = [(f"p{i}", text) for i, text in enumerate(("card lost", "loan rate", "visa form"))]
+    queries = [("q0", "card"), ("q1", "loan"), ("q2", "soup")]
+    qrels = [("q0", "p0", 1), ("q1", "p1", 1), ("q1", "gone", 1), ("q1", "p2", 0), ("q2", "missing", 2)]
+    folder = str(beir_folder(tmp_path, passages, queries, qrels))
+    np.save(tmp_path / "queries.npy", np.eye(4, dtype=np.float32)[[0, 1, 3]])
+    np.save(tmp_path / "passages.npy", np.eye(4, dtype=np.float32)[:3])
+    vectors = {f"{name}_embeddings_path": str(tmp_path / f"{name}.npy") for name in ("query", "passage")}
+    (tmp_path / "queries.npy").rename(tmp_path / "query.npy")
+    (tmp_path / "passages.npy").rename(tmp_path / "passage.npy")
+    for options in ({"lexical": True}, vectors):
+        found = evaluation("no such model", tmp_path, dev_path=folder, metrics=["recall", "ndcg"], **options).evaluate()
+        ideal = 1 + 1 / math.log2(3)
+        assert found["ndcg@3"] == pytest.approx((1 + 1 / ideal + 0) / 3)
+        assert found["recall@3"] == pytest.approx((1 + 0.5 + 0) / 3)
+        assert found.report["counts"]["positives_not_in_corpus"] == 2 and found.report["counts"]["passages"] == 3
+    assert "2 of 4 positives are not in the corpus; they stay in the denominators" in caplog.text

@@ -247,65 +247,75 @@ def _read_beir(given: EvaluateArguments) -> Collection:
     passage_ids = {passage_id: passages.add(text) for passage_id, text in beir.read_corpus(folder, bad)}
     texts = dict(beir.read_queries(folder, bad))
     numbers = {query_id: number for number, query_id in enumerate(texts)}
-    judged, n_qrels = _read_judgments(folder, given.judged_split, texts, passage_ids, bad)
+    n_corpus, n_read, passage_rows = len(passages.texts), passages.n_read, np.array(passages.rows, np.int64)
+    n_equal = n_read - passages.n_different()
+    absent: dict[str, int] = {}
+    judged, n_qrels = _read_judgments(folder, given.judged_split, texts, passage_ids, absent, bad)
     query_ids = sorted(judged, key=numbers.__getitem__)
-    n_equal = passages.n_read - passages.n_different()
     if n_equal and not given.merge_equal_texts:
         logger.warning(
             "%s of %s passages have the text of an earlier one; each counts by its own id (merge_equal_texts: as one)",
-            f"{n_equal:,}", f"{passages.n_read:,}",
+            f"{n_equal:,}", f"{n_read:,}",
         )  # fmt: skip
     first_ids: dict[int, str] = {}
-    for passage_id, row in passage_ids.items():
+    for passage_id, row in (passage_ids | absent).items():
         first_ids.setdefault(row, passage_id)
     return Collection(
         queries=[texts[query_id] for query_id in query_ids],
-        passages=passages.texts,
-        n_corpus=len(passages.texts),
+        passages=passages.texts + [""] * len(absent),
+        n_corpus=n_corpus,
         judgments=Judgments.of([judged[query_id] for query_id in query_ids]),
         query_rows=np.array([numbers[query_id] for query_id in query_ids], np.int64),
-        passage_rows=np.array(passages.rows, np.int64),
+        passage_rows=passage_rows,
         n_query_rows=len(texts),
-        n_passage_rows=passages.n_read,
+        n_passage_rows=n_read,
         query_ids=query_ids,
-        passage_ids=[first_ids[row] for row in range(len(passages.texts))],
+        passage_ids=[first_ids[row] for row in range(n_corpus + len(absent))],
         rejected=rejected,
         counts={
             "query_rows": len(texts),
             "queries": len(query_ids),
             "queries_not_judged": len(texts) - len(query_ids),
-            "passages_read": passages.n_read,
-            "passages": len(passages.texts),
-            "passages_merged": passages.n_read - len(passages.texts),
+            "passages_read": n_read,
+            "passages": n_corpus,
+            "passages_merged": n_read - n_corpus,
             "judgments": n_qrels,
         },
     )
 
 
 def _read_judgments(
-    folder: str, split: str, queries: dict[str, str], passages: dict[str, int], bad: list[RecordError] | None
+    folder: str,
+    split: str,
+    queries: dict[str, str],
+    passages: dict[str, int],
+    absent: dict[str, int],
+    bad: list[RecordError] | None,
 ) -> tuple[dict[str, dict[int, int]], int]:
     """For each judged query's id its passages' grades, the highest where there are several; and how many were read.
 
     Args:
         queries, passages: by id, what may be judged.
-        bad: takes judgments of anything else; None refuses them.
+        absent: takes the passages that are judged and not in the corpus, by id, with rows beyond it. They cannot be
+            found and count in the denominators, as in trec_eval.
+        bad: takes judgments of other queries; None refuses them.
     """
+    n_corpus = max(passages.values(), default=-1) + 1
     path = beir.qrels_path(folder, split)
     judged: dict[str, dict[int, int]] = {}
     n_qrels = 0
     for judgment in beir.read_qrels(folder, split, bad):
-        row = passages.get(judgment.passage_id, -1)
-        if judgment.query_id not in queries or row < 0:
-            what, name = ("query", "queries") if judgment.query_id not in queries else ("passage", "corpus")
-            unknown = judgment.query_id if what == "query" else judgment.passage_id
-            reason = f"{what} {unknown!r:.80} is not there; expected an id of {name}.jsonl"
+        if judgment.query_id not in queries:
+            reason = f"query {judgment.query_id!r:.80} is not there; expected an id of queries.jsonl"
             error = RecordError(path, judgment.line, reason)
             if bad is None:
                 raise error
             bad.append(error)
             continue
         n_qrels += 1
+        row = passages.get(judgment.passage_id, -1)
+        if row < 0:
+            row = absent.setdefault(judgment.passage_id, n_corpus + len(absent))
         grades = judged.setdefault(judgment.query_id, {})
         grades[row] = max(judgment.grade, grades.get(row, judgment.grade))
     if not judged:
@@ -368,7 +378,7 @@ def _check_positives(collection: Collection, given: EvaluateArguments) -> None:
             f"expected its text, letter for letter, in {where}"
             if collection.passage_ids is None
             else f"{given.dev_path}: none of the {n_without} queries that {given.judged_split} judges has a positive; "
-            "expected a score of at least 1 in the qrels"
+            "expected a score of at least 1 in the qrels, for a passage of the corpus"
         )
     if n_without:
         logger.warning("%s queries have no positive in the corpus; each counts 0", f"{n_without:,}")
