@@ -30,7 +30,7 @@ AREAS = {
     "embedding": ("embedding reranker", "arguments machine ranks stores reports models encoding"),
     "collections": ("collection trec comparison", "arguments rows files statistics"),
     "negatives": ("mining_problem rankings margins negatives sampling", "machine ragged scores"),
-    "candidates": ("candidates mining_inputs", "arguments rows files stores mining_problem"),
+    "candidates": ("candidates mining_inputs", "arguments runtime rows files stores mining_problem"),
     "mined": ("mining_outputs", "arguments machine rows files reports negatives candidates"),
     "mining_search": (
         "mining_search", "arguments machine ranks stores reports scores search engines rankings candidates",

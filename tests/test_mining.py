@@ -9,7 +9,7 @@ from conftest import make_rows, make_tiny_bert, read_jsonl, run_script, write_js
 from thread_ranks import on_ranks
 
 from mining_negative_samples import MiningNegativeSamples
-from utils import arguments, candidates, embedding, mining, mining_search, reranker
+from utils import arguments, candidates, embedding, mining, mining_search, reranker, runtime
 from utils.arguments import ArgumentError, MiningArguments
 from utils.distributed import Ranks
 from utils.encoder import Cut
@@ -796,3 +796,27 @@ def test_the_number_of_processes_changes_nothing(tiny_model, tmp_path, nproc):
     done = run_script("mining_negative_samples.py", *flags, nproc=nproc)
     assert done.returncode == 0, done.stdout + done.stderr
     assert several.read_bytes() == single.read_bytes()
+
+
+def test_jiebas_dictionary_is_read_from_a_private_folder_only(tmp_path, monkeypatch):
+    """It is loaded whoever has written it. Where the user's cache is not his alone, nothing is left behind."""
+    common = tmp_path / "common"
+    common.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(common))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    own = runtime.cache_root() / "jieba"
+    with candidates._private_folder() as folder:
+        assert folder == str(own) and own.stat().st_mode & 0o777 == 0o700
+    own.chmod(0o777)
+    with candidates._private_folder() as folder:
+        assert Path(folder).parent == common
+    own.rmdir()
+    (tmp_path / "planted").mkdir()
+    own.symlink_to(tmp_path / "planted")
+    with candidates._private_folder() as folder:
+        assert Path(folder).parent == common
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with candidates._private_folder() as folder:
+        assert Path(folder).parent == common
+    assert not list(common.iterdir())

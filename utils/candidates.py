@@ -3,14 +3,19 @@
 A list of candidates is int64 [queries, depth]: passage rows, best first, -1 where there are no more.
 """
 
+import contextlib
 import logging
+import os
 import re
+import stat
+import tempfile
 import unicodedata
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
+from utils import runtime
 from utils.records import RecordError, read_lines, set_aside
 
 # Reciprocal rank fusion's constant (Cormack, Clarke and Buettcher, SIGIR 2009).
@@ -149,7 +154,30 @@ def _jieba() -> Callable[[str], list[str]]:
         import jieba
 
     jieba.setLogLevel(logging.ERROR)
+    if not jieba.dt.initialized:
+        with _private_folder() as jieba.dt.tmp_dir:
+            jieba.initialize()
     return jieba.lcut
+
+
+@contextlib.contextmanager
+def _private_folder() -> Iterator[str]:
+    """Where jieba keeps its dictionary, which it loads whoever has written it: a folder that only this user can write.
+
+    Without such a place in the user's cache it is one that goes at once.
+    """
+    folder = runtime.cache_root() / "jieba"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        about = folder.lstat()
+        is_private = stat.S_ISDIR(about.st_mode) and about.st_uid == os.geteuid() and not about.st_mode & 0o022
+    except OSError:
+        is_private = False
+    if is_private and os.access(folder, os.W_OK):
+        yield str(folder)
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        yield temporary
 
 
 def fuse(lists: Sequence[np.ndarray], depth: int) -> np.ndarray:
