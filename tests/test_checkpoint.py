@@ -218,3 +218,23 @@ def test_the_configuration_has_the_last_word_on_case(tmp_path, says, expected, l
     (tmp_path / "tokenizer_config.json").write_text('{"truncation_side": "left"}')
     with pytest.raises(ValueError, match="truncation_side is 'left'; expected 'right'"):
         tokenizing.load(tmp_path, 32, True)
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "lora_config.json"])
+@pytest.mark.parametrize("has_base", [True, False])
+def test_adapters_are_refused(folder, name, has_base):
+    path = folder()
+    (path / name).write_text('{"peft_type": "LORA"}')
+    if not has_base:
+        (path / "config.json").unlink()
+    with pytest.raises(ValueError, match=f"{name} says that the model has an adapter, which is not merged here"):
+        checkpoint.resolve(str(path))
+
+
+def test_heads_that_are_not_used_are_named_once(folder, caplog):
+    caplog.set_level("INFO")
+    path = folder(model_type="xlm-roberta", architectures=["XLMRobertaForMaskedLM"])
+    (path / "sparse_linear.pt").touch()
+    for _ in range(2):
+        checkpoint.resolve(str(path))
+    assert caplog.text.count("sparse_linear.pt and masked-language-model head not used; texts become dense") == 1

@@ -135,6 +135,7 @@ def resolve(model_path: str, tokenizer_path: str | None = None, pooling: str | N
 
 
 def _understand(folder: Path, tokenizer_folder: Path, pooling: str | None) -> Checkpoint:
+    _refuse_adapters(folder)
     config = json_files.read_object(folder / "config.json")
     if not config:
         first = sentence_transformers_folder.read_modules(folder).get("Transformer", folder)
@@ -161,6 +162,7 @@ def _understand(folder: Path, tokenizer_folder: Path, pooling: str | None) -> Ch
         config = _with_rotations(folder / "config.json", config)
     if not any((tokenizer_folder / name).is_file() for name in TOKENIZER_FILES):
         raise ValueError(f"{tokenizer_folder}: no tokenizer there; expected one of {', '.join(TOKENIZER_FILES)}")
+    _name_unused_heads(folder, (config.get("architectures") or [""])[0])
     modules = sentence_transformers_folder.read_modules(folder)
     query_prompt, passage_prompt = sentence_transformers_folder.read_prompts(folder, modules)
     max_length = _max_length(config, model_type)
@@ -180,6 +182,25 @@ def _understand(folder: Path, tokenizer_folder: Path, pooling: str | None) -> Ch
         query_template=query_prompt + "{text}",
         passage_template=passage_prompt + "{text}",
     )
+
+
+def _refuse_adapters(folder: Path) -> None:
+    """Without its adapter a base model gives other vectors."""
+    for name in ("adapter_config.json", "lora_config.json"):
+        if (folder / name).is_file():
+            raise ValueError(
+                f"{folder}: {name} says that the model has an adapter, which is not merged here; expected merged"
+                " weights (peft: merge_and_unload, then save_pretrained; leave the adapter's files out)"
+            )
+
+
+@functools.cache
+def _name_unused_heads(folder: Path, architecture: str) -> None:
+    """Say once which representations of a model are not computed."""
+    heads = [name for name in ("sparse_linear.pt", "colbert_linear.pt") if (folder / name).is_file()]
+    heads += ["masked-language-model head"] * str(architecture).endswith("ForMaskedLM")
+    if heads:
+        logger.info("%s: %s not used; texts become dense vectors only", folder, " and ".join(heads))
 
 
 def _weight_files(folder: Path) -> list[Path]:
