@@ -10,12 +10,13 @@ from conftest import ROOT
 # Areas of rooms, the lowest first, and what each may import beside its own rooms: lower areas, or single rooms of them.
 AREAS = {
     "arguments": ("other_names argument_parsing arguments training_arguments", ""),
-    "machine": ("runtime mapped shared_memory threads compiled", ""),
+    "own_files": ("own_files", ""),
+    "machine": ("runtime mapped shared_memory threads compiled", "own_files"),
     "products": ("avx512 amx matmul amx_matmul amx_attention amx_attention_gradients kernel_maths", "machine"),
     "ranks": ("distributed", "machine"),
     "rows": ("records ragged merged_positives beir mining_formats", ""),
-    "files": ("outputs json_files", "records"),
-    "stores": ("embedding_store", "files"),
+    "files": ("outputs json_files", "own_files records"),
+    "stores": ("embedding_store", "own_files files"),
     "reports": ("report", "runtime files"),
     "formulae": ("metrics statistics losses standing", ""),
     "scores": ("scores search_kernels", "machine"),
@@ -23,14 +24,14 @@ AREAS = {
     "search": ("search faiss_search dealing dedup thresholds", "machine products ranks scores screens"),
     "models": (
         "sentence_transformers_folder bundled_model checkpoint weight_files pdparams torch_files bert_names weights"
-        " paddlenlp_models qwen3", "machine files",
+        " paddlenlp_models qwen3", "own_files machine files",
     ),
     "texts": ("word_cache wordpiece tokenizing", "json_files paddlenlp_models"),
     "encoding": ("encoder_kernels onednn engines encoder", "machine products models texts"),
     "embedding": ("embedding reranker", "arguments machine ranks stores reports models encoding"),
     "collections": ("collection trec comparison", "arguments rows files statistics"),
     "negatives": ("mining_problem rankings margins negatives sampling", "machine ragged scores"),
-    "candidates": ("candidates mining_inputs", "arguments runtime rows files stores mining_problem"),
+    "candidates": ("candidates mining_inputs", "own_files arguments runtime rows files stores mining_problem"),
     "mined": ("mining_outputs", "arguments machine rows files reports negatives candidates"),
     "mining_search": (
         "mining_search", "arguments machine ranks stores reports scores search engines rankings candidates",
@@ -40,8 +41,8 @@ AREAS = {
     "trainable": ("lean_forward trainable", "machine products models encoding cpu"),
     "gradients": ("gradients", "ranks losses tokenizing batches trainable"),
     "dev": ("dev_evaluation", "rows ranks formulae search encoding collections"),
-    "folders": ("training_folder", "files"),
-    "resuming": ("resuming", "arguments files report checkpoint folders"),
+    "folders": ("training_folder", "own_files files"),
+    "resuming": ("resuming", "own_files arguments files report checkpoint folders"),
     "export": ("export", "json_files models wordpiece"),
     "trainer": (
         "paddlenlp_arguments embedding_trainer",

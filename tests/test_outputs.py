@@ -9,6 +9,7 @@ import pytest
 from conftest import ROOT
 
 from utils import outputs as outputs_module
+from utils import own_files
 from utils.outputs import Outputs
 
 SUFFIXES = (".removed.jsonl", ".report.json")
@@ -242,13 +243,13 @@ def test_a_work_folder_that_holds_anothers_files_is_left_alone(tmp_path):
 
 
 def test_a_child_that_lives_on_does_not_hold_the_lock(tmp_path):
-    lock = outputs_module.take_lock(tmp_path, 0)
+    lock = own_files.take_lock(tmp_path, 0)
     child = os.fork()
     if child == 0:
         time.sleep(30)
         os._exit(0)
     lock.close()
-    again = outputs_module.take_lock(tmp_path, 5)  # it may not have begun yet
+    again = own_files.take_lock(tmp_path, 5)  # it may not have begun yet
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     assert again is not None

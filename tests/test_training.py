@@ -19,7 +19,7 @@ from utils import (
     engines,
     matmul,
     onednn,
-    outputs,
+    own_files,
     paddlenlp_models,
     resuming,
     standing,
@@ -474,7 +474,7 @@ def test_a_folder_made_for_nothing_goes(run, tmp_path, monkeypatch):
     held = []
 
     def leave(*given):
-        held.append(outputs.take_lock(tmp_path / "out", 0) is None)
+        held.append(own_files.take_lock(tmp_path / "out", 0) is None)
         made(*given)
 
     monkeypatch.setattr(resuming, "leave_nothing_else", leave)

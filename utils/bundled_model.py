@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from utils import json_files, runtime, sentence_transformers_folder
+from utils import json_files, own_files, runtime, sentence_transformers_folder
 from utils.outputs import described
 from utils.weight_files import write_weights
 
@@ -76,9 +76,11 @@ def build() -> Path:
     """
     target = folder()
     if target.is_dir():
+        if target.stat().st_uid != 0 and not own_files.is_own(target.lstat(), target.parent):
+            raise ValueError(f"{target}: belongs to another user; set XDG_CACHE_HOME to a folder of your own")
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    with open(target.parent / f".{target.name}.lock", "w") as lock:
+    with own_files.append(target.parent / f".{target.name}.lock") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if target.is_dir():
             return target

@@ -5,9 +5,7 @@ A list of candidates is int64 [queries, depth]: passage rows, best first, -1 whe
 
 import contextlib
 import logging
-import os
 import re
-import stat
 import tempfile
 import unicodedata
 import warnings
@@ -15,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from utils import runtime
+from utils import own_files, runtime
 from utils.records import RecordError, read_lines, set_aside
 
 # Reciprocal rank fusion's constant (Cormack, Clarke and Buettcher, SIGIR 2009).
@@ -167,13 +165,7 @@ def _private_folder() -> Iterator[str]:
     Without such a place in the user's cache it is one that goes at once.
     """
     folder = runtime.cache_root() / "jieba"
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        about = folder.lstat()
-        is_private = stat.S_ISDIR(about.st_mode) and about.st_uid == os.geteuid() and not about.st_mode & 0o022
-    except OSError:
-        is_private = False
-    if is_private and os.access(folder, os.W_OK):
+    if own_files.is_private(folder):
         yield str(folder)
         return
     with tempfile.TemporaryDirectory() as temporary:

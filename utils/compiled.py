@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import logging
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import numba
 from numba.core.caching import FunctionCache
 from numba.core.codegen import get_host_cpu_features
 
-from utils import runtime
+from utils import own_files, runtime
 
 logger = logging.getLogger(__name__)
 
@@ -29,8 +28,8 @@ def may_use(*features: str) -> bool:
     return {f"+{feature}" for feature in features} <= set(_features().split(","))
 
 
-def _folder_for_these_sources() -> str:
-    """Where the machine code of these sources, for this processor, is kept: beside them, or else with the user's.
+def _folder_for_these_sources() -> str | None:
+    """Where the machine code of these sources, for this processor, is kept: beside them, with the user's, or nowhere.
 
     numba notices when a function's own file has changed, but not when one has whose functions were compiled into it;
     and two kinds of processor that share a folder could take each other's file, of one function that is new to both.
@@ -40,10 +39,10 @@ def _folder_for_these_sources() -> str:
     for source in (path.read_bytes() for path in sorted(folder.glob("*.py"))):
         if b"numba" in source or b"compiled" in source:
             digest.update(source)
-    beside = folder / "__pycache__"
-    if not os.access(beside if beside.is_dir() else folder, os.W_OK):
-        beside = runtime.cache_root()
-    return str(beside / f"numba-{digest.hexdigest()[:16]}")
+    name = f"numba-{digest.hexdigest()[:16]}"
+    # What is loaded from there is run: no other user may be able to put it there.
+    places = (folder / "__pycache__" / name, runtime.cache_root() / name)
+    return next((str(place) for place in places if own_files.is_private(place)), None)
 
 
 if numba.config.DISABLE_JIT:
@@ -53,7 +52,7 @@ if numba.config.CPU_FEATURES is None and runtime.cpu_has("avx512_bf16"):
     # LLVM keeps to half the width of these processors' registers, for the sake of older ones that slowed down.
     numba.config.CPU_FEATURES = f"{get_host_cpu_features()},-prefer-256-bit"
 if not numba.config.CACHE_DIR:
-    numba.config.CACHE_DIR = _folder_for_these_sources()
+    numba.config.CACHE_DIR = _folder_for_these_sources() or ""
 
 
 class _Cache(FunctionCache):
@@ -93,8 +92,9 @@ def compiled(fastmath: bool | set[str] = False, makes_arrays: bool = True) -> Ca
         options = {"fastmath": fastmath, "nogil": True, "error_model": "numpy", "_nrt": makes_arrays}
         dispatcher = numba.njit(**options)(function)
         try:
-            dispatcher._cache = _Cache(function)  # what njit(cache=True) does
-        except RuntimeError:  # nowhere to keep it
+            if numba.config.CACHE_DIR:  # numba would look for a folder of its own
+                dispatcher._cache = _Cache(function)  # what njit(cache=True) does
+        except RuntimeError:  # it cannot be written
             logger.info("machine code of %s is kept nowhere", function.__name__)
         return dispatcher
 

@@ -21,7 +21,8 @@ from typing import IO
 
 import numpy as np
 
-from utils.outputs import described, take_lock, write_whole
+from utils import own_files
+from utils.outputs import described, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -86,11 +87,12 @@ class EmbeddingStore:
             OSError: the folder cannot be made or written, or too little space is left on its disk.
         """
         try:
-            self._lock = take_lock(self.folder, patience_s=1)
+            self._lock = own_files.take_lock(self.folder, patience_s=1)
             if self._lock is None:
                 logger.info("another run is filling %s; waiting for it", self.folder)
-                self._lock = take_lock(self.folder, patience_s=float("inf"))
+                self._lock = own_files.take_lock(self.folder, patience_s=float("inf"))
             if self.is_complete:
+                (self.folder / "journal").unlink(missing_ok=True)  # of a run that was killed just before it did
                 return set()
             size = self.n * self.dim * self.dtype.itemsize
             partial = self.folder / "vectors.partial"
@@ -98,9 +100,10 @@ class EmbeddingStore:
             finished = self._read_journal() if partial.is_file() and partial.stat().st_size == size else set()
             if not finished:
                 self._require_space(size)
-            self._data = open(partial, "r+b" if finished else "w+b")  # noqa: SIM115
+            journal = self.folder / "journal"
+            self._data = own_files.reopen(partial) if finished else own_files.create(partial)
             self._data.truncate(size)
-            self._journal = open(self.folder / "journal", "ab" if finished else "wb")  # noqa: SIM115
+            self._journal = own_files.append(journal) if finished else own_files.create(journal)
             return finished
         except OSError as error:
             raise described(error, f"{self.folder}: cannot keep {self.what} there") from None
@@ -134,7 +137,7 @@ class EmbeddingStore:
             digest = self._digest(self.folder / "vectors.partial")
             write_whole(self.folder / "about.json", json.dumps((about or {}) | {"some_rows": digest}).encode())
             os.replace(self.folder / "vectors.partial", self.folder / "vectors")
-            (self.folder / "journal").unlink()
+            (self.folder / "journal").unlink(missing_ok=True)
         except OSError as error:
             raise described(error, f"{self.folder}: cannot write {self.what}") from None
 
@@ -178,13 +181,13 @@ class EmbeddingStore:
 
     def _read_journal(self) -> set[int]:
         try:
-            content = (self.folder / "journal").read_bytes()
+            with own_files.reopen(self.folder / "journal") as stream:
+                content = stream.read()
+                whole = len(content) - len(content) % _JOURNAL_ENTRY.size
+                stream.truncate(whole)
         except FileNotFoundError:
             return set()
-        whole = len(content) - len(content) % _JOURNAL_ENTRY.size
         entries = _JOURNAL_ENTRY.iter_unpack(content[:whole])
-        if whole != len(content):
-            os.truncate(self.folder / "journal", whole)
         return {number for number, check in entries if check == ~number}
 
     def _require_space(self, size: int) -> None:
@@ -270,7 +273,7 @@ def derive(
     if n == 0:
         return np.zeros((0, dim), np.float32)
     try:
-        with open(path, "wb") as stream:
+        with own_files.create(path) as stream:
             for start in range(0, n, _DERIVE_ROWS):
                 part = slice(start, start + _DERIVE_ROWS)
                 block = np.asarray(vectors[part if rows is None else rows[part], :dim], np.float64)

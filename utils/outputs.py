@@ -1,19 +1,17 @@
 """Output files that appear whole or not at all, and the folder that a killed run leaves behind."""
 
-import fcntl
 import glob
 import gzip
 import json
 import os
 import re
 import shutil
-import stat
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
+from utils import own_files
 from utils.records import RecordError, to_line
 
 # In the work folder, what a later run has no use for begins so; caches, which it goes on from, do not.
@@ -67,6 +65,8 @@ class Outputs:
         """
         if len(os.fsencode(self.main.name)) > _LONGEST_NAME:
             raise ValueError(f"{self.main}: the name is too long; expected at most {_LONGEST_NAME} bytes")
+        if os.path.islink(self._given) and not own_files.is_own(os.lstat(self._given), Path(self._given).parent):
+            raise ValueError(f"{self._given}: is another user's link to {self.main}; give the file itself")
         if self._given.endswith("/") or self.main.is_dir():
             raise IsADirectoryError(f"{self._given}: is a directory; expected a path for the output file")
         existing = with_links(path for path in inputs if path and os.path.exists(path))
@@ -92,7 +92,7 @@ class Outputs:
             if suffix and _is_main_output(final):
                 raise ValueError(f"{final}: another run's output is in the way; give another output path")
         try:
-            self._lock = take_lock(self.work, LOCK_PATIENCE_S)
+            self._lock = own_files.take_lock(self.work, LOCK_PATIENCE_S)
         except OSError as error:
             raise described(error, f"{self._given}: cannot write there") from None
         if self._lock is None:
@@ -107,6 +107,8 @@ class Outputs:
         if os.path.lexists(self.work) and (self.work.is_symlink() or not self.work.is_dir()):
             raise ValueError(f"{self.work}: is in the way and no folder; move it elsewhere")
         with suppress(FileNotFoundError):  # also where a run that ends takes it away just now
+            if not own_files.is_own(self.work.lstat(), self.work.parent):
+                raise ValueError(f"{self.work}: belongs to another user; remove it, or give another output path")
             held = os.listdir(self.work)
             if (held and "lock" not in held) or not all(map(_OF_WORK.fullmatch, held)):
                 raise ValueError(f"{self.work}: is in the way and no work folder of an earlier run; move it elsewhere")
@@ -145,7 +147,7 @@ class Outputs:
         final = self._final(suffix)
         draft = self.work / f"{_PASSING}{suffix or '.main'}"
         try:
-            with open(draft, "wb") as stream:
+            with own_files.create(draft) as stream:
                 if final.suffix == ".gz":
                     # No time stamp inside: equal rows must give equal bytes.
                     with gzip.GzipFile(filename="", mode="wb", fileobj=stream, mtime=0) as zipped:
@@ -187,12 +189,15 @@ class Outputs:
 
     def abandon(self) -> None:
         """Remove drafts and scratch files, and the work folder too if nothing worth resuming is in it."""
-        if self._lock is not None:
+        if self._lock is None:
+            return
+        try:
             for name in os.listdir(self.work):
                 if name.startswith(_PASSING):
                     remove(self.work / name)
             if os.listdir(self.work) == ["lock"]:
                 shutil.rmtree(self.work, ignore_errors=True)
+        finally:
             self.close()
 
     def close(self) -> None:
@@ -247,39 +252,6 @@ def write_rejected(outputs: Outputs, rejected: Iterable[RecordError]) -> None:
             stream.write(to_line({"path": error.path, "line": error.line, "reason": error.reason}))
 
 
-def take_lock(folder: Path, patience_s: float) -> IO | None:
-    """Make ``folder`` and lock it until the returned file is closed or the process ends.
-
-    Returns None if another process still holds it after ``patience_s`` seconds.
-
-    Raises:
-        OSError, ValueError: it cannot be made there.
-    """
-    deadline = time.monotonic() + patience_s
-    while True:
-        folder.mkdir(parents=True, exist_ok=True)
-        with suppress(FileNotFoundError):
-            if not stat.S_ISREG(os.stat(folder / "lock").st_mode):
-                raise ValueError(f"{folder / 'lock'}: is in the way and no regular file; move it elsewhere")
-        try:
-            lock = open(folder / "lock", "a")  # noqa: SIM115 - held until the process ends
-        except FileNotFoundError:
-            continue  # the holder has just finished and removed the folder
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(lock.fileno()), os.stat(folder / "lock")):
-                os.register_at_fork(after_in_child=lock.close)  # a child that outlives us must not hold it
-                return lock
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                lock.close()
-                return None
-            time.sleep(0.1)
-        except FileNotFoundError:
-            pass  # locked a file that its holder had just removed: make a new one
-        lock.close()
-
-
 def write_whole(path: Path, content: bytes) -> None:
     """A small file that appears by rename, all of it or none.
 
@@ -288,7 +260,8 @@ def write_whole(path: Path, content: bytes) -> None:
     """
     draft = path.with_name(path.name + DRAFT)
     try:
-        draft.write_bytes(content)
+        with own_files.create(draft) as stream:
+            stream.write(content)
         os.replace(draft, path)
     except OSError as error:
         draft.unlink(missing_ok=True)

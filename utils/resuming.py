@@ -12,10 +12,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO
 
+from utils import own_files
 from utils.arguments import DEFAULT_MODEL, input_paths
 from utils.checkpoint import DESCRIPTION, WEIGHT_PATTERNS
 from utils.json_files import as_json, read_object
-from utils.outputs import DRAFT, LOCK_PATIENCE_S, described, remove, take_lock, with_links, write_whole
+from utils.outputs import DRAFT, LOCK_PATIENCE_S, described, remove, with_links, write_whole
 from utils.report import shortened
 from utils.training_arguments import TrainArguments
 from utils.training_folder import MODEL_DRAFT, WEIGHTS, checkpoints, not_leading_to
@@ -69,7 +70,7 @@ def take_folder(given: TrainArguments) -> IO:
             )
         _check_inputs(given, folder)
     try:
-        lock = take_lock(folder, LOCK_PATIENCE_S)
+        lock = own_files.take_lock(folder, LOCK_PATIENCE_S, is_given=True)
     except OSError as error:
         raise described(error, f"{folder}: cannot write there") from None
     if lock is None:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from utils import own_files
 from utils.outputs import described, remove, write_whole
 
 logger = logging.getLogger(__name__)
@@ -107,8 +108,8 @@ class Journal:
         kept = {"step": step, "time": round(time.time(), 1)}
         kept |= {name: value for name, value in logs.items() if isinstance(value, int | float)}
         try:
-            with open(self.path, "a", encoding="utf-8") as stream:
-                stream.write(json.dumps(kept) + "\n")
+            with own_files.append(self.path) as stream:
+                stream.write(json.dumps(kept).encode() + b"\n")
         except OSError as error:
             raise described(error, f"{self.path}: cannot write") from None
         worth = {name: kept[name] for name in ("loss", "learning_rate") if name in kept}
