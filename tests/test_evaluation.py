@@ -120,6 +120,17 @@ def paths(dev: dict) -> dict:
     return {name: dev[name] for name in ("dev_path", "neg_path")}
 
 
+def test_queries_of_one_text_are_one_however_they_are_written(tiny_model, tmp_path):
+    spellings = ["café number 1", "cafe\u0301 number 1", "ｃａｆé\u3000number １", "café  number 1"]
+    rows = [{"query": query, "pos_passage": [f"answer {i}"]} for i, query in enumerate(spellings)]
+    rows.append({"query": "café number ¹", "pos_passage": ["another answer"]})
+    path = write_jsonl(tmp_path / "dev.json", rows)
+    result = evaluation(tiny_model, tmp_path, dev_path=path).evaluate()
+    counts = result.report["counts"]
+    assert (counts["queries"], counts["query_rows_merged"], counts["positives"]) == (2, 3, 5)
+    assert read_jsonl(tmp_path / "out" / "eval.jsonl")[0]["query"] == spellings[0]
+
+
 def test_values_against_brute_force(tiny_model, tmp_path, dev):
     result = evaluation(tiny_model, tmp_path, **paths(dev)).evaluate()
     assert list(result) == KEYS

@@ -222,6 +222,28 @@ def test_a_search_killed_between_lists_of_two_lengths_goes_on(mine, tmp_path, mo
     assert Path(out).read_bytes() == whole
 
 
+def test_queries_of_one_text_are_one_however_they_are_written(mine, tmp_path):
+    """By width, composition and white space; each row's query stays as it is, and each id names the one query."""
+    spellings = ["café number 1", "cafe\u0301 number 1", "ｃａｆé\u3000number １", "café  number 1"]
+    asking = [{"id": f"own{i}", "query": query, "pos_passage": [f"answer {i}"]} for i, query in enumerate(spellings)]
+    source = write_jsonl(tmp_path / "in.json", [*asking, *mining_rows()])
+    run = tmp_path / "run.trec"
+    out = tmp_path / "ids.jsonl"
+    mine(input_data_path=source, output_data_path=str(out), write_corpus=True)
+    ids = {row["text"]: row["_id"] for row in read_jsonl(f"{out}.corpus.jsonl")}
+    first, second = [text for text in ids if not text.startswith("answer")][:2]
+    # The same passage for two of its ids is no passage named twice; the higher score counts.
+    lines = [("own0", first, 0.2), ("own1", first, 0.9), ("own2", second, 0.5)]
+    lines += [("own3", "answer 2", 1.0)]
+    run.write_text("".join(f"{query} Q0 {ids[text]} 1 {score} t\n" for query, text, score in lines))
+    _, out = mine(
+        input_data_path=source, run_path=str(run), dense=False, relative_margin=None, positive_similarity=None
+    )
+    rows = read_jsonl(out)[: len(asking)]
+    assert [row["query"] for row in rows] == spellings
+    assert [row["neg_passage"] for row in rows] == [[first, second]] * len(asking)
+
+
 def graded_rows() -> list[dict]:
     """Queries, each of which has a positive that is as near to another query as can be."""
     rows = make_rows(60, seed=4)
@@ -605,7 +627,7 @@ def test_own_vectors_stay_in_their_files(mine, own, tmp_path, monkeypatch):
     mine(**own, input_data_path=source, on_bad_row="skip", embedding_cache=None)
     _, queries, passages, *_ = seen[0]
     assert is_mapped(queries) and is_mapped(passages)
-    texts = [row["query"] for row in mining_rows()]
+    texts = [fold(row["query"]) for row in mining_rows()]
     first = [texts.index(query) for query in dict.fromkeys(texts)]
     expected = vectors[first] / np.linalg.norm(vectors[first], axis=1, keepdims=True)
     np.testing.assert_allclose(queries, expected, rtol=1e-6)

@@ -1,6 +1,7 @@
 """Ragged rows against plain lists of lists."""
 
 import itertools
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -66,6 +67,18 @@ def test_values_are_found_in_their_own_row(lists):
             assert (place >= 0) == (value in lists[row])
             if place >= 0:
                 assert held.values[place] == value and held.lims[row] <= place < held.lims[row + 1]
+
+
+def test_a_long_row_that_is_asked_for_often_is_held_once():
+    n = 3000
+    held = Ragged.of([range(n), [5]])
+    rows, wanted = np.tile([0, 1], n // 2), np.arange(n)[:, None]
+    tracemalloc.start()
+    found = held.find(rows, wanted)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 100 * n * 8  # n times n would be 3,000
+    np.testing.assert_array_equal(found[:, 0], np.where(rows == 0, np.arange(n), np.where(np.arange(n) == 5, n, -1)))
 
 
 @pytest.mark.parametrize("lists", CASES)

@@ -41,7 +41,7 @@ def read_run(
     Raises:
         RecordError: a line that is not ``query Q0 passage rank score tag``, or an id that is unknown.
     """
-    found: dict[int, dict[int, float]] = {}
+    found: dict[str, dict[int, float]] = {}
     n_lines = 0
     for raw in read_lines(path):
         n_lines += 1
@@ -53,7 +53,7 @@ def read_run(
                 example = next(iter(queries))
                 reason = f"unknown query id {name!r:.80}; expected one such as {example!r}"
                 raise RecordError(path, raw.number, reason)
-            ranked = found.setdefault(queries[name], {})
+            ranked = found.setdefault(name, {})
             if passage in ranked:
                 again = raw.content.decode().split()[2]
                 raise RecordError(path, raw.number, f"passage {again!r:.80} is named twice for query {name!r:.80}")
@@ -63,11 +63,13 @@ def read_run(
         ranked[passage] = score
     if n_lines == 0:
         raise ValueError(f"{path}: the file is empty; expected lines of query id, Q0, passage id, rank, score, tag")
-    lists: list[list[int]] = [[] for _ in range(max(queries.values()) + 1)]
-    for query, scores in found.items():
-        kept = [passage for passage in scores if passage < n_candidates]
-        lists[query] = sorted(kept, key=lambda passage: -scores[passage])
-    return lists
+    merged: list[dict[int, float]] = [{} for _ in range(max(queries.values()) + 1)]
+    for name, scores in found.items():  # one query may have several ids
+        own = merged[queries[name]]
+        for passage, score in scores.items():
+            if passage < n_candidates:
+                own[passage] = max(score, own.get(passage, score))
+    return [sorted(scores, key=lambda passage: -scores[passage]) for scores in merged]
 
 
 def _run_line(content: bytes, path: str, line: int, passages: dict[str, int]) -> tuple[str, int, float]:

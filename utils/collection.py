@@ -16,7 +16,7 @@ import numpy as np
 from utils import beir
 from utils.arguments import EvaluateArguments
 from utils.ragged import Ragged
-from utils.records import RecordError, Source, parse_record, read_lines, set_aside
+from utils.records import RecordError, Source, fold, parse_record, read_lines, set_aside
 
 logger = logging.getLogger(__name__)
 
@@ -136,7 +136,8 @@ class _Numbered:
     """Texts, numbered in the order in which they are first read.
 
     Args:
-        merge: whether equal texts, letter for letter, share one number.
+        merge: whether equal texts share one number.
+        key: what makes two texts equal; by default their letters.
 
     Attributes:
         texts: by number.
@@ -144,15 +145,15 @@ class _Numbered:
         n_read: how many were read.
     """
 
-    def __init__(self, merge: bool = True):
+    def __init__(self, merge: bool = True, key: Callable[[str], str] = str):
         self.texts: list[str] = []
         self.rows: list[int] = []
         self.n_read = 0
-        self._merge, self._first = merge, dict[str, int]()
+        self._merge, self._key, self._first = merge, key, dict[str, int]()
 
     def add(self, text: str) -> int:
         """The next text's number."""
-        number, new = self._first.setdefault(text, len(self.texts)), len(self.texts)
+        number, new = self._first.setdefault(self._key(text), len(self.texts)), len(self.texts)
         if not self._merge or number == new:
             number = new
             self.texts.append(text)
@@ -168,7 +169,7 @@ class _Numbered:
 def _read_rows(given: EvaluateArguments) -> Collection:
     """Our own rows: every passage named is in the corpus, unless a corpus file says what is."""
     assert given.dev_path is not None
-    corpus, queries = _Numbered(), _Numbered()
+    corpus, queries = _Numbered(), _Numbered(key=fold)  # as in cleaning and mining
     rejected: list[RecordError] = []
     bad = rejected if given.on_bad_row == "skip" else None
     if given.corpus_path is not None:

@@ -24,7 +24,7 @@ class Inputs:
 
     Attributes:
         n_rows: rows of the input, bad ones included; n_rejected_rows are bad.
-        queries: different texts, in first-seen order; query_of_row gives each good row's.
+        queries: different texts, as they are first written, in that order; query_of_row gives each good row's.
         passages: different texts: those to mine from, then (``candidate_pool_only``) positives outside the pool.
         number_of: each passage's position in ``passages``.
         positives: for each query, the union of positives over all rows with the same query text.
@@ -122,7 +122,8 @@ class Inputs:
         own_id = _own_id(record.row, _QUERY_IDS)
         if not given.run_path or own_id is None:
             return
-        if self._query_of_id.setdefault(own_id, record.query) != record.query:
+        query = _folded(record.query)
+        if self._query_of_id.setdefault(own_id, query) != query:
             raise RecordError(
                 given.input_data_path, record.line,
                 f"id {own_id!r} is also that of another query; run_path expects each query's own",
@@ -169,21 +170,24 @@ class Inputs:
         yield from self._beir_rows
 
     def _add_rows(self, records: Iterator[Record]) -> list[list[int]]:
-        """Fill queries and passages; returns the positives' numbers of each query."""
+        """Fill queries and passages; returns the positives' numbers of each query.
+
+        Queries of equal text are one, by the words of the first: what is known of one of them holds for all.
+        """
         query_number: dict[str, int] = {}
         query_of_row = []
         positives_of: list[list[int]] = []
         for record in records:
-            number = query_number.setdefault(record.query, len(positives_of))
+            number = query_number.setdefault(_folded(record.query), len(positives_of))
             if number == len(positives_of):
                 positives_of.append([])
+                self.queries.append(record.query)
             positives_of[number] += [self._number(text) for text in record.pos_passage]
             own_id = _own_id(record.row, _QUERY_IDS)
             if own_id is not None:
                 self.query_ids.setdefault(own_id, number)
             query_of_row.append(number)
             self.n_with_negatives += bool(record.neg_passage)
-        self.queries = list(query_number)
         self.query_of_row = np.array(query_of_row, np.int64)
         return positives_of
 
@@ -208,23 +212,18 @@ class Inputs:
             raise ValueError(f"{pool.path}: no passage in it; expected rows of neg_passage, or of text")
 
     def _forbid(self, positives_of: list[list[int]]) -> None:
-        """Unite the positives of queries with equal text, and find every passage equal to one of them."""
-        alike: dict[str, list[int]] = {}
-        for number, query in enumerate(self.queries):
-            alike.setdefault(fold(query), []).append(number)
+        """Find every passage of the same text as one of a query's positives, or as the query."""
         folded = [_folded(text) for text in self.passages]
         equal: dict[str, list[int]] = {}
         for number, text in enumerate(folded):
             equal.setdefault(text, []).append(number)
-        positives: list[list[int]] = [[]] * len(self.queries)
-        forbidden: list[list[int]] = [[]] * len(self.queries)
-        for text, numbers in alike.items():
-            united = sorted({passage for number in numbers for passage in positives_of[number]})
-            texts = {folded[passage] for passage in united} | {text}
-            banned = sorted(passage for each in texts for passage in equal.get(each, []))
-            for number in numbers:
-                positives[number], forbidden[number] = united, banned
-        self.positives, self.forbidden = Ragged.of(positives), Ragged.of(forbidden)
+
+        def forbidden(query: str, positives: list[int]) -> list[int]:
+            texts = {folded[passage] for passage in positives} | {fold(query)}
+            return sorted(passage for text in texts for passage in equal.get(text, []))
+
+        self.positives = Ragged.of(sorted(set(passages)) for passages in positives_of)
+        self.forbidden = Ragged.of(map(forbidden, self.queries, positives_of))
 
     def _number_the_rest(self) -> None:
         """Ids for what has none of its own: its number, counted from 0; or ``row-`` and that, if another has it."""

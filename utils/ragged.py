@@ -97,13 +97,14 @@ class Ragged(Sequence):
             rows: int [b]; the values of these must be whole numbers from 0 on, and ascend within each.
             wanted: int [b, k]; -1 is none.
         """
-        sizes, places = self._places(rows)
+        different, which = np.unique(rows, return_inverse=True)  # a long row may be asked for often
+        sizes, places = self._places(different)
         if len(places) == 0:
             return np.full(wanted.shape, -1)
         members = self.values[places]
         width = max(int(wanted.max(initial=0)), int(members.max())) + 1
-        keys = np.repeat(np.arange(len(rows)) * width, sizes) + members
-        sought = np.arange(len(rows))[:, None] * width + wanted
+        keys = np.repeat(np.arange(len(different)) * width, sizes) + members
+        sought = which[:, None] * width + wanted
         which = np.searchsorted(keys, sought)
         np.minimum(which, len(keys) - 1, out=which)
         missing = (keys[which] != sought) | (wanted < 0)
