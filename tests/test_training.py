@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import resource
 import shutil
 import textwrap
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, make_rows, read_jsonl, run_script, write_jsonl
+from conftest import ROOT, make_rows, make_tiny_bert, read_jsonl, run_script, write_jsonl
 from thread_ranks import on_ranks
 
 from utils import (
@@ -21,6 +22,7 @@ from utils import (
     onednn,
     own_files,
     paddlenlp_models,
+    pdparams,
     resuming,
     standing,
     training,
@@ -840,6 +842,63 @@ def test_a_damaged_checkpoint_is_named_or_passed_over(run, tmp_path, monkeypatch
         return
     with pytest.raises(ValueError, match=f"{newest.name}: cannot be read"):
         run()
+
+
+def rewrite(path: Path, change) -> None:
+    """A file of weights or of a state, changed."""
+    state = pdparams.read_state(path)
+    with open(path, "wb") as stream:
+        pickle.dump(change(state), stream, protocol=4)
+
+
+WORDS = "embeddings.word_embeddings.weight"
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("model_state.pdparams", lambda state: {}, "has no weight .*lacks 39 of 39"),
+        ("model_state.pdparams", lambda state: {k: v for k, v in state.items() if k != WORDS}, f"no weight {WORDS}"),
+        ("model_state.pdparams", lambda state: state | {"odd": state[WORDS]}, "has a weight odd"),
+        ("model_state.pdparams", lambda state: state | {WORDS: state[WORDS][:, :9]}, r"of shape \[133, 9\], here"),
+        ("optimizer.pdopt", lambda state: {}, "has no state of a trained weight"),
+        ("optimizer.pdopt", lambda state: state | {"odd_moment1_0": state[WORDS + "_moment1_0"]}, "weight odd"),
+        (
+            "optimizer.pdopt",
+            lambda state: {k: v for k, v in state.items() if not k.startswith(WORDS)},
+            "weights were frozen in its training",
+        ),
+    ],
+)
+def test_a_checkpoint_whose_weights_do_not_fit_is_refused(run, tmp_path, monkeypatch, name, change, message):
+    with killed_at(5, monkeypatch):
+        run()
+    rewrite(tmp_path / "out" / "checkpoint-3" / name, change)
+    with pytest.raises(ValueError, match=f"checkpoint-3.*{message}"):
+        run()
+
+
+def test_a_checkpoint_of_another_model_or_of_other_weights_is_refused(run, tmp_path):
+    others = {
+        "layers": ({"layers": 3}, {}, r"has a weight encoder\.layers\.2"),
+        "width": ({"hidden": 48}, {}, r"of shape \[133, 48\], here \[133, 32\]"),
+        "positions": ({"positions": 40}, {}, r"of shape \[40, 32\], here \[64, 32\]"),
+        "lora": (None, {"lora": True}, "its training was with lora"),
+        "frozen": (None, {"freeze_layers": 1}, "weights were frozen in its training"),
+    }
+    for name, (sizes, options, message) in others.items():
+        base = {"model_name_or_path": make_tiny_bert(tmp_path / f"base-{name}", **sizes)} if sizes else {}
+        run(name, max_steps=3, **base, **options)
+        with pytest.raises(ValueError, match=message):
+            run("new", max_steps=6, resume_from_checkpoint=str(tmp_path / name / "checkpoint-3"))
+    run("plain", max_steps=3)
+    for name, options, message in (
+        ("plain", {"lora": True}, "its training was without lora"),
+        ("plain", {"word_embeddings": "freeze"}, f"weight {WORDS}, which is not trained here"),
+        ("lora", {"lora": True, "lora_rank": 4}, "of shape .*8.*, here .*4"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run("new", max_steps=6, resume_from_checkpoint=str(tmp_path / name / "checkpoint-3"), **options)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "model_state-00001-of-00002.pdparams"])

@@ -34,6 +34,10 @@ from utils.training_folder import WEIGHTS, Journal, checkpoint_of, is_checkpoint
 
 logger = logging.getLogger(__name__)
 
+# A checkpoint's own files of the adapters, and how the optimizer's state calls a weight's first moment.
+_ADAPTERS, _MOMENT = "adapters.pdopt", "_moment1_0"
+_CURE = "give the arguments of that training, or another checkpoint"
+
 
 class Job(Protocol):
     """What is trained, on what, and what is kept of it.
@@ -98,13 +102,22 @@ class EmbeddingTrainer(Trainer):
             if self.job.judged_by and resume is None:
                 self._note_where_it_began()
             with through_gloo():  # the Trainer has collectives of its own
-                self.train(resume_from_checkpoint=resume)
+                self._train_from(resume)
             return
         logger.info("%s: the training had ended there", resume)
         self._load_from_checkpoint(resume)
         self._agree(self.model)
         self.state.global_step = step
         self._take_over(standing)
+
+    def _train_from(self, resume: str | None) -> None:
+        try:
+            self.train(resume_from_checkpoint=resume)
+        except AssertionError as error:
+            if resume is None or "Optimizer set error" not in str(error):
+                raise
+            # Only the first step tells which weights take part.
+            raise ValueError(f"{resume}: weights were frozen in its training that are trained now; {_CURE}") from None
 
     def _note_where_it_began(self) -> None:
         """The dev metrics of the base model: what training is to better."""
@@ -223,11 +236,23 @@ class EmbeddingTrainer(Trainer):
             self._load_weights(resume_from_checkpoint)
 
     def _load_weights(self, folder: str) -> None:
-        """Of a checkpoint, on rank 0: the adapters if there are any, else everything."""
-        if self.ranks.is_first:
-            name = "adapters.pdopt" if self.given.lora else WEIGHTS
-            with _whole(folder):
-                self.model.set_state_dict(pdparams.read_state(Path(folder) / name))
+        """Of a checkpoint, on rank 0: the adapters if there are any, else everything.
+
+        Raises:
+            ValueError: they are damaged, or another model's.
+        """
+        self.ranks.on_first(lambda: self._read_weights(Path(folder)))
+
+    def _read_weights(self, folder: Path) -> None:
+        lora = self.given.lora
+        if lora != (folder / _ADAPTERS).is_file():
+            raise ValueError(f"{folder}: its training was {'without' if lora else 'with'} lora; {_CURE}")
+        path = folder / (_ADAPTERS if lora else WEIGHTS)
+        with _whole(folder):
+            state = pdparams.read_state(path)
+        own = {name: value for name, value in self.model.state_dict().items() if _is_adapter(name) or not lora}
+        check_fit(path, _shapes(state), _shapes(own), "weight")
+        self.model.set_state_dict(state)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         if checkpoint is None:
@@ -238,7 +263,9 @@ class EmbeddingTrainer(Trainer):
             names = ["optimizer", "scheduler"] + ["scaler"] * (folder / "scaler.pdopt").is_file()
             with _whole(checkpoint):
                 found = {name: pdparams.read_state(folder / f"{name}.pdopt") for name in names}
-                return found | {"standing": json.loads((folder / "standing.json").read_text())}
+                standing = json.loads((folder / "standing.json").read_text())
+            self._check_moments(folder / "optimizer.pdopt", found["optimizer"])
+            return found | {"standing": standing}
 
         states = self.ranks.broadcast_object(self.ranks.on_first(load))
         names = {name: parameter.name for name, parameter in self.model.named_parameters()}
@@ -247,6 +274,14 @@ class EmbeddingTrainer(Trainer):
         self._take_over(states["standing"])
         if self.do_grad_scaling and "scaler" in states:
             self.scaler.load_state_dict(states["scaler"])
+
+    def _check_moments(self, path: Path, optimizer: dict) -> None:
+        """They must be those of weights that are trained."""
+        moments = {key.removesuffix(_MOMENT): value for key, value in optimizer.items() if key.endswith(_MOMENT)}
+        trained = {name: value for name, value in self.model.named_parameters() if not value.stop_gradient}
+        if moments:  # weights that take no part, such as a pooler's, have none
+            trained = {name: value for name, value in trained.items() if name in moments}
+        check_fit(path, _shapes(moments), _shapes(trained), "state of a trained weight")
 
     def _save_checkpoint(self, model, metrics=None):
         self.ranks.on_first(self._write_checkpoint)
@@ -265,8 +300,8 @@ class EmbeddingTrainer(Trainer):
             if self.do_grad_scaling:
                 paddle.save(self.scaler.state_dict(), str(work / "scaler.pdopt"))
             if self.given.lora:
-                adapters = {name: value for name, value in self.model.state_dict().items() if "lora_" in name}
-                paddle.save(adapters, str(work / "adapters.pdopt"))
+                adapters = {name: value for name, value in self.model.state_dict().items() if _is_adapter(name)}
+                paddle.save(adapters, str(work / _ADAPTERS))
             write_whole(work / "standing.json", json.dumps(asdict(self._standing)).encode())
             self.state.save_to_json(str(work / "trainer_state.json"))
             shutil.rmtree(final, ignore_errors=True)
@@ -322,6 +357,33 @@ def _whole(folder: str | Path) -> Iterator[None]:
             f"{folder}: cannot be read ({type(error).__name__}); the checkpoint is damaged. Remove it to go on from the"
             " one before"
         ) from error
+
+
+def check_fit(path: Path, found: dict[str, tuple], own: dict[str, tuple], what: str) -> None:
+    """Refuse a checkpoint's file whose arrays are not those of the model in training, by name and shape.
+
+    Raises:
+        ValueError: with the first difference.
+    """
+    missing, unknown = sorted(own.keys() - found.keys()), sorted(found.keys() - own.keys())
+    other = [name for name in own if name in found and own[name] != found[name]]
+    if missing:
+        told = f"has no {what} {missing[0]}, and lacks {len(missing):,} of {len(own):,}"
+    elif unknown:
+        told = f"has a {what} {unknown[0]}, which is not trained here, and {len(unknown):,} such of {len(found):,}"
+    elif other:
+        told = f"has {what} {other[0]} of shape {list(found[other[0]])}, here {list(own[other[0]])}"
+    else:
+        return
+    raise ValueError(f"{path}: does not fit this training: {told}; {_CURE}")
+
+
+def _shapes(arrays: dict) -> dict[str, tuple]:
+    return {name: tuple(value.shape) for name, value in arrays.items() if hasattr(value, "shape")}
+
+
+def _is_adapter(name: str) -> bool:
+    return "lora_" in name
 
 
 def _renamed(state: dict, names: dict[str, str]) -> dict:
