@@ -30,13 +30,21 @@ from utils.standing import Guard, Standing
 from utils.trainable import TrainableEncoder
 from utils.training_arguments import TrainArguments
 from utils.training_data import Loader
-from utils.training_folder import WEIGHTS, Journal, checkpoint_of, is_checkpoint, remove_old
+from utils.training_folder import (
+    FIT_CURE,
+    WEIGHTS,
+    Journal,
+    check_fit,
+    checkpoint_of,
+    is_checkpoint,
+    remove_old,
+    shapes,
+)
 
 logger = logging.getLogger(__name__)
 
 # A checkpoint's own files of the adapters, and how the optimizer's state calls a weight's first moment.
 _ADAPTERS, _MOMENT = "adapters.pdopt", "_moment1_0"
-_CURE = "give the arguments of that training, or another checkpoint"
 
 
 class Job(Protocol):
@@ -117,7 +125,9 @@ class EmbeddingTrainer(Trainer):
             if resume is None or "Optimizer set error" not in str(error):
                 raise
             # Only the first step tells which weights take part.
-            raise ValueError(f"{resume}: weights were frozen in its training that are trained now; {_CURE}") from None
+            raise ValueError(
+                f"{resume}: weights were frozen in its training that are trained now; {FIT_CURE}"
+            ) from None
 
     def _note_where_it_began(self) -> None:
         """The dev metrics of the base model: what training is to better."""
@@ -246,12 +256,12 @@ class EmbeddingTrainer(Trainer):
     def _read_weights(self, folder: Path) -> None:
         lora = self.given.lora
         if lora != (folder / _ADAPTERS).is_file():
-            raise ValueError(f"{folder}: its training was {'without' if lora else 'with'} lora; {_CURE}")
+            raise ValueError(f"{folder}: its training was {'without' if lora else 'with'} lora; {FIT_CURE}")
         path = folder / (_ADAPTERS if lora else WEIGHTS)
         with _whole(folder):
             state = pdparams.read_state(path)
         own = {name: value for name, value in self.model.state_dict().items() if _is_adapter(name) or not lora}
-        check_fit(path, _shapes(state), _shapes(own), "weight")
+        check_fit(path, shapes(state), shapes(own), "weight")
         self.model.set_state_dict(state)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
@@ -277,11 +287,15 @@ class EmbeddingTrainer(Trainer):
 
     def _check_moments(self, path: Path, optimizer: dict) -> None:
         """They must be those of weights that are trained."""
-        moments = {key.removesuffix(_MOMENT): value for key, value in optimizer.items() if key.endswith(_MOMENT)}
+        moments = {
+            key.removesuffix(_MOMENT).removesuffix("_fp32_master_0"): value
+            for key, value in optimizer.items()
+            if key.endswith(_MOMENT)
+        }
         trained = {name: value for name, value in self.model.named_parameters() if not value.stop_gradient}
         if moments:  # weights that take no part, such as a pooler's, have none
             trained = {name: value for name, value in trained.items() if name in moments}
-        check_fit(path, _shapes(moments), _shapes(trained), "state of a trained weight")
+        check_fit(path, shapes(moments), shapes(trained), "state of a trained weight")
 
     def _save_checkpoint(self, model, metrics=None):
         self.ranks.on_first(self._write_checkpoint)
@@ -357,29 +371,6 @@ def _whole(folder: str | Path) -> Iterator[None]:
             f"{folder}: cannot be read ({type(error).__name__}); the checkpoint is damaged. Remove it to go on from the"
             " one before"
         ) from error
-
-
-def check_fit(path: Path, found: dict[str, tuple], own: dict[str, tuple], what: str) -> None:
-    """Refuse a checkpoint's file whose arrays are not those of the model in training, by name and shape.
-
-    Raises:
-        ValueError: with the first difference.
-    """
-    missing, unknown = sorted(own.keys() - found.keys()), sorted(found.keys() - own.keys())
-    other = [name for name in own if name in found and own[name] != found[name]]
-    if missing:
-        told = f"has no {what} {missing[0]}, and lacks {len(missing):,} of {len(own):,}"
-    elif unknown:
-        told = f"has a {what} {unknown[0]}, which is not trained here, and {len(unknown):,} such of {len(found):,}"
-    elif other:
-        told = f"has {what} {other[0]} of shape {list(found[other[0]])}, here {list(own[other[0]])}"
-    else:
-        return
-    raise ValueError(f"{path}: does not fit this training: {told}; {_CURE}")
-
-
-def _shapes(arrays: dict) -> dict[str, tuple]:
-    return {name: tuple(value.shape) for name, value in arrays.items() if hasattr(value, "shape")}
 
 
 def _is_adapter(name: str) -> bool:

@@ -120,7 +120,7 @@ def take_lock(folder: Path, patience_s: float, is_given: bool = False) -> IO | N
         else:
             make_folder(folder)
         try:
-            lock = os.fdopen(_opened(path, os.O_RDWR | os.O_CREAT, 0o600), "r+b")
+            lock = os.fdopen(_opened(path, os.O_RDWR | os.O_CREAT, 0o666 if is_given else 0o600), "r+b")
         except FileNotFoundError:
             continue  # the holder has just finished and removed the folder
         try:

@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 MODEL_DRAFT = "model.part"
 # The trained weights, in PaddleNLP's form.
 WEIGHTS = "model_state.pdparams"
+# What to do about a checkpoint that another training has left.
+FIT_CURE = "give the arguments of that training, or another checkpoint"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
@@ -58,6 +60,30 @@ def not_leading_to(asked: str, found: list[Path]) -> list[Path]:
         raise ValueError(f"{asked}: no checkpoint there; expected a folder such as output_dir/checkpoint-100")
     places = [i for i, path in enumerate(found) if os.path.samefile(path, asked)]
     return found[places[0] + 1 :] if places else found
+
+
+def check_fit(path: Path, found: dict[str, tuple], own: dict[str, tuple], what: str) -> None:
+    """Refuse a checkpoint's file whose arrays are not those of the model in training, by name and shape.
+
+    Raises:
+        ValueError: with the first difference.
+    """
+    missing, unknown = sorted(own.keys() - found.keys()), sorted(found.keys() - own.keys())
+    other = [name for name in own if name in found and own[name] != found[name]]
+    if missing:
+        told = f"has no {what} {missing[0]}, and lacks {len(missing):,} of {len(own):,}"
+    elif unknown:
+        told = f"has a {what} {unknown[0]}, which is not trained here, and {len(unknown):,} such of {len(found):,}"
+    elif other:
+        told = f"has {what} {other[0]} of shape {list(found[other[0]])}, here {list(own[other[0]])}"
+    else:
+        return
+    raise ValueError(f"{path}: does not fit this training: {told}; {FIT_CURE}")
+
+
+def shapes(arrays: dict) -> dict[str, tuple]:
+    """Of whatever has one."""
+    return {name: tuple(value.shape) for name, value in arrays.items() if hasattr(value, "shape")}
 
 
 @contextmanager
