@@ -11,7 +11,7 @@ from conftest import ROOT
 AREAS = {
     "arguments": ("other_names argument_parsing arguments training_arguments", ""),
     "own_files": ("own_files", ""),
-    "machine": ("runtime mapped shared_memory threads compiled", "own_files"),
+    "machine": ("interruption runtime mapped shared_memory threads compiled", "own_files"),
     "products": ("avx512 amx matmul amx_matmul amx_attention amx_attention_gradients kernel_maths", "machine"),
     "ranks": ("distributed", "machine"),
     "rows": ("records ragged merged_positives beir mining_formats", ""),
@@ -45,7 +45,7 @@ AREAS = {
     "resuming": ("resuming", "own_files arguments files report checkpoint folders"),
     "export": ("export", "json_files models wordpiece"),
     "trainer": (
-        "paddlenlp_arguments embedding_trainer",
+        "paddlenlp_arguments saves embedding_trainer",
         "arguments machine ranks files reports formulae models encoding batches trainable gradients folders",
     ),
     "evaluated": (

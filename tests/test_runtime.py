@@ -107,7 +107,7 @@ def test_termination_is_told_in_one_line_but_by_no_worker(tmp_path, first, envir
     job.send_signal(signal.SIGTERM)
     told = "".join(job.communicate(timeout=10))
     if environment:
-        assert (job.returncode, told) == (-signal.SIGTERM, "")
+        assert (job.returncode, told) == (128 + signal.SIGTERM, "")
     else:
         line = "job.py: interrupted; the same command goes on where this run stopped\n"
         assert (job.returncode, told) == (128 + signal.SIGTERM, line)

@@ -20,18 +20,20 @@ import paddle
 from paddlenlp.trainer import Trainer, TrainingArguments
 from paddlenlp.trainer.trainer_callback import PrinterCallback, TrainerCallback
 
-from utils import pdparams
+from utils import interruption, pdparams
 from utils.distributed import Ranks, through_gloo
 from utils.gradients import GradientStep, reduce
 from utils.losses import LossFunction, Targets
 from utils.outputs import described, remove, write_whole
 from utils.report import Progress
+from utils.saves import Saves
 from utils.standing import Guard, Standing
 from utils.trainable import TrainableEncoder
 from utils.training_arguments import TrainArguments
 from utils.training_data import Loader
 from utils.training_folder import (
     FIT_CURE,
+    TEMPORARY,
     WEIGHTS,
     Journal,
     check_fit,
@@ -76,8 +78,9 @@ class EmbeddingTrainer(Trainer):
 
     def __init__(self, job: Job, arguments: TrainingArguments):
         self.job, self.given, self.ranks = job, job.given, job.ranks
+        self._saves = Saves(job.ranks, job.given)
         super().__init__(
-            model=job.encoder.model, args=arguments, train_dataset=job.loader().dataset, callbacks=[_Watch()]
+            model=job.encoder.model, args=arguments, train_dataset=job.loader().dataset, callbacks=[_Watch(self._saves)]
         )
         self.remove_callback(PrinterCallback)
         self.final_metrics: dict[str, float] = {}
@@ -109,7 +112,8 @@ class EmbeddingTrainer(Trainer):
         if not ended:
             if self.job.judged_by and resume is None:
                 self._note_where_it_began()
-            with through_gloo():  # the Trainer has collectives of its own
+            until = "this step ends, and its checkpoint is saved"
+            with through_gloo(), interruption.put_off(until):  # the Trainer has collectives of its own
                 self._train_from(resume)
             return
         logger.info("%s: the training had ended there", resume)
@@ -212,12 +216,13 @@ class EmbeddingTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)
         self._standing.note(self.final_metrics[self.job.judged_by[0]], self.state.global_step)
         if self.given.load_best_model_at_end and self._standing.best_step == self.state.global_step:
-            self.control.should_save = True  # the best may come at a step that save_steps passes over
+            self._saves.keep(self.control)  # the best may come at a step that save_steps passes over
         if self._standing.ends(self.given.early_stopping_patience):
             logger.info(
                 "stopping early: no better %s in %d evaluations", self.job.judged_by[0], self._standing.without_gain
             )
             self.control.should_training_stop = True
+        self._saves.ask(self.control)
         return logs
 
     def finish(self) -> None:
@@ -299,6 +304,7 @@ class EmbeddingTrainer(Trainer):
 
     def _save_checkpoint(self, model, metrics=None):
         self.ranks.on_first(self._write_checkpoint)
+        self._saves.done()
 
     def _write_checkpoint(self) -> None:
         """The whole state of the training, in a folder that appears by rename."""
@@ -317,6 +323,8 @@ class EmbeddingTrainer(Trainer):
                 adapters = {name: value for name, value in self.model.state_dict().items() if _is_adapter(name)}
                 paddle.save(adapters, str(work / _ADAPTERS))
             write_whole(work / "standing.json", json.dumps(asdict(self._standing)).encode())
+            if self._saves.is_temporary:
+                (work / TEMPORARY).touch()
             self.state.save_to_json(str(work / "trainer_state.json"))
             shutil.rmtree(final, ignore_errors=True)
             os.replace(work, final)
@@ -337,6 +345,9 @@ class EmbeddingTrainer(Trainer):
 class _Watch(TrainerCallback):
     """What must happen at certain points of the Trainer's loop."""
 
+    def __init__(self, saves: Saves):
+        self._saves = saves
+
     def on_epoch_begin(self, args, state, control, **kwargs):
         loader = kwargs["train_dataloader"]
         epoch, begun = divmod(state.global_step * args.gradient_accumulation_steps, len(loader))
@@ -352,6 +363,11 @@ class _Watch(TrainerCallback):
         self._progress.update(1)
         if state.global_step in (1, state.max_steps):
             control.should_log = True  # where it began and ended, however long logging_steps are
+        steps = len(kwargs["train_dataloader"]) // args.gradient_accumulation_steps
+        self._saves.ask(control, state.global_step % steps == 0 or state.global_step >= state.max_steps)
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        self._saves.end_epoch(control)
 
     def on_train_end(self, args, state, control, **kwargs):
         self._progress.close()

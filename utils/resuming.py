@@ -19,7 +19,7 @@ from utils.json_files import as_json, read_object
 from utils.outputs import DRAFT, LOCK_PATIENCE_S, described, remove, with_links, write_whole
 from utils.report import shortened
 from utils.training_arguments import TrainArguments
-from utils.training_folder import MODEL_DRAFT, WEIGHTS, checkpoints, not_leading_to
+from utils.training_folder import MODEL_DRAFT, WEIGHTS, checkpoints, not_leading_to, step_of
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ _EXPORTED = {"model.safetensors", *DESCRIPTION}
 # What may differ between a run and the one that it continues. What is read is compared by its content.
 _FREE_TO_CHANGE = {
     "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "logging_steps", "save_total_limit",
-    "export_format", "report_to", "logging_dir", "disable_tqdm", "save_steps", "dataloader_num_workers",
+    "export_format", "report_to", "logging_dir", "disable_tqdm", "save_steps", "save_minutes", "dataloader_num_workers",
     "model_name_or_path", "tokenizer_name_or_path", "dataset_name_or_path", "dev_dataset_path", "dev_corpus_path",
 }  # fmt: skip
 # What the other keys of a run's record stand for.
@@ -167,6 +167,29 @@ def resumed(given: TrainArguments, read: dict) -> str | None:
         remove(path)
     write_whole(record, as_json(own))
     return asked
+
+
+class Promise:
+    """What an interrupted training says of the next run.
+
+    Attributes:
+        is_settled: the checkpoints in ``output_dir`` are this run's, or lead to what it goes on from.
+    """
+
+    def __init__(self, given: TrainArguments):
+        self._given, self.is_settled = given, False
+
+    def __call__(self) -> str:
+        given = self._given
+        if not self.is_settled:
+            return "nothing was saved by this run; the same command starts where it did"
+        found = checkpoints(given.output_dir)
+        if not found:
+            start = f"from {given.resume_from_checkpoint} again" if given.resume_from_checkpoint else "at step 0 again"
+            return f"nothing was saved, so the same command starts {start}"
+        anew = given.overwrite_output_dir and given.resume_from_checkpoint is None
+        command = "the same command without overwrite_output_dir" if anew else "the same command"
+        return f"{found[-1].name} is saved, and {command} goes on from step {step_of(found[-1])}"
 
 
 def _differences(own: dict, record: Path, asked: bool) -> list[str]:

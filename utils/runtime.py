@@ -2,7 +2,7 @@
 
 Paddle's CPU wheel needs help to be fast: on AMD its maths library picks a slow path, and its allocator
 returns every large temporary to the kernel. Both are settled here, by environment variables and one
-libc call, so this module must run first and imports only the standard library.
+libc call, so this module must run first and imports only the standard library (and how a script is interrupted).
 """
 
 import contextlib
@@ -14,11 +14,12 @@ import os
 import re
 import signal
 import sys
-import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
+
+from utils import interruption
 
 # What requirements.lock installs and the scripts import.
 _INSTALLED = ("paddle", "paddlenlp", "numpy", "numba", "llvmlite", "faiss", "tokenizers", "tqdm", "jieba", "bm25s")
@@ -32,8 +33,6 @@ _PR_SET_PDEATHSIG = 1
 _flags: frozenset[str] | None = None
 # The process that ``prepare`` has set up: its threads, and those of the libraries that it uses, do not survive a fork.
 _prepared_in: int | None = None
-# Whether ``run`` has settled what SIGTERM does.
-_settled = False
 
 
 def prepare(trains: bool = False) -> None:
@@ -84,8 +83,6 @@ def import_paddle():
             quiet.enter_context(contextlib.redirect_stderr(io.StringIO()))
             quiet.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore")
-            if _settled and is_launched():
-                quiet.enter_context(_termination_put_off())
             import paddle  # noqa: F401
         # Its hundreds of thousands of objects stay: looking for garbage among them takes 70 ms each time.
         gc.freeze()
@@ -259,9 +256,11 @@ def run(main: Callable[[], None]) -> None:
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # a terminal that knows no Chinese must not end a run
     try:
-        _settle_termination()
+        interruption.settle(_speaks)
         main()
     except (ValueError, OSError) as error:
+        if isinstance(error, ConnectionError) and interruption.asked():
+            _leave(128 + signal.SIGTERM)  # the worker that is missing has spoken
         if "KeyboardInterrupt" in str(error):  # met inside Paddle
             _interrupted()
         if not getattr(error, "told_elsewhere", False):
@@ -271,8 +270,8 @@ def run(main: Callable[[], None]) -> None:
     except MemoryError as error:
         print(f"{os.path.basename(sys.argv[0])}: error: out of memory: {error}", file=sys.stderr, flush=True)
         _leave(2)
-    except KeyboardInterrupt:
-        _interrupted()
+    except KeyboardInterrupt as error:
+        _interrupted(error)
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in _INSTALLED:
             raise
@@ -314,51 +313,27 @@ def _open_closed_streams() -> None:
     sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
 
 
-def _interrupted() -> NoReturn:
+def _interrupted(error: BaseException | None = None) -> NoReturn:
     if rank() == 0:
-        print(_interruption(), file=sys.stderr, flush=True)
-    _leave(130)
+        promise = str(error) if isinstance(error, interruption.Interrupted) else None
+        print(shown(interruption.line(promise)), file=sys.stderr, flush=True)
+    _leave(128 + getattr(error, "number", signal.SIGINT))
 
 
-def _interruption() -> str:
-    return f"{os.path.basename(sys.argv[0])}: interrupted; the same command goes on where this run stopped"
+def _speaks() -> bool:
+    """Whether this process tells of a SIGTERM: alone, or first of workers that all live.
 
-
-def _settle_termination() -> None:
-    """SIGTERM, from a scheduler say, gets the line that SIGINT gets.
-
-    A thread waits for it, which no long call of a library keeps from answering, and which Paddle's own handler cannot
-    forestall: that one prints a trace of C++.
-
-    The launcher ends its workers by SIGTERM when one of them has failed, and that one has spoken: they go silently.
+    The launcher ends its workers by SIGTERM also when one of them has failed, and that one has spoken.
     """
-    global _settled
-    if signal.getsignal(signal.SIGTERM) != signal.SIG_DFL or _settled:
-        return
     if not is_launched():
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # for all threads to come
-        os.register_at_fork(after_in_child=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM]))
-        threading.Thread(target=_wait_for_termination, daemon=True).start()
-    _settled = True
-
-
-def _wait_for_termination() -> None:
-    signal.sigwait([signal.SIGTERM])
-    with contextlib.suppress(OSError):
-        os.write(2, f"{_interruption()}\n".encode(errors="backslashreplace"))  # past what another thread is printing
-    os._exit(128 + signal.SIGTERM)
-
-
-@contextlib.contextmanager
-def _termination_put_off() -> Iterator[None]:
-    """While Paddle is imported, which sets its own handler."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        return True
+    launcher = os.getppid()
     try:
-        yield
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+        states = [Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0] for child in children]
+    except OSError:  # one has just ended
+        return False
+    return rank() == 0 and sum(state != "Z" for state in states) >= local_world_size()
 
 
 def _leave(status: int) -> NoReturn:

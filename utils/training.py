@@ -8,6 +8,7 @@ from utils import (
     checkpoint,
     engines,
     export,
+    interruption,
     losses,
     pdparams,
     report,
@@ -134,6 +135,12 @@ def train(given: TrainArguments) -> TrainingResult:
     Raises:
         OSError, ValueError: an input or output that cannot be used, or a training that went wrong.
     """
+    promise = resuming.Promise(given)
+    with interruption.promising(promise):
+        return _train(given, promise)
+
+
+def _train(given: TrainArguments, promise: resuming.Promise) -> TrainingResult:
     ranks = Ranks()
     run = report.RunReport("run_embedding", asdict(given))
     existed = Path(given.output_dir).exists()
@@ -150,6 +157,7 @@ def train(given: TrainArguments) -> TrainingResult:
             run.results["preflight"] = found.facts | {"warnings": found.warnings}
         same = inputs.fingerprint(ranks.size) | job.settled()
         resume = ranks.broadcast_object(ranks.on_first(lambda: resuming.resumed(given, same)))
+        promise.is_settled = True
         with run.stage("train"):
             arguments = trainer_arguments(given, inputs.base, len(job.plan), ranks.size, inputs.dev is not None)
             job.load()

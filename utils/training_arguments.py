@@ -11,6 +11,8 @@ from typing import Any, Literal
 from utils.argument_parsing import ELSEWHERE, ArgumentError, nearest, option
 from utils.arguments import DEFAULT_MODEL, LARGEST_SEED, NEW_LINE, POOLINGS
 
+# So often a checkpoint is saved by time, unless it is said otherwise.
+_SAVE_MINUTES = 10
 LOSS_TYPES = ("contrastive", "symmetric", "triplet", "hinge", "pairwise_logistic", "cosent", "kl", "margin_mse")
 WORD_EMBEDDINGS = ("train", "freeze")
 _DATA_PARALLEL = "training is data-parallel"
@@ -133,6 +135,10 @@ class TrainArguments:
     warmup_ratio: float = option(0.1, "share of the steps over which the learning rate rises", at_least=0, at_most=1)
     evaluation_strategy: str = option("epoch", "when to evaluate the dev rows", choices=("no", "steps", "epoch"))
     save_strategy: str = option("epoch", "when to keep a checkpoint", choices=("no", "steps", "epoch"))
+    save_minutes: float | None = option(
+        None, "besides, keep a checkpoint every so many minutes, in the last such one's place; 0: none by time;"
+        " default: 10, and none where save_strategy is no", at_least=0,
+    )  # fmt: skip
     save_total_limit: int | None = option(2, "checkpoints to keep, besides the best one", at_least=1)
     load_best_model_at_end: bool = option(False, "end with the checkpoint of the best dev metric, not the last")
     metric_for_best_model: str | None = option(None, "the dev metric that names the best checkpoint; default: ndcg@10")
@@ -177,6 +183,14 @@ class TrainArguments:
         """Queries of the gradient cache that are in memory at a time; None for the whole batch."""
         is_cached = self.queries_of_a_rank > self.per_device_train_batch_size
         return self.gradcache_chunk_size or (self.per_device_train_batch_size if is_cached else None)
+
+    @property
+    def seconds_between_saves(self) -> float | None:
+        """After how long a checkpoint is saved whatever ``save_strategy`` says; None for never."""
+        minutes = self.save_minutes
+        if minutes is None:
+            minutes = 0 if self.save_strategy == "no" else _SAVE_MINUTES
+        return 60 * minutes or None
 
     def check(self) -> None:
         """Rules that tie fields together."""

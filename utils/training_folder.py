@@ -22,6 +22,8 @@ MODEL_DRAFT = "model.part"
 WEIGHTS = "model_state.pdparams"
 # What to do about a checkpoint that another training has left.
 FIT_CURE = "give the arguments of that training, or another checkpoint"
+# A file in a checkpoint that the next one takes the place of.
+TEMPORARY = "temporary"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
@@ -43,11 +45,22 @@ def checkpoints(output_dir: str) -> list[Path]:
 
 
 def remove_old(output_dir: str, limit: int | None, best: int | None) -> None:
-    """Keep the newest ``limit`` checkpoints (None: all), and the one of the best step."""
+    """Keep the newest ``limit`` checkpoints (None: all), and the one of the best step. Temporary ones are not counted,
+    and only the newest checkpoint may be one.
+    """
     found = checkpoints(output_dir)
+    for path in found[:-1]:
+        if (path / TEMPORARY).is_file():
+            remove(path)
+    found = [path for path in found if not (path / TEMPORARY).is_file() and path.exists()]
     for path in found[:-limit] if limit else []:
         if best is None or path != checkpoint_of(output_dir, best):
             remove(path)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Of a checkpoint's folder, the step after which it was saved."""
+    return int(_CHECKPOINT.fullmatch(checkpoint.name)[1])
 
 
 def not_leading_to(asked: str, found: list[Path]) -> list[Path]:
