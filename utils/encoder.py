@@ -30,7 +30,7 @@ DEFAULT_LENGTH = 512
 _MAX_BATCH_ROWS = 1024
 # Part of every fingerprint: raise it when ``plan`` changes, or stores would hold batches of another plan; and when
 # an engine rounds or a tokenizer cuts differently, or they would hold vectors of both kinds.
-_PLAN = 5
+_PLAN = 6
 # Tokens that are kept from counting them to encoding them: 16 MiB.
 _REMEMBERED_TOKENS = 4 << 20
 # Texts tokenised at a time when they are counted, so that memory stays bounded.

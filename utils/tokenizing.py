@@ -1,5 +1,7 @@
 """Texts to token ids: the Rust tokenizer where the checkpoint has one or is BERT's, else PaddleNLP's."""
 
+import re
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -8,9 +10,10 @@ import numpy as np
 
 from utils import json_files, word_cache, wordpiece
 
-# A text can be cut to this many characters a wanted token before tokenising: no vocabulary has many
-# longer pieces, and a text of megabytes would otherwise be tokenised whole to keep its first 512 tokens.
-_CHARACTERS_PER_TOKEN = 64
+# Words and what stands between them. A tokenizer's rules look no further than the next of these.
+_RUNS = re.compile(r"\s+|\d+|[^\W\d_]+|(?:[^\w\s]|_)+")
+# So many at the end of a cut text may be tokenised otherwise than in the whole text.
+_UNSETTLED_RUNS = 3
 
 
 class Tokenizer(Protocol):
@@ -91,15 +94,44 @@ class _RustTokenizer:
         self._tokenizer = tokenizer
         self._tokenizer.no_padding()
         self._tokenizer.enable_truncation(max_length)
-        self._max_characters = max_length * _CHARACTERS_PER_TOKEN
+        self._max_length = max_length
+        added = [len(token.content) for token in tokenizer.get_added_tokens_decoder().values()]
+        self._longest_added = max(added, default=0)
         self.pad_id = _pad_id(self._tokenizer, folder)
         self._encode = word_cache.of_rust(self._tokenizer, self.uncached, max_length) or self.uncached
 
     def __call__(self, texts: Sequence[str]) -> list[Sequence[int]]:
-        return self._encode([text[: self._max_characters] for text in texts])
+        return self._encode(texts)
 
     def uncached(self, texts: Sequence[str]) -> list[Sequence[int]]:
-        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts)]
+        """Ids as of the whole texts. Of long ones a part is tokenised, and more of those that it does not settle."""
+        ids = {}
+        for end in word_cache.parts(self._max_length):
+            long = [row for row, text in enumerate(texts) if len(text) > end and row not in ids]
+            parts = [texts[row][:end] for row in long]
+            for row, part, encoding in zip(long, parts, self._tokenizer.encode_batch(parts), strict=True):
+                if _is_settled(encoding, _settled_length(part[: len(part) - self._longest_added])):
+                    ids[row] = encoding.ids
+        left = [row for row in range(len(texts)) if row not in ids]
+        whole = self._tokenizer.encode_batch_fast([texts[row] for row in left])
+        ids |= {row: encoding.ids for row, encoding in zip(left, whole, strict=True)}
+        return [ids[row] for row in range(len(texts))]
+
+
+def _settled_length(part: str) -> int:
+    """How many characters at the beginning of a text have the same tokens however the text goes on."""
+    runs = deque(_RUNS.finditer(part), maxlen=_UNSETTLED_RUNS)
+    return runs[0].start() if len(runs) == _UNSETTLED_RUNS else 0
+
+
+def _is_settled(encoding, length: int) -> bool:
+    """Whether another word begins within the first ``length`` characters, after the last word of the tokens kept."""
+    last = max((word for word in encoding.word_ids if word is not None), default=-1)
+    return any(
+        word is not None and word > last and start < length
+        for beyond in encoding.overflowing
+        for word, (start, _) in zip(beyond.word_ids, beyond.offsets, strict=True)
+    )
 
 
 def _pad_id(tokenizer, folder: Path) -> int:
@@ -127,8 +159,7 @@ class _PaddleTokenizer:
         self._encode = word_cache.of_paddlenlp(self._tokenizer, self.uncached, max_length) or self.uncached
 
     def __call__(self, texts: Sequence[str]) -> list[Sequence[int]]:
-        limit = self._max_length * _CHARACTERS_PER_TOKEN
-        return self._encode([text[:limit] for text in texts])
+        return self._encode(texts)
 
     def uncached(self, texts: Sequence[str]) -> list[Sequence[int]]:
         return [self._tokenizer(text, max_length=self._max_length, truncation=True)["input_ids"] for text in texts]

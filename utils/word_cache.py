@@ -20,6 +20,10 @@ _LONGEST_WORD = 48
 _TRIED_WORDS = 50_000
 _MOST_NEW = 0.25
 
+# Of a long text, so many characters a wanted token are looked at, then so many, then all. No vocabulary has many
+# pieces longer than the first, so that a text of megabytes is hardly ever tokenised whole to keep its first 512 tokens.
+_CHARACTERS_PER_TOKEN = (64, 512)
+
 # Categories of Unicode in which no character joins what stands beside it; other letters need a look at their script.
 _PLAIN = {"Lu", "Ll", "Nd", "Pd", "Ps", "Pe", "Pi", "Pf", "Po", "Sc", "Sm"}
 
@@ -56,6 +60,8 @@ class WordCache:
         self._words = _Words(encode, stands_alone)
         self._before, self._after = _frame(whole(["a"])[0], encode("a"))
         self._room = max_length - len(self._before) - len(self._after)
+        self._parts = parts(max_length)
+        self._longest_special = max(map(len, self._special), default=0)
         self._looked_up = 0
 
     def __call__(self, texts: Sequence[str]) -> list[Ids]:
@@ -69,15 +75,28 @@ class WordCache:
         return ids
 
     def _joined(self, text: str) -> list[int] | None:
-        if self._room < 1 or any(special in text for special in self._special):
+        if self._room < 1:
             return None
-        words = self._split(text)
+        for end in (*self._parts, len(text)):
+            ids = self._part_joined(text, end)
+            if ids is None:
+                return None
+            if len(ids) == self._room or len(text) <= end:
+                break
+        return [*self._before, *ids, *self._after]
+
+    def _part_joined(self, text: str, end: int) -> list[int] | None:
+        """The ids of the words in a text's first ``end`` characters, but for one that may go on behind them."""
+        if any(special in text[: end + self._longest_special] for special in self._special):
+            return None
+        words = self._split(text[:end])
         if not words or len(max(words, key=len)) > _LONGEST_WORD:
             return None
+        if end < len(text):
+            words = words[:-1]
         self._looked_up += min(len(words), self._room)
         try:
-            found = chain.from_iterable(map(self._words.__getitem__, words))
-            return [*self._before, *islice(found, self._room), *self._after]
+            return list(islice(chain.from_iterable(map(self._words.__getitem__, words)), self._room))
         except _NotAlone:
             return None
 
@@ -112,6 +131,11 @@ def _frame(framed: Ids, inner: Ids) -> tuple[Ids, Ids]:
         if inner and framed[start:end] == inner:
             return framed[:start], framed[end:]
     return framed, []  # the limit has room for no more
+
+
+def parts(max_length: int) -> list[int]:
+    """How many characters of a text are looked at first, and next, for so many tokens."""
+    return [max_length * characters for characters in _CHARACTERS_PER_TOKEN]
 
 
 def bert_words(text: str) -> list[str]:
