@@ -183,14 +183,49 @@ def test_when_all_rows_clash_every_row_still_comes(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("n", "size", "ranks", "expected"), [(10, 4, 1, 3), (9, 4, 1, 2), (10, 4, 4, 2), (11, 4, 3, 3)]
+    ("n", "size", "ranks", "group_size", "expected"),
+    [
+        (10, 4, 1, 1, [4, 4, 2]),
+        (9, 4, 1, 2, [4, 4, 1]),  # the row alone has negatives of its own group
+        (9, 4, 1, 1, [4, 3, 2]),  # alone it would have none
+        (24, 23, 1, 1, [22, 2]),
+        (10, 4, 4, 2, [4, 4]),  # no batch can spare any
+        (11, 4, 3, 2, [4, 4, 3]),
+        (13, 6, 3, 2, [6, 4, 3]),
+        (3, 2, 1, 1, [2]),
+        (5, 1, 1, 1, [1] * 5),
+    ],
 )
-def test_a_last_batch_that_is_too_small_is_left_out(tmp_path, n, size, ranks, expected):
+def test_a_last_batch_that_is_too_small_takes_rows_from_the_one_before(tmp_path, n, size, ranks, group_size, expected):
     rows = read([write_jsonl(tmp_path / "a.jsonl", make_rows(n))], None, "error", False)
-    plan = Plan(rows, size, 2, seed=0, n_ranks=ranks)
-    assert len(plan) == len(plan.epoch(0)) == expected
-    assert len(Plan(rows, size, 2, seed=0, drop_last=True)) == n // size
-    assert len(Plan(rows, size, 2, seed=0, multiple=2)) == len(Plan(rows, size, 2, seed=0)) // 2 * 2
+    plan = Plan(rows, size, group_size, seed=0, n_ranks=ranks)
+    for number in (0, 1):
+        epoch = plan.epoch(number)
+        assert [len(batch) for batch in epoch] == expected and len(plan) == len(expected)
+        assert len({example.row for batch in epoch for example in batch}) == sum(expected)
+    assert (plan.n_rows, plan.n_left_out) == (n, n - sum(expected))
+    assert len(Plan(rows, size, group_size, seed=0, drop_last=True)) == n // size
+
+
+@pytest.mark.parametrize("accumulated", [1, 2, 3, 7, 99])
+def test_steps_leave_no_batch_out(tmp_path, accumulated):
+    """Rows are counted as they are trained, from whatever step on; a step that is passed over is not tokenised."""
+    rows = read([write_jsonl(tmp_path / "a.jsonl", make_rows(23))], None, "error", False)
+    plan = Plan(rows, 4, 2, seed=0)
+    collate = Collator(rows, 2, (Words(), Words()), ("{text}", "{text}"))
+    loader = training_data.Loader(plan, collate, accumulated)
+    steps, n_rows = 0, 0
+    assert loader.rows_in(0) == 0
+    for number in (0, 1):
+        loader.set_epoch(number)
+        met = [batch for step in loader for batch in step]
+        assert [batch.number for batch in met] == list(range(6 * number, 6 * (number + 1)))
+        for step in loader:
+            steps, n_rows = steps + 1, n_rows + sum(sum(batch.counts) for batch in step)
+            assert loader.rows_in(steps) == n_rows
+        assert n_rows == 23 * (number + 1) and steps == len(loader) * (number + 1)
+        loader.set_epoch(number, 1)
+        assert [step is None for step in loader] == [True] + [False] * (len(loader) - 1)
 
 
 def test_weights_and_grouping_by_source(tmp_path):
@@ -378,9 +413,14 @@ def test_preflight_counts_the_negatives_that_a_query_sees(tmp_path):
     ("n", "weights", "options", "message"),
     [
         (3, None, {"n_ranks": 4}, "an epoch has 3 rows; expected at least 4 for a batch over 4 ranks"),
-        (1, None, {}, "an epoch has 1 row; expected at least 2 for a batch"),
-        (40, [1e-9], {}, "1 row (dataset_weights leave so few of 40); expected at least 2 for a batch"),
-        (1, [1, 1], {"group_by_source": True}, "1 row of one file at most, and group_by_source mixes none; expected"),
+        (1, None, {"group_size": 1}, "an epoch has 1 row; expected at least 2 for a batch"),
+        (40, [1e-9], {"group_size": 1}, "1 row (dataset_weights leave so few of 40); expected at least 2 for a batch"),
+        (
+            1,
+            [1, 1],
+            {"group_by_source": True, "group_size": 1},
+            "1 row of one file at most, and group_by_source mixes none; expected",
+        ),
         (7, None, {"drop_last": True}, "7 rows; expected at least 8 for a batch, as dataloader_drop_last leaves"),
     ],
 )
@@ -388,7 +428,9 @@ def test_too_few_rows_for_a_batch(tmp_path, n, weights, options, message):
     path = write_jsonl(tmp_path / "a.jsonl", make_rows(n))
     rows = read([path] * len(weights or [1]), weights, "error", False)
     with pytest.raises(ValueError, match=re.escape(message)):
-        preflight(Plan(rows, 8, 2, seed=0, **options), (Words(), Words()), ("{text}", "{text}"), (8, 8))
+        preflight(
+            Plan(rows, 8, **{"group_size": 2} | options, seed=0), (Words(), Words()), ("{text}", "{text}"), (8, 8)
+        )
 
 
 @pytest.mark.parametrize(
@@ -428,13 +470,13 @@ def test_losses_of_own_passages_need_negatives_in_the_rows(tmp_path):
 def test_the_loader_numbers_batches_over_epochs(rows):
     plan = Plan(rows, 8, 2, seed=0)
     loader = training_data.Loader(plan, Collator(rows, 2, (Words(), Words()), ("{text}", "{text}")))
-    assert [batch.number for batch in loader] == [0, 1, 2, 3, 4]
+    assert [batch.number for (batch,) in loader] == [0, 1, 2, 3, 4]
     loader.set_epoch(2)
-    assert [batch.number for batch in loader] == [10, 11, 12, 13, 14]
+    assert [batch.number for (batch,) in loader] == [10, 11, 12, 13, 14]
     loader.set_epoch(1, 3)
     passed_over, rest = [], []
     for batch in loader:
         (passed_over if batch is None else rest).append(batch)
-    assert len(passed_over) == 3 and [batch.number for batch in rest] == [8, 9]
+    assert len(passed_over) == 3 and [batch.number for (batch,) in rest] == [8, 9]
     loader.set_epoch(2)
     assert None not in loader

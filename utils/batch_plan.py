@@ -56,8 +56,7 @@ class Plan:
 
     Args:
         batch_size: queries in a batch, over all ranks.
-        n_ranks: a last batch that is too small to give every rank a query is left out.
-        multiple: the number of batches is cut to a multiple of this (gradient accumulation).
+        n_ranks: a last batch that is too small to give every rank a query takes some from the batch before.
         hard_batches: queries meet whose positives are each other's negatives. They are hard negatives that cost
             nothing, as topic-aware sampling's are (Hofstaetter et al., 2021).
     """
@@ -69,15 +68,13 @@ class Plan:
     n_ranks: int = 1
     group_by_source: bool = False
     drop_last: bool = False
-    multiple: int = 1
     hard_batches: bool = False
     _made: dict[int, Epoch] = field(default_factory=dict, init=False, repr=False, compare=False)
     _others: dict[int, np.ndarray] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __len__(self) -> int:
         """Batches in an epoch."""
-        total = sum(self._n_batches(size) for size in self._group_sizes())
-        return total // self.multiple * self.multiple if total >= self.multiple else total
+        return sum(len(self._batch_sizes(size)) for size in self._group_sizes())
 
     def epoch(self, number: int) -> Epoch:
         """The batches of an epoch. The last one asked for is kept: the preflight looks at what training begins with."""
@@ -95,36 +92,51 @@ class Plan:
                 negatives = self.rows.negatives.take(rows)
                 order = hard_batches.order(passages[:, 0], self.rows.query_ids[rows], negatives, self.batch_size)
                 rows, passages = rows[order], passages[order]
-            order = self._deal(self.rows.query_ids[rows].tolist(), passages[:, 0].tolist())
+            sizes = self._batch_sizes(len(rows))
+            order = self._deal(self.rows.query_ids[rows].tolist(), passages[:, 0].tolist(), sizes)
             drawn_rows.append(rows[order])
             drawn_passages.append(passages[order])
-            starts = range(n, n + len(rows), self.batch_size)[: self._n_batches(len(rows))]
+            bounds += itertools.pairwise(itertools.accumulate(sizes, initial=n))
             n += len(rows)
-            bounds += [(start, min(start + self.batch_size, n)) for start in starts]
         if self.group_by_source or self.hard_batches:
             # Neither should the files take turns, nor should the batches of leftovers come last.
             bounds = [bounds[i] for i in rng.permutation(len(bounds))]
         rows = np.concatenate(drawn_rows)
-        return Epoch(rows, self.rows.query_ids[rows], np.concatenate(drawn_passages), bounds[: len(self)])
+        return Epoch(rows, self.rows.query_ids[rows], np.concatenate(drawn_passages), bounds)
+
+    @property
+    def n_rows(self) -> int:
+        """Rows of an epoch, in batches or not."""
+        return sum(self._group_sizes())
 
     @property
     def n_left_out(self) -> int:
         """Rows of an epoch that are in no batch."""
-        return sum(self._group_sizes()) - sum(stop - start for start, stop in self.epoch(0).bounds)
+        return self.n_rows - sum(sum(self._batch_sizes(size)) for size in self._group_sizes())
 
     @property
     def smallest_batch(self) -> int:
-        """Rows that a batch has at least."""
-        return self.batch_size if self.drop_last else min(self.batch_size, max(2, self.n_ranks))
+        """Rows that a batch has at least: one for each rank, and two where a row alone has no negatives."""
+        least = max(self.n_ranks, 1 if self.group_size > 1 else 2)
+        return self.batch_size if self.drop_last else min(self.batch_size, least)
 
     @property
     def rows_that_can_meet(self) -> int:
         """Rows of an epoch that batches are made of: all, or the most that one file gives."""
         return max(self._group_sizes())
 
-    def _n_batches(self, n: int) -> int:
+    def _batch_sizes(self, n: int) -> list[int]:
+        """Of the batches that n rows make. A last one that is too small takes rows from the one before, if that is not
+        too small then; else it is left out.
+        """
         full, rest = divmod(n, self.batch_size)
-        return full + (rest >= self.smallest_batch)
+        missing = self.smallest_batch - rest
+        sizes = [self.batch_size] * full
+        if rest > 0 and missing <= 0:
+            sizes.append(rest)
+        elif rest > 0 and full and not self.drop_last and self.batch_size - missing >= self.smallest_batch:
+            sizes[-1:] = [self.batch_size - missing, self.smallest_batch]
+        return sizes
 
     def _counts(self) -> np.ndarray:
         """Entries of each file in an epoch."""
@@ -191,15 +203,14 @@ class Plan:
             negatives.append(negatives[0] if negatives else int(pool[0]))
         return np.array(negatives, np.int64)
 
-    def _deal(self, queries: list[int], positives: list[int]) -> list[int]:
-        """An order of which each ``batch_size``, from the first on, make a batch in which no query and no positive
-        comes twice, as far as possible.
+    def _deal(self, queries: list[int], positives: list[int], sizes: list[int]) -> list[int]:
+        """An order that, cut into batches of these sizes from the first on, puts no query and no positive into a batch
+        twice, as far as possible. What is left over comes last.
         """
         dealt: list[int] = []
         waiting: list[int] = []
         fresh = iter(range(len(queries)))
-        while len(dealt) < len(queries):
-            size = min(self.batch_size, len(queries) - len(dealt))
+        for size in [*sizes, len(queries) - sum(sizes)]:
             batch = _Batch(size, queries, positives)
             look_back, beyond = waiting[: _LOOK_BACK * size], waiting[_LOOK_BACK * size :]
             for example in look_back:

@@ -30,7 +30,7 @@ from utils.saves import Saves
 from utils.standing import Guard, Standing
 from utils.trainable import TrainableEncoder
 from utils.training_arguments import TrainArguments
-from utils.training_data import Loader
+from utils.training_data import Loader, TrainingBatch
 from utils.training_folder import (
     FIT_CURE,
     TEMPORARY,
@@ -84,8 +84,8 @@ class EmbeddingTrainer(Trainer):
         )
         self.remove_callback(PrinterCallback)
         self.final_metrics: dict[str, float] = {}
-        self._evaluated_at, self._rate = -1, 0.0
-        self._guard = Guard(self.args.gradient_accumulation_steps)
+        self._evaluated_at, self._rate, self._share = -1, 0.0, 1.0
+        self._guard = Guard(job.given.accumulated)
         self._standing = Standing(job.judged_by)
         given = job.given
         self._journal = Journal(Path(given.output_dir) / "training.jsonl")
@@ -103,7 +103,7 @@ class EmbeddingTrainer(Trainer):
         )  # fmt: skip
 
     def _scaled(self, loss):
-        loss = loss / self.args.gradient_accumulation_steps
+        loss = loss * self._share
         return self.scaler.scale(loss) if self.do_grad_scaling else loss
 
     def run(self, resume: str | None) -> None:
@@ -190,23 +190,41 @@ class EmbeddingTrainer(Trainer):
                     paddle.distributed.broadcast(tensor, src=0)
 
     def training_step(self, model, inputs, step_control=0):
+        """The gradients of a step's batches, and their mean loss."""
         model.train()
-        self._rate = self._get_learning_rate()
-        outcome = self.step(inputs).over(self.ranks)
+        self._rate, self._share = self._get_learning_rate(), 1 / len(inputs)
+        return paddle.to_tensor(sum(map(self._add_gradients, inputs)), "float32")
+
+    def _add_gradients(self, batch: TrainingBatch) -> float:
+        """A batch's part of the step's mean loss."""
+        outcome = self.step(batch).over(self.ranks)
         step = self.state.global_step + 1
         warming_up = step <= self.args.get_warmup_steps(self.state.max_steps)
         self.ranks.on_first(
             lambda: self._guard.check(step, outcome.loss, outcome.mean_cosine, warming_up, self.do_grad_scaling)
         )
-        share = 1 / self.args.gradient_accumulation_steps
         if not math.isfinite(outcome.loss):
             # The Trainer adds up losses, and what is added to NaN stays NaN. It divides by the steps less these.
-            self._skip_steps_since_last_logged += share
-            self._skip_global_steps += share
-            return paddle.zeros([])
+            self._skip_steps_since_last_logged += self._share
+            self._skip_global_steps += self._share
+            return 0.0
         self._standing.loss_sum += outcome.loss
         self._standing.n_losses += 1
-        return paddle.to_tensor(outcome.loss * share, "float32")
+        return outcome.loss * self._share
+
+    def create_scheduler(self, num_training_steps: int):
+        """The Trainer's, whose warm-up begins with a step at rate 0: that one gets half of the second's rate."""
+        scheduler = super().create_scheduler(num_training_steps)
+        theirs = scheduler.lr_lambda
+
+        def share(step: int) -> float:
+            if step >= num_training_steps:  # asked for after the last step, where some divide by 0
+                return 0.0
+            return theirs(step) or (step == 0 and (share(1) or 1) / 2)
+
+        scheduler.lr_lambda = share
+        scheduler.step(0)
+        return scheduler
 
     def evaluate(self, *args, **kwargs):
         self.final_metrics = self.job.evaluate()
@@ -350,8 +368,7 @@ class _Watch(TrainerCallback):
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         loader = kwargs["train_dataloader"]
-        epoch, begun = divmod(state.global_step * args.gradient_accumulation_steps, len(loader))
-        loader.set_epoch(epoch, begun)
+        loader.set_epoch(*divmod(state.global_step, len(loader)))
 
     def on_optimizer_begin(self, args, state, control, **kwargs):
         reduce(kwargs["model"].parameters())
@@ -363,7 +380,7 @@ class _Watch(TrainerCallback):
         self._progress.update(1)
         if state.global_step in (1, state.max_steps):
             control.should_log = True  # where it began and ended, however long logging_steps are
-        steps = len(kwargs["train_dataloader"]) // args.gradient_accumulation_steps
+        steps = len(kwargs["train_dataloader"])
         self._saves.ask(control, state.global_step % steps == 0 or state.global_step >= state.max_steps)
 
     def on_epoch_end(self, args, state, control, **kwargs):

@@ -22,12 +22,12 @@ _ROUNDING = 1e-6
 
 
 def trainer_arguments(
-    given: TrainArguments, base: Checkpoint, n_batches: int, n_ranks: int, has_dev: bool
+    given: TrainArguments, base: Checkpoint, n_steps: int, n_ranks: int, has_dev: bool
 ) -> "TrainingArguments":
     """PaddleNLP's TrainingArguments; what does not suit the device or the data is changed, and said.
 
     Args:
-        n_batches: of an epoch.
+        n_steps: of an epoch.
         has_dev: whether there are dev rows to evaluate.
 
     Raises:
@@ -55,14 +55,9 @@ def trainer_arguments(
         if options.get(name) not in (None, settled[name]):
             logger.info("%s is %r, not %r, as this training needs it", name, settled[name], options[name])
     options |= settled
-    # The Trainer would do so by itself, after it has counted with the other number, and in a log that is off.
-    options["gradient_accumulation_steps"] = min(given.accumulated, n_batches)
+    options["gradient_accumulation_steps"] = 1  # the loader's steps have all their batches
     if given.max_steps < 0:  # the Trainer rounds a part of an epoch down, to no step at all
-        steps = n_batches // options["gradient_accumulation_steps"] * given.num_train_epochs
-        options["max_steps"] = max(1, math.ceil(steps - _ROUNDING))
-    if n_batches < given.accumulated:
-        logger.info("an epoch has %d batches: gradient_accumulation_steps is %d, not %d",
-                    n_batches, n_batches, given.accumulated)  # fmt: skip
+        options["max_steps"] = max(1, math.ceil(n_steps * given.num_train_epochs - _ROUNDING))
     options.setdefault("report_to", ["visualdl"])
     options["do_eval"] = has_dev  # true alone would make PaddleNLP evaluate every few steps
     if not has_dev:

@@ -159,7 +159,8 @@ def _train(given: TrainArguments, promise: resuming.Promise) -> TrainingResult:
         resume = ranks.broadcast_object(ranks.on_first(lambda: resuming.resumed(given, same)))
         promise.is_settled = True
         with run.stage("train"):
-            arguments = trainer_arguments(given, inputs.base, len(job.plan), ranks.size, inputs.dev is not None)
+            loader = job.loader()
+            arguments = trainer_arguments(given, inputs.base, len(loader), ranks.size, inputs.dev is not None)
             job.load()
             from utils.embedding_trainer import EmbeddingTrainer
 
@@ -170,8 +171,16 @@ def _train(given: TrainArguments, promise: resuming.Promise) -> TrainingResult:
             ranks.on_first(lambda: job.write_model(Path(given.output_dir)))
         before, metrics = loop.first_metrics, loop.final_metrics
         steps, loss = loop.state.global_step, loop.mean_loss()
-        epochs = steps * loop.args.gradient_accumulation_steps / len(job.plan)
-        run.results |= {"steps": steps, "epochs": epochs, "loss": loss, "metrics_before": before, "metrics": metrics}
+        n_rows = loader.rows_in(steps)
+        epochs = n_rows / job.plan.n_rows
+        run.results |= {
+            "steps": steps,
+            "rows_trained": n_rows,
+            "epochs": epochs,
+            "loss": loss,
+            "metrics_before": before,
+            "metrics": metrics,
+        }
         about = run.as_dict()
         ranks.on_first(lambda: write_whole(Path(given.output_dir) / "report.json", as_json(about)))
         return TrainingResult(given.output_dir, steps, epochs, loss, before, metrics, about)
@@ -241,7 +250,6 @@ class Job:
             group_by_source=given.group_by_source,
             hard_batches=given.hard_batches,
             drop_last=bool(given.dataloader_drop_last),
-            multiple=given.accumulated,
         )
         self.collate = Collator(
             self.rows, given.group_size, self.tokenizers, self.templates, ranks.rank, ranks.size,
@@ -277,11 +285,11 @@ class Job:
                     f"{side}_template {template!r} goes on behind the text; the trained model's folder keeps what comes"
                     " before it only, so give it again when encoding"
                 )
-        if self.plan.n_left_out:
-            found.warnings.append(
-                f"{self.plan.n_left_out:,} rows of an epoch are in no batch: a last batch of fewer than"
-                f" {self.plan.smallest_batch} rows, or batches beyond a multiple of {self.plan.multiple}"
-            )
+        if n := self.plan.n_left_out:
+            reason = f"a batch has at least {self.plan.smallest_batch}"
+            if self.plan.drop_last:
+                reason = f"dataloader_drop_last leaves a last batch of fewer than {self.plan.batch_size} out"
+            found.warnings.append(f"{n:,} row{'s are' if n > 1 else ' is'} in no batch of an epoch: {reason}")
         for message in found.warnings:
             logger.warning("warning: %s", message)
         facts = found.facts
@@ -309,7 +317,7 @@ class Job:
 
     def loader(self) -> Loader:
         """Our part of the batches."""
-        return Loader(self.plan, self.collate)
+        return Loader(self.plan, self.collate, self.given.accumulated)
 
     def evaluate(self) -> dict[str, float]:
         """The dev metrics of the model as it is now."""

@@ -248,23 +248,35 @@ def _too_few(plan: Plan) -> str:
 
 
 class Loader:
-    """The batches of an epoch, for the Trainer's loop; ``set_epoch`` says of which."""
+    """The steps of an epoch, for the Trainer's loop; ``set_epoch`` says of which.
 
-    def __init__(self, plan: Plan, collate: Collator):
+    Args:
+        batches_a_step: whose gradients are added up before an update; an epoch's last step may have fewer.
+    """
+
+    def __init__(self, plan: Plan, collate: Collator, batches_a_step: int = 1):
         self.plan, self.collate, self.number, self.n_passed_over = plan, collate, 0, 0
-        self.dataset = plan.rows
+        self.batches_a_step, self.dataset = batches_a_step, plan.rows
 
     def set_epoch(self, number: int, n_passed_over: int = 0) -> None:
         """The epoch that the next iteration goes through.
 
         Args:
-            n_passed_over: its first batches, which a resumed training passes over; they come as None, untokenised.
+            n_passed_over: its first steps, which a resumed training passes over; they come as None, untokenised.
         """
         self.number, self.n_passed_over = number, n_passed_over
 
     def __len__(self) -> int:
-        return len(self.plan)
+        return -(-len(self.plan) // self.batches_a_step)
 
-    def __iter__(self) -> Iterator[TrainingBatch | None]:
-        for i, examples in enumerate(self.plan.epoch(self.number)):
-            yield None if i < self.n_passed_over else self.collate(examples, self.number * len(self.plan) + i)
+    def __iter__(self) -> Iterator[list[TrainingBatch] | None]:
+        epoch, first = self.plan.epoch(self.number), self.number * len(self.plan)
+        for step in range(len(self)):
+            places = range(len(self.plan))[step * self.batches_a_step : (step + 1) * self.batches_a_step]
+            yield None if step < self.n_passed_over else [self.collate(epoch[i], first + i) for i in places]
+
+    def rows_in(self, n_steps: int) -> int:
+        """How many rows the first steps of a training go through."""
+        epochs, begun = divmod(n_steps, len(self))
+        started = self.plan.epoch(epochs).bounds[: begun * self.batches_a_step] if begun else []
+        return epochs * (self.plan.n_rows - self.plan.n_left_out) + sum(stop - start for start, stop in started)
