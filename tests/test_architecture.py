@@ -13,7 +13,7 @@ AREAS = {
     "own_files": ("own_files", ""),
     "machine": ("interruption runtime mapped shared_memory threads compiled", "own_files"),
     "products": ("avx512 amx matmul amx_matmul amx_attention amx_attention_gradients kernel_maths", "machine"),
-    "ranks": ("distributed", "machine"),
+    "ranks": ("meeting distributed", "machine"),
     "rows": ("records ragged merged_positives beir mining_formats", ""),
     "files": ("outputs json_files", "own_files records"),
     "stores": ("embedding_store", "own_files files"),

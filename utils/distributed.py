@@ -6,8 +6,10 @@ imported.
 
 import contextlib
 import fcntl
+import functools
 import logging
 import os
+import secrets
 import socket
 import struct
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +17,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from utils import mapped, runtime, shared_memory
+from utils import mapped, meeting, runtime, shared_memory
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +26,11 @@ Result = TypeVar("Result")
 # Collectives move at most this many bytes at a time.
 BLOCK_BYTES = 16 << 20
 _TEXTS_A_BLOCK = 10_000
+# How long a rank waits for rank 0 to open the group, which it does when it has read and checked: for ever, as the
+# launcher ends all when one has ended.
+_JOINING_S = 10 * 24 * 3600
+# Where this process waits for the others before a collective of gloo's; see ``through_gloo``.
+_wait: Callable[[], object] | None = None
 # Linux: the ioctl that asks an interface for its IPv4 address.
 _SIOCGIFADDR = 0x8915
 
@@ -48,19 +55,14 @@ class Ranks:
     def start(self, check: Callable[[], Result]) -> Result | None:
         """Run ``check`` on rank 0, join the group, and return its result on rank 0 (None elsewhere).
 
-        If the check fails, every rank raises: rank 0 the error itself, at once when all ranks are on
-        this machine (the launcher then ends the others), and after telling the others when they are not.
+        If the check fails, every rank raises: rank 0 the error itself, at once and without the group when all ranks
+        are on this machine (the launcher then ends the others), and after telling the others when they are not.
         """
-        result, failure = None, None
-        if self.is_first:
-            try:
-                result = check()
-            except (ValueError, OSError) as error:
-                if runtime.local_world_size() == self.size:
-                    raise
-                failure = error
+        if runtime.local_world_size() < self.size:
+            self._join()
+            return self.on_first(check)
+        result = check() if self.is_first else None
         self._join()
-        self._raise_together(failure)
         return result
 
     def on_first(self, work: Callable[[], Result]) -> Result | None:
@@ -83,26 +85,48 @@ class Ranks:
             failure = error
         for rank, error in enumerate(self.gather_object(failure)):
             if error is not None:
-                error.told_elsewhere = rank != self.rank
+                error.told_elsewhere = self._is_told_by_others(rank)
                 raise error
         return result  # type: ignore[return-value]
 
     def _raise_together(self, failure: Exception | None) -> None:
         failure = self.broadcast_object(failure)
         if failure is not None:
-            failure.told_elsewhere = not self.is_first
+            failure.told_elsewhere = self._is_told_by_others(0)
             raise failure
+
+    def _is_told_by_others(self, failed: int) -> bool:
+        """Whether this rank need not say what went wrong on another: that one does, and one on each other machine."""
+        own = runtime.rank_on_machine()
+        first = self.rank - own  # the launcher numbers a machine's ranks in turn
+        return failed != self.rank and (own != 0 or first <= failed < first + runtime.local_world_size())
 
     def _join(self) -> None:
         if not self._joined:
             paddle = runtime.import_paddle()
             if runtime.local_world_size() < self.size:
                 _name_the_network_interface()
+            else:
+                os.environ.setdefault("FLAGS_stop_check_timeout", str(_JOINING_S))
             with _quiet_output(), through_gloo():
                 paddle.distributed.init_parallel_env()
             self._joined = True
             self._settle_processor_features()
             self._share_memory()
+            self._agree_where_to_wait()
+
+    def _agree_where_to_wait(self) -> None:
+        global _wait
+        if self._shared is not None:
+            _wait = functools.partial(self._shared.gather, np.zeros(1))
+            return
+        host = os.environ["PADDLE_TRAINER_ENDPOINTS"].partition(",")[0].rpartition(":")[0]
+        door = meeting.invite(host) if self.is_first else None
+        port, token = self.broadcast_object((door.getsockname()[1], secrets.token_bytes(32)) if door else None)
+        if door is not None:
+            _wait = meeting.receive(door, self.size, token).wait
+        else:
+            _wait = meeting.join(host, port, self.rank, token).wait
 
     def _share_memory(self) -> None:
         """Where all ranks are on this machine and can map the same memory, arrays will go through that."""
@@ -239,7 +263,12 @@ class Ranks:
 
 @contextlib.contextmanager
 def through_gloo() -> Iterator[None]:
-    """Say in one line what gloo says with its source file when another process has ended."""
+    """Wait for the other ranks, and say in one line what gloo says with its source file when one has ended.
+
+    gloo itself waits for 30 s at most; rank 0 may be writing for longer.
+    """
+    if _wait is not None:
+        _wait()
     try:
         yield
     except RuntimeError as error:

@@ -14,6 +14,7 @@ import os
 import re
 import signal
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,9 @@ _INSTALLED = ("paddle", "paddlenlp", "numpy", "numba", "llvmlite", "faiss", "tok
 
 # C0 without tab and line feed, DEL, C1, and the marks and overrides of writing direction.
 _UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+
+# The launcher shows the log of a worker that has failed: those that say nothing leave after the one that has spoken.
+_LET_SPEAK_S = 3
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _PR_SET_PDEATHSIG = 1
@@ -107,6 +111,11 @@ def world_size() -> int:
 def local_world_size() -> int:
     """The number of workers on this node."""
     return _from_launcher("PADDLE_LOCAL_SIZE", 0) or world_size()
+
+
+def rank_on_machine() -> int:
+    """This worker's number among those of its node."""
+    return _from_launcher("PADDLE_RANK_IN_NODE", rank() % local_world_size())
 
 
 def _from_launcher(name: str, default: int) -> int:
@@ -266,6 +275,8 @@ def run(main: Callable[[], None]) -> None:
         if not getattr(error, "told_elsewhere", False):
             message = shown(" ".join(str(error).split()))
             print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(_LET_SPEAK_S)
         _leave(2)
     except MemoryError as error:
         print(f"{os.path.basename(sys.argv[0])}: error: out of memory: {error}", file=sys.stderr, flush=True)
