@@ -12,7 +12,7 @@ from conftest import make_rows, make_tiny_bert, read_jsonl, run_script, write_js
 from test_dedup import one_by_one
 
 from clean_query import Clean_Query
-from utils import arguments
+from utils import arguments, cleaning, interruption
 from utils.embedding import build_encoders
 from utils.records import fold
 
@@ -52,6 +52,18 @@ def test_without_a_threshold_it_lies_above_what_unrelated_queries_score(tmp_path
         mean = result.report["unrelated_queries"]["mean"]
         assert result.threshold == (expected or round(mean + 0.85 * (1 - mean), 2))
         assert not [removed for removed in result.removed if removed.reason == "similar"]
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_an_interrupted_comparison_says_that_it_begins_again(job, rows, tmp_path, monkeypatch, own):
+    def interrupted(*given):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cleaning.dedup, "remove_near_duplicates", interrupted)
+    np.save(tmp_path / "v.npy", np.random.default_rng(0).standard_normal((len(rows), 8), np.float32))
+    kept = "" if own else "encodes nothing again, but "
+    with pytest.raises(interruption.Interrupted, match=f"^the same command {kept}compares from the first row on"):
+        job(**{"embeddings_path": str(tmp_path / "v.npy")} if own else {})
 
 
 def test_few_queries_that_are_all_alike_are_not_taken_for_unrelated_ones(tmp_path, caplog):

@@ -8,7 +8,8 @@ import pytest
 from conftest import FILLERS, TOPICS, read_jsonl, run_script, write_jsonl
 
 from embedding_evaluate import Embedding_Evaluation
-from utils import arguments, trec
+from utils import arguments, interruption, trec
+from utils import evaluation as evaluation_module
 from utils.arguments import EvaluateArguments
 from utils.embedding import build_encoders
 from utils.scores import pair_scores
@@ -129,6 +130,15 @@ def test_queries_of_one_text_are_one_however_they_are_written(tiny_model, tmp_pa
     counts = result.report["counts"]
     assert (counts["queries"], counts["query_rows_merged"], counts["positives"]) == (2, 3, 5)
     assert read_jsonl(tmp_path / "out" / "eval.jsonl")[0]["query"] == spellings[0]
+
+
+def test_an_interrupted_search_says_that_it_begins_again(tiny_model, tmp_path, dev, monkeypatch):
+    def interrupted(*given, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluation_module.ShardedIndex, "of", interrupted)
+    with pytest.raises(interruption.Interrupted, match="encodes nothing again, but searches from the first query on"):
+        evaluation(tiny_model, tmp_path, **paths(dev)).evaluate()
 
 
 def test_values_against_brute_force(tiny_model, tmp_path, dev):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from utils import dedup, engines, merged_positives, report, thresholds
+from utils import dedup, engines, interruption, merged_positives, report, thresholds
 from utils.arguments import CleanArguments, input_paths
 from utils.dedup import DedupResult
 from utils.distributed import Ranks
@@ -75,7 +75,11 @@ def clean(given: CleanArguments) -> CleaningResult:
         with run.stage("read"):
             inputs = ranks.start(lambda: _Inputs.read(given, outputs))
         vectors, reference = _vectors(given, ranks, run, inputs, outputs)
-        with run.stage("dedup"):
+        kept = "" if given.embeddings_path else "encodes nothing again, but "
+        with (
+            run.stage("dedup"),
+            interruption.promising(lambda: f"the same command {kept}compares from the first row on"),
+        ):
             result, nearest = _decide(given, ranks, run, inputs, vectors, reference)
         del vectors, reference  # memory maps of files that are removed next
         with run.stage("write"):

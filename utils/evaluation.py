@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from utils import beir, comparison, engines, metrics, report, runtime, statistics, trec
+from utils import beir, comparison, engines, interruption, metrics, report, runtime, statistics, trec
 from utils import collection as collections
 from utils.arguments import EvaluateArguments, ModelArguments, input_paths
 from utils.collection import Collection
@@ -66,7 +66,7 @@ def evaluate(given: EvaluateArguments) -> EvaluationResult:
             (other,) = values.values()
         elif inputs is not None:
             other = inputs.earlier
-        with run.stage("write"):
+        with run.stage("write"), interruption.promising(lambda: _begins_again(given)):
             means = ranks.on_first(lambda: _summarize(given, outputs, inputs, by_dimension, other, run))
         return ranks.broadcast_object(ranks.on_first(lambda: EvaluationResult(means, run.publish(outputs))))
 
@@ -176,6 +176,11 @@ def _evaluate_rankings(
     return {None: judge.values}
 
 
+def _begins_again(given: EvaluateArguments) -> str:
+    kept = "" if given.query_embeddings_path else "encodes nothing again, but "
+    return f"the same command {kept}searches from the first query on"
+
+
 def _evaluate_model(
     given: EvaluateArguments,
     model: ModelArguments,
@@ -194,7 +199,7 @@ def _evaluate_model(
     dimensions = sorted(given.dimension or [width], reverse=True)
     values: dict[int, np.ndarray | None] = {}
     for dim in dimensions[:1] if is_other else dimensions:
-        with run.stage("search"), ExitStack() as stack:
+        with run.stage("search"), interruption.promising(lambda: _begins_again(given)), ExitStack() as stack:
             writer = None
             if inputs is not None and dim == dimensions[0] and not is_other:
                 writer = QueryWriter(given, inputs.collection, outputs, stack)
