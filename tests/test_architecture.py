@@ -14,7 +14,7 @@ AREAS = {
     "machine": ("interruption runtime mapped shared_memory threads compiled", "own_files"),
     "products": ("avx512 amx matmul amx_matmul amx_attention amx_attention_gradients kernel_maths", "machine"),
     "ranks": ("meeting distributed", "machine"),
-    "rows": ("records ragged merged_positives beir mining_formats", ""),
+    "rows": ("records row_keys ragged merged_positives beir mining_formats", ""),
     "files": ("outputs json_files", "own_files records"),
     "stores": ("embedding_store", "own_files files"),
     "reports": ("report", "runtime files"),
@@ -65,8 +65,8 @@ AREAS = {
     ),
     "training": (
         "training",
-        "arguments machine ranks records files reports formulae models texts encoding batches trainable dev folders"
-        " resuming export trainer",
+        "arguments machine ranks records row_keys files reports formulae models texts encoding batches trainable dev"
+        " folders resuming export trainer",
     ),
 }  # fmt: skip
 # The packages that are not Python's own, and who may import them.

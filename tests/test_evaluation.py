@@ -141,6 +141,47 @@ def test_an_interrupted_search_says_that_it_begins_again(tiny_model, tmp_path, d
         evaluation(tiny_model, tmp_path, **paths(dev)).evaluate()
 
 
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_a_rows_prompt_is_its_querys_template(tiny_model, tmp_path, nproc):
+    """As rows that hold it already, with no template; rows of one text with two prompts are two queries."""
+    texts = sentences(40, seed=3)
+    prompts = ["where is the ", "", "my new "]
+    rows = [{"query": texts[i % 10], "pos_passage": [texts[10 + i]], "prompt": prompts[i % 3]} for i in range(30)]
+    filled = [{"query": row["prompt"] + row["query"], "pos_passage": row["pos_passage"]} for row in rows]
+    path = write_jsonl(tmp_path / "a.json", rows)
+    out = tmp_path / "a.jsonl"
+    options = ["--model_path", tiny_model, "--dev_path", path, "--query_template", "old {text}", "--dtype", "float32"]
+    done = run_script("embedding_evaluate.py", *options, "--output_data_path", out, nproc=nproc)
+    assert done.returncode == 0, done.stderr
+    assert nproc > 1 or "30 rows have a prompt: it stands before the query" in done.stderr
+    report = json.loads(out.with_name(out.name + ".report.json").read_text())
+    assert report["encoder"]["queries"]["own_prompts"] == 30
+    found = read_jsonl(out)
+    assert [row["prompt"] for row in found] == [row["prompt"] for row in rows]
+    # An earlier run of the same queries, two of a text among them, can be compared with; of the filled ones, it cannot.
+    again = evaluation(tiny_model, tmp_path, dev_path=path, query_template="{text}", compare_with=str(out)).evaluate()
+    assert again.report["comparison"]["n_equal"] == 30
+    assert again.report["comparison"]["settings_apart"] == ["queries: template is '{text}', the other's 'old {text}'"]
+    path = write_jsonl(tmp_path / "b.json", filled)
+    result = evaluation(tiny_model, tmp_path, dev_path=path, query_template="{text}").evaluate()
+    expected = read_jsonl(tmp_path / "out" / "eval.jsonl")
+    names = [name for name in result if name in found[0]]
+    assert [[row[name] for name in names] for row in found] == [[row[name] for name in names] for row in expected]
+    plain = write_jsonl(tmp_path / "plain.json", [row | {"prompt": None} for row in rows])
+    other = evaluation(tiny_model, tmp_path, dev_path=plain, query_template="{text}").evaluate()
+    assert other.report["counts"]["queries"] == 10 and dict(other) != dict(result)
+
+
+def test_a_prompt_or_type_without_a_meaning_is_said(tiny_model, tmp_path, caplog):
+    rows = [{"query": f"q{i}", "pos_passage": ["p"], "prompt": "x", "type": "symmetric_class"} for i in range(3)]
+    rows.append({"query": "r", "pos_passage": ["p"], "prompt": 7, "type": ["odd"]})
+    path = write_jsonl(tmp_path / "dev.json", rows)
+    evaluation(tiny_model, tmp_path, dev_path=path, lexical=True).evaluate()
+    assert "3 rows have a prompt, which is not used: no query is encoded" in caplog.text
+    assert "warning: 1 rows have a prompt that is not a string" in caplog.text
+    assert "warning: 4 rows have a type (symmetric_class, ['odd']), which only training uses" in caplog.text
+
+
 def test_values_against_brute_force(tiny_model, tmp_path, dev):
     result = evaluation(tiny_model, tmp_path, **paths(dev)).evaluate()
     assert list(result) == KEYS

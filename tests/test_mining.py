@@ -244,6 +244,28 @@ def test_queries_of_one_text_are_one_however_they_are_written(mine, tmp_path):
     assert [row["neg_passage"] for row in rows] == [[first, second]] * len(asking)
 
 
+def test_a_rows_prompt_is_its_querys_template(mine, tmp_path, caplog):
+    """As rows that hold it already, with no template; positives hold for a text with any prompt."""
+    caplog.set_level("INFO")
+    prompts = ["where is the ", "", "my new "]
+    rows = [row | {"prompt": prompts[i % 3]} for i, row in enumerate(mining_rows())]
+    filled = [row | {"query": row["prompt"] + row["query"], "prompt": None} for row in rows]
+    options = {"positive_similarity": None, "relative_margin": None, "num_negatives": 5}
+    outs = []
+    for name, part, template in (("a", rows, "old {text}"), ("b", filled, "{text}"), ("c", rows, "{text}")):
+        part = [{k: v for k, v in row.items() if k != "prompt"} for row in part] if name == "c" else part
+        path = write_jsonl(tmp_path / f"{name}.json", part)
+        _, out = mine(input_data_path=path, query_template=template, **options)
+        outs.append([row["neg_passage"] for row in read_jsonl(out)])
+    banned = [forbidden_texts(rows)[fold(row["query"])] for row in rows]
+    assert not any({*map(fold, mined)} & texts for mined, texts in zip(outs[0], banned, strict=True))
+    # What is forbidden goes by the text without its prompt, so that a filled query may see more.
+    same = [i for i, texts in enumerate(banned) if not {*map(fold, outs[1][i])} & texts]
+    assert len(same) > len(rows) / 2 and [outs[0][i] for i in same] == [outs[1][i] for i in same]
+    assert outs[2] != outs[0]
+    assert f"{len(rows)} rows have a prompt: it stands before the query" in caplog.text
+
+
 def graded_rows() -> list[dict]:
     """Queries, each of which has a positive that is as near to another query as can be."""
     rows = make_rows(60, seed=4)

@@ -117,6 +117,30 @@ def test_training_learns_and_the_checkpoint_is_a_model(run, tmp_path):
     assert len({path.stat().st_mode for path in (tmp_path / "out").rglob("*") if path.is_file()}) == 1
 
 
+def test_a_rows_prompt_is_its_querys_template(run, data, tmp_path, caplog):
+    """The same weights and dev metrics as of rows that hold the instruction already, with no template."""
+    caplog.set_level("INFO")
+    rows, dev = (read_jsonl(Path(data) / name) for name in ("train.json", "dev.json"))
+    prompts = ["where is the ", "", "new "]
+    folders = []
+    for prefilled in (False, True):
+        folders.append(tmp_path / f"data{prefilled}")
+        folders[-1].mkdir()
+        for name, part in (("train.json", rows), ("dev.json", dev)):
+            made = []
+            for i, row in enumerate(part):
+                prompt = prompts[i % 3]
+                made.append(row | ({"query": prompt + row["query"]} if prefilled else {"prompt": prompt}))
+            write_jsonl(folders[-1] / name, made)
+    options = {"evaluation_strategy": "epoch", "dataloader_drop_last": True, "max_steps": 3, "seed": 1}
+    one = run("one", dataset_name_or_path=str(folders[0]), query_template="my {text}", **options)
+    other = run("other", dataset_name_or_path=str(folders[1]), query_template="{text}", **options)
+    assert one.before == other.before and one.metrics == other.metrics
+    plain = run("plain", query_template="{text}", **options)
+    assert plain.loss != one.loss
+    assert "60 rows have a prompt: it stands before the query" in caplog.text
+
+
 def test_xlm_roberta_too(run, tiny_model, tmp_path):
     """PaddleNLP gives its weights Hugging Face's names, but not their layout."""
     base = tmp_path / "xlmr"

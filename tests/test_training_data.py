@@ -480,3 +480,90 @@ def test_the_loader_numbers_batches_over_epochs(rows):
     assert len(passed_over) == 3 and [batch.number for (batch,) in rest] == [8, 9]
     loader.set_epoch(2)
     assert None not in loader
+
+
+class Texts:
+    """Instead of a tokenizer: the texts as they would be tokenised."""
+
+    def __call__(self, texts):
+        return list(texts)
+
+
+def test_a_rows_prompt_stands_in_for_the_template(tmp_path):
+    made = [
+        row("q0", ["p0"], ["n0"]), row("q1", ["p1"], ["n1"], prompt="find: "), row("q2", ["p2"], ["n2"], prompt=""),
+        row("q3", ["p3"], ["n3"], prompt="like: ", type="symmetric_sts"),
+        row("q4", ["p4"], type="symmetric_clustering"),
+        row("q5", ["p5"], prompt=["no", "text"]), row("q0", ["p0"], prompt="{text} of "),
+    ]  # fmt: skip
+    found = read([write_jsonl(tmp_path / "a.jsonl", made)], None, "error", False)
+    collate = Collator(found, 2, (Texts(), Texts()), ("Q {text} Q", "P {text}"))
+    batch = collate(drawn(Plan(found, 7, 2, seed=0), range(7)), 0)
+    assert batch.query_tokens == ["Q q0 Q", "find: q1", "q2", "like: q3", "Q q4 Q", "Q q5 Q", "{text} of q0"]
+    positives = ["P p0", "P p1", "P p2", "like: p3", "Q p4 Q", "P p5", "P p0"]
+    assert batch.passage_tokens[::2] == positives and batch.passage_tokens[7] == "like: n3"
+    assert (found.keys.prompts, found.keys.bad_prompts) == (4, 1)
+
+
+def test_the_preflight_measures_queries_with_their_prompts(tmp_path):
+    made = [row(f"q{i}", [f"p{i}"], [f"n{i}"], prompt="one two three") for i in range(9)] + [row("q", ["p"])]
+    rows = read([write_jsonl(tmp_path / "a.jsonl", made)], None, "error", False)
+    found = preflight(Plan(rows, 5, 2, seed=0), (Words(), Words()), ("x {text}", "{text}"), (2, 9))
+    assert found.facts["queries_median_tokens"] == 3 and found.facts["queries_cut_share"] == 0.9
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_who_is_whose_negative_by_the_types(tmp_path, seed):
+    """Against the rule spelt out: classes and clusters are alone with the negatives that they name themselves."""
+    rng = np.random.default_rng(seed)
+    types = ["normal", "only_1neg", "symmetric_sts", "symmetric_class", "symmetric_clustering", None, "other"]
+    made = []
+    for i in range(24):
+        names = [f"n{k}" for k in rng.choice(30, rng.integers(0, 5), replace=False)]
+        made.append(row(f"q{i % 20}", [f"p{i % 12}"], names, type=types[rng.integers(len(types))]))
+    path = write_jsonl(tmp_path / "a.jsonl", made)
+    rows = read([path], None, "error", False)
+    examples, g = drawn(Plan(rows, 24, 4, seed=seed), range(24)), 4
+    found = ignored(rows, examples)
+    answers = {
+        query: {r["pos_passage"][0] for r in made if r["query"] == query} for query in {r["query"] for r in made}
+    }
+    alone = [r["type"] in ("symmetric_class", "symmetric_clustering") for r in made]
+    for i, asking in enumerate(made):
+        for j, other in enumerate(examples):
+            for place, passage in enumerate(other.passages.tolist()):
+                text = rows.passages[passage]
+                counts = text not in answers[asking["query"]]
+                if alone[i] or alone[j]:
+                    counts &= i == j and text in asking["neg_passage"]
+                assert found[i, j * g + place] == (not counts and (i, 0) != (j, place))
+        if asking["type"] == "only_1neg" and asking["neg_passage"]:
+            assert rows.passages[examples[i].passages[1]] in asking["neg_passage"]
+    n_unknown = sum(kind == "other" for kind in (r["type"] for r in made))
+    assert rows.keys.unknown == n_unknown
+
+
+@pytest.mark.parametrize(("group_size", "n"), [(1, 6), (2, 2)])
+def test_rows_that_stand_alone_without_negatives_are_told_of(tmp_path, group_size, n):
+    made = [row(f"q{i}", [f"p{i}"], ["n"] * (i > 1), type="symmetric_class") for i in range(6)] + [row("q", ["p"])]
+    rows = read([write_jsonl(tmp_path / "a.jsonl", made)], None, "error", False)
+    found = preflight(Plan(rows, 7, group_size, seed=0), (Words(), Words()), ("{text}", "{text}"), (9, 9))
+    assert f"{n} rows of a type that has no in-batch negatives see no negative" in " ".join(found.warnings)
+
+
+def test_one_negative_is_one_negative(tmp_path):
+    """The other places of the group are filled as those of any row with too few."""
+    made = [row("q", ["p"], [f"n{i}" for i in range(6)], type="only_1neg")]
+    made += [row(f"q{i}", [f"p{i}"]) for i in range(30)]
+    rows = read([write_jsonl(tmp_path / "a.jsonl", made)], None, "error", False)
+    for seed in range(5):
+        (example,) = drawn(Plan(rows, 1, 4, seed=seed), [0])
+        assert [rows.passages[p][0] for p in example.passages] == ["p", "n", "p", "p"]
+
+
+@pytest.mark.parametrize("name", ["a_no_in_batch_neg.jsonl", "b_no_in_batch_neg/train.jsonl"])
+def test_flagembeddings_names_of_files_without_in_batch_negatives(tmp_path, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    path = write_jsonl(tmp_path / name, [row("q", ["p"], ["n"])])
+    other = write_jsonl(tmp_path / "c.jsonl", [row("r", ["s"], ["t"])])
+    assert read([path, other], None, "error", False).alone.tolist() == [True, False]

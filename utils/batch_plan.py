@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from utils import hard_batches
+from utils.row_keys import ONE_NEGATIVE
 from utils.training_rows import TrainingRows
 
 # Entries put aside for a later batch that are looked at again for the next one, in batches.
@@ -173,6 +174,8 @@ class Plan:
                 continue
             drawn = all_negatives[row].copy()
             rng.shuffle(drawn)
+            if self.rows.types.get(row) == ONE_NEGATIVE:
+                drawn = drawn[:1]
             group[1 : 1 + len(drawn)] = drawn[:wanted]
             if len(drawn) < wanted:
                 group[1 + len(drawn) :] = self._random_negatives(rng, row, drawn, wanted - len(drawn))

@@ -15,6 +15,7 @@ from utils.embedding import build_encoders, embed, note_cut
 from utils.embedding_store import derive, read_user_vectors
 from utils.outputs import Outputs, write_rejected
 from utils.records import RawLine, RecordError, Source, fold, parse_object, to_line
+from utils.row_keys import KeyCounts
 from utils.search import Neighbors, ShardedIndex
 
 logger = logging.getLogger(__name__)
@@ -99,17 +100,19 @@ class _Queries:
     first: np.ndarray
     folded: dict[str, int]
     n_bare: int
+    keys: KeyCounts
 
     @classmethod
     def read(cls, path: str, on_bad_row: str) -> "_Queries":
         source = Source(path, ("query",), on_bad_row)
-        lines, texts, first, folded, n_bare = [], [], [], {}, 0
+        lines, texts, first, folded, n_bare, keys = [], [], [], {}, 0, KeyCounts()
         for record in source:
             n_bare += not record.pos_passage
+            keys.add(record.row)
             first.append(folded.setdefault(fold(record.query), len(texts)))
             lines.append(record.line)
             texts.append(record.query)
-        return cls(source, np.array(lines, np.int64), texts, np.array(first, np.int64), folded, n_bare)
+        return cls(source, np.array(lines, np.int64), texts, np.array(first, np.int64), folded, n_bare, keys)
 
     @property
     def unique(self) -> np.ndarray:
@@ -139,6 +142,8 @@ class _Inputs:
         if 0 < queries.n_bare < len(queries.texts):
             logger.warning("warning: %s: %d of %d rows have no positive, and mining and training will refuse those",
                            given.input_data_path, queries.n_bare, len(queries.texts))  # fmt: skip
+        queries.keys.log_prompts("queries are compared without it")
+        queries.keys.log_unused_types()
         reference, vectors = None, None
         if given.reference_data_path:
             reference = _Queries.read(given.reference_data_path, given.on_bad_row)

@@ -1,8 +1,8 @@
 """A test collection: queries, the corpus, and which passages are relevant to which query.
 
 Read from our own JSONL rows, with or without a corpus file, or from a BEIR folder. In our own rows a
-passage is its text: equal texts, letter for letter, are one passage, and rows with the same query are
-one query with the positives of all of them. In a BEIR folder a passage is its id, as its judgments have it.
+passage is its text: equal texts, letter for letter, are one passage, and rows with the same query (and prompt)
+are one query with the positives of all of them. In a BEIR folder a passage is its id, as its judgments have it.
 """
 
 import hashlib
@@ -17,6 +17,7 @@ from utils import beir
 from utils.arguments import EvaluateArguments
 from utils.ragged import Ragged
 from utils.records import RecordError, Source, fold, parse_record, read_lines, set_aside
+from utils.row_keys import KeyCounts, prompt_of
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +74,8 @@ class Collection:
 
     passages holds the corpus, ``n_corpus`` texts, and then judged passages that are not in the corpus.
     query_rows and passage_rows give each one's number in reading order, before equal ones became one;
-    n_query_rows and n_passage_rows count them there. ``ignored`` are the rows that a query must not find.
+    n_query_rows and n_passage_rows count them there. ``prompts``, of rows of our own, stand before their queries in
+    place of a template. ``ignored`` are the rows that a query must not find.
     """
 
     queries: list[str]
@@ -86,6 +88,7 @@ class Collection:
     n_passage_rows: int
     query_ids: list[str]
     passage_ids: list[str] | None
+    prompts: list[str | None] = field(default_factory=list)
     ignored: dict[int, list[int]] = field(default_factory=dict)
     rejected: list[RecordError] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
@@ -149,11 +152,12 @@ class _Numbered:
         self.texts: list[str] = []
         self.rows: list[int] = []
         self.n_read = 0
-        self._merge, self._key, self._first = merge, key, dict[str, int]()
+        self._merge, self._key, self._first = merge, key, dict[str | tuple[str, str], int]()
 
-    def add(self, text: str) -> int:
-        """The next text's number."""
-        number, new = self._first.setdefault(self._key(text), len(self.texts)), len(self.texts)
+    def add(self, text: str, prompt: str | None = None) -> int:
+        """The next text's number; with different prompts, equal texts have different ones."""
+        key, new = self._key(text), len(self.texts)
+        number = self._first.setdefault(key if prompt is None else (prompt, key), new)
         if not self._merge or number == new:
             number = new
             self.texts.append(text)
@@ -176,11 +180,16 @@ def _read_rows(given: EvaluateArguments) -> Collection:
         for text in read_corpus_file(given.corpus_path, bad):
             corpus.add(text)
     lines: list[int] = []
+    prompts: list[str | None] = []
+    keys = KeyCounts()
     positives: list[dict[str, None]] = []
     source = Source(given.dev_path, ("query", "pos_passage"), given.on_bad_row)
     for record in source:
-        query = queries.add(record.query)
+        keys.add(record.row)
+        prompt = prompt_of(record.row)
+        query = queries.add(record.query, prompt)
         if query == len(positives):
+            prompts.append(prompt)
             lines.append(record.line)
             positives.append({})
         positives[query] |= dict.fromkeys(record.pos_passage)
@@ -190,6 +199,9 @@ def _read_rows(given: EvaluateArguments) -> Collection:
     if given.neg_path is not None:
         for text in read_corpus_file(given.neg_path, bad):
             corpus.add(text)
+    encodes = given.query_embeddings_path is None and not given.judges_rankings
+    keys.log_prompts(None if encodes else "no query is encoded")
+    keys.log_unused_types()
     n_corpus, n_read, passage_rows = len(corpus.texts), corpus.n_read, np.array(corpus.rows, np.int64)
     # Positives that the corpus lacks come after it, and none of them counts as read.
     judged = [{corpus.add(text): 1 for text in texts} for texts in positives]
@@ -204,6 +216,7 @@ def _read_rows(given: EvaluateArguments) -> Collection:
         n_passage_rows=n_read,
         query_ids=[f"q{line}" for line in lines],
         passage_ids=None,
+        prompts=prompts,
         rejected=rejected,
         counts={
             "query_rows": source.n_rows,

@@ -10,9 +10,10 @@ from utils import json_files, statistics
 from utils.collection import Collection
 from utils.outputs import REPORT
 from utils.records import RecordError, parse_object, read_lines
+from utils.row_keys import prompt_of
 
 # What two encoders may do differently with one text. Pooling and dimensions differ by model, and are not named.
-_SETTINGS = ("template", "max_src_len", "dtype")
+_SETTINGS = ("template", "max_src_len", "dtype", "own_prompts")
 
 
 @dataclass
@@ -94,13 +95,14 @@ def _short(value: object) -> str:
 def read_earlier(path: str, collection: Collection, names: list[str], digest: str) -> np.ndarray:
     """An earlier run's values of this run's queries: float64 [queries, len(names)].
 
-    Queries are told apart by their text, or by their id where the collection comes with ids.
+    Queries are told apart by their text and prompt, or by their id where the collection comes with ids.
 
     Raises:
         ValueError: a row that cannot be used, other queries or judgments, or a metric that is not there.
     """
     by_id = collection.passage_ids is not None
-    numbers = {key: row for row, key in enumerate(collection.query_ids if by_id else collection.queries)}
+    keys = collection.query_ids if by_id else zip(collection.queries, collection.prompts, strict=True)
+    numbers: dict = {key: row for row, key in enumerate(keys)}
     values = np.full((len(numbers), len(names)), np.nan)
     for raw in read_lines(path):
         row = parse_object(raw, path)
@@ -108,9 +110,10 @@ def read_earlier(path: str, collection: Collection, names: list[str], digest: st
         def bad(reason: str, line: int = raw.number) -> RecordError:
             return RecordError(path, line, reason)
 
-        key = row.get("id" if by_id else "query")
-        if not isinstance(key, str) or key not in numbers:
-            raise bad(f"query {key!r:.80} is not among this run's; expected a file made from the same queries")
+        name = row.get("id" if by_id else "query")
+        key = name if by_id else (name, prompt_of(row))
+        if not isinstance(name, str) or key not in numbers:
+            raise bad(f"query {name!r:.80} is not among this run's; expected a file made from the same queries")
         if row.get("collection", digest) != digest:
             raise bad("made from another corpus, queries or judgments; expected an evaluation on the same ones")
         for column, name in enumerate(names):

@@ -10,8 +10,9 @@ import numpy as np
 from utils import engines, metrics
 from utils.collection import read_corpus_file
 from utils.distributed import Ranks
-from utils.encoder import TextEncoder
+from utils.encoder import Encoder, TextEncoder
 from utils.records import Source
+from utils.row_keys import KeyCounts, prompt_of
 from utils.search import ShardedIndex
 
 logger = logging.getLogger(__name__)
@@ -30,12 +31,14 @@ class DevSet:
     """Queries, the corpus, and each query's relevant passages, by number.
 
     Equal texts are one text, as in ``collection``; a query's positives are those of all its rows.
-    ``digests`` are of the files' contents, by path.
+    Rows of one query with different prompts are different queries. ``digests`` are of the files' contents, by path.
     """
 
     queries: list[str]
     corpus: list[str]
     positives: list[set[int]]
+    prompts: list[str | None] = field(default_factory=list)
+    keys: KeyCounts = field(default_factory=KeyCounts)
     digests: dict[str, str] = field(default_factory=dict)
 
     @classmethod
@@ -45,7 +48,7 @@ class DevSet:
         Raises:
             OSError, ValueError: a file that cannot be read, or a bad row.
         """
-        queries: dict[str, int] = {}
+        queries: dict[tuple[str, str | None], int] = {}
         passages: dict[str, int] = {}
         dev = cls([], [], [])
 
@@ -57,9 +60,12 @@ class DevSet:
 
         source = Source(path, ("query", "pos_passage"), on_bad_row)
         for record in source:
-            query = queries.setdefault(record.query, len(dev.queries))
+            dev.keys.add(record.row)
+            prompt = prompt_of(record.row)
+            query = queries.setdefault((record.query, prompt), len(dev.queries))
             if query == len(dev.queries):
                 dev.queries.append(record.query)
+                dev.prompts.append(prompt)
                 dev.positives.append(set())
             dev.positives[query].update(number(text) for text in record.pos_passage)
             for text in record.neg_passage:
@@ -72,11 +78,10 @@ class DevSet:
             dev.digests[corpus_path] = hasher.hexdigest()
         return dev
 
-    def evaluate(self, encoders: tuple[TextEncoder, TextEncoder], ranks: Ranks) -> dict[str, float]:
+    def evaluate(self, encoders: tuple[Encoder, TextEncoder], ranks: Ranks) -> dict[str, float]:
         """Means of ``METRICS`` over the queries, on every rank; the ranks share the encoding and the search."""
-        queries, passages = (
-            _encode(encoder, texts, ranks) for encoder, texts in zip(encoders, (self.queries, self.corpus), strict=True)
-        )
+        queries = _encode(*encoders[0].prompted(self.queries, self.prompts), ranks)
+        passages = _encode(encoders[1], self.corpus, ranks)
         n_corpus, dim = passages.shape
         index = ShardedIndex.of(ranks, passages if ranks.is_first else None, n_corpus, dim, engines.device())
         depth = min(_DEEPEST, n_corpus)

@@ -85,6 +85,27 @@ def embed(encoder: TextEncoder, texts: Sequence[str] | None, ranks: Ranks, folde
             store.close()
 
 
+def with_prompts(
+    encoder: Encoder, texts: Sequence[str] | None, prompts: Sequence[str | None] | None, ranks: Ranks
+) -> tuple[Encoder, Sequence[str] | None]:
+    """What encodes these queries, and as which texts, where some of them have prompts of their own.
+
+    Args:
+        texts, prompts: on rank 0; None elsewhere.
+    """
+    some = any(prompt is not None for prompt in prompts) if prompts is not None else None
+    if not ranks.broadcast_object(some):
+        return encoder, texts
+    ready, filled = encoder.prompted(texts or (), prompts or ())
+    return ready, filled if texts is not None else None
+
+
+def description(encoder: Encoder, prompts: Sequence[str | None] | None) -> dict:
+    """Of an encoder of queries, for a report: how many of them have prompts of their own, too."""
+    own_prompts = sum(prompt is not None for prompt in prompts or ())
+    return encoder.description() | ({"own_prompts": own_prompts} if own_prompts else {})
+
+
 def note_cut(run: RunReport, what: str, cut: Cut | None, is_other: bool = False) -> None:
     """Put what the length limit left out into the report: ``cut``, or ``other_cut`` for a second model."""
     if cut is not None:

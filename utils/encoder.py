@@ -9,7 +9,7 @@ import logging
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import islice
 from typing import NamedTuple, Protocol
@@ -195,6 +195,12 @@ class Encoder:
                 for future in ready:
                     future.cancel()
                 self._remembered = {}
+
+    def prompted(self, texts: Sequence[str], prompts: Sequence[str | None]) -> tuple["Encoder", list[str]]:
+        """The texts with their own prompts before them, or else in the template; and the encoder that takes them so."""
+        ready = Encoder(self.model, replace(self.settings, template="{text}"), self._engine)
+        pairs = zip(texts, prompts, strict=True)
+        return ready, [self._filled(text) if prompt is None else prompt + text for text, prompt in pairs]
 
     def _filled(self, text: str) -> str:
         return self.settings.template.replace("{text}", text)

@@ -14,7 +14,7 @@ from utils.arguments import EvaluateArguments, ModelArguments, input_paths
 from utils.collection import Collection
 from utils.comparison import Comparison
 from utils.distributed import Ranks
-from utils.embedding import build_encoders, embed, note_cut
+from utils.embedding import build_encoders, description, embed, note_cut, with_prompts
 from utils.embedding_store import derive, read_user_vectors
 from utils.evaluation_outputs import SUFFIXES, QueryWriter
 from utils.evaluation_rankings import GivenRankings
@@ -237,10 +237,10 @@ def _vectors(
     folder = Path(given.embedding_cache) if given.embedding_cache else outputs.work
     collection = inputs.collection if inputs is not None else None
     already = run.counts["encoded"], run.seconds.get("encode", 0.0)
+    prompts = collection.prompts if collection else None
+    prompted, texts = with_prompts(query_encoder, collection.queries if collection else None, prompts, ranks)
     with run.stage("encode"):
-        queries, n, cut_queries = embed(
-            query_encoder, collection.queries if collection else None, ranks, folder, "queries"
-        )
+        queries, n, cut_queries = embed(prompted, texts, ranks, folder, "queries")
         passages, m, cut_passages = embed(
             passage_encoder, collection.corpus if collection else None, ranks, folder, "passages"
         )
@@ -250,7 +250,7 @@ def _vectors(
     speed = (n + m) / max(run.seconds["encode"] - already[1], 1e-9)
     name = "other_encoder" if is_other else "encoder"
     run.results[name] = {
-        "queries": query_encoder.description(),
+        "queries": description(query_encoder, prompts),
         "passages": passage_encoder.description(),
         "texts_per_second": round(speed, 2),
     }

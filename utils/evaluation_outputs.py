@@ -36,6 +36,7 @@ class QueryWriter:
             query = start + place
             n_found = int((rows >= 0).sum())
             query_id = collection.query_ids[query]
+            prompt = collection.prompts[query] if collection.prompts else None
             if self.run is not None:
                 ids = [collection.passage_id(row) for row in rows[:n_found].tolist()]
                 self.run.write(trec.run_lines(query_id, ids, scores[:n_found]).encode())
@@ -47,6 +48,7 @@ class QueryWriter:
             entry = {
                 "id": query_id,
                 "query": collection.queries[query],
+                **({"prompt": prompt} if prompt is not None else {}),
                 "relevant": int(relevance.n_relevant[place]),
                 **dict(zip(names, values[place].tolist(), strict=True)),
                 "passages": [self._passage(row, rank, score, grade) for rank, (score, row, grade) in enumerate(top, 1)],

@@ -10,7 +10,7 @@ import numpy as np
 from utils import margins, mining_outputs, negatives, report
 from utils.arguments import MiningArguments, input_paths
 from utils.distributed import Ranks
-from utils.embedding import build_encoders, embed, note_cut
+from utils.embedding import build_encoders, description, embed, note_cut, with_prompts
 from utils.embedding_store import derive, fingerprint
 from utils.faiss_search import check_factory
 from utils.margins import Background
@@ -96,6 +96,8 @@ def _read(given: MiningArguments, outputs: Outputs) -> Inputs:
         logger.warning("%d passages to mine from, but %d negatives a row wanted", inputs.n_candidates, wanted)
     if inputs.n_unjudged:
         logger.info("%d queries of the folder have no relevant passage and are left out", inputs.n_unjudged)
+    inputs.keys.log_prompts(None if inputs.query_vectors is None else "vectors are given")
+    inputs.keys.log_unused_types()
     if inputs.n_with_negatives:
         logger.warning("%d rows already have negatives; the mined ones take their place", inputs.n_with_negatives)
     return inputs
@@ -109,10 +111,11 @@ def _encode(
         own = ranks.on_first(lambda: _users_vectors(given, inputs, outputs))
         return own or Vectors(None, None, given.normalizes_own_vectors)
     query_encoder, passage_encoder = ranks.all_agree(lambda: build_encoders(given))
+    prompted, texts = with_prompts(
+        query_encoder, inputs.queries if inputs else None, inputs.prompts if inputs else None, ranks
+    )
     with run.stage("encode"):
-        queries, n_queries, cut_queries = embed(
-            query_encoder, inputs.queries if inputs else None, ranks, folder, "queries"
-        )
+        queries, n_queries, cut_queries = embed(prompted, texts, ranks, folder, "queries")
         passages, n_passages, cut_passages = embed(
             passage_encoder, inputs.passages if inputs else None, ranks, folder, "passages"
         )
@@ -121,10 +124,11 @@ def _encode(
     note_cut(run, "passages", cut_passages)
     if inputs is None:
         return Vectors(queries, passages, passage_encoder.normalize)
-    run.results["encoder"] = {"query": query_encoder.description(), "passage": passage_encoder.description()}
+    about = {"query": description(query_encoder, inputs.prompts), "passage": passage_encoder.description()}
+    run.results["encoder"] = about
     run.results["texts_per_second"] = round(run.counts["encoded"] / max(run.seconds["encode"], 1e-9), 2)
     keys = (
-        fingerprint(query_encoder.description(), inputs.queries),
+        fingerprint(prompted.description(), texts),
         fingerprint(passage_encoder.description(), inputs.passages),
     )
     return Vectors(queries, passages, passage_encoder.normalize, keys)

@@ -12,6 +12,7 @@ from utils.embedding_store import read_user_vectors
 from utils.mining_formats import answer_of
 from utils.ragged import Ragged
 from utils.records import Record, RecordError, Source, fold, parse_record, set_aside
+from utils.row_keys import KeyCounts, prompt_of
 
 # Under which keys a row may carry its own id.
 _QUERY_IDS = ("_id", "query_id", "id")
@@ -24,7 +25,9 @@ class Inputs:
 
     Attributes:
         n_rows: rows of the input, bad ones included; n_rejected_rows are bad.
-        queries: different texts, as they are first written, in that order; query_of_row gives each good row's.
+        queries: different texts, as they are first written, in that order; query_of_row gives each good row's. Equal
+            texts with different prompts are different queries, with the same positives.
+        prompts: for each query, what its rows say is to stand before it; keys counts what rows say.
         passages: different texts: those to mine from, then (``candidate_pool_only``) positives outside the pool.
         number_of: each passage's position in ``passages``.
         positives: for each query, the union of positives over all rows with the same query text.
@@ -40,6 +43,8 @@ class Inputs:
     n_rows: int = 0
     n_rejected_rows: int = 0
     queries: list[str] = field(default_factory=list)
+    prompts: list[str | None] = field(default_factory=list)
+    keys: KeyCounts = field(default_factory=KeyCounts)
     query_of_row: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     passages: list[str] = field(default_factory=list)
     n_candidates: int = 0
@@ -66,7 +71,7 @@ class Inputs:
         self = cls(given)
         self._source: Source | None = None
         self._beir_rows: list[Record] = []
-        self._query_of_id: dict[str, str] = {}
+        self._query_of_id: dict[str, tuple[str, str | None]] = {}
         if given.candidate_pool_only:
             self._read_pool()
             self.n_candidates = len(self.passages)
@@ -122,7 +127,7 @@ class Inputs:
         own_id = _own_id(record.row, _QUERY_IDS)
         if not given.run_path or own_id is None:
             return
-        query = _folded(record.query)
+        query = _folded(record.query), prompt_of(record.row)
         if self._query_of_id.setdefault(own_id, query) != query:
             raise RecordError(
                 given.input_data_path, record.line,
@@ -174,14 +179,18 @@ class Inputs:
 
         Queries of equal text are one, by the words of the first: what is known of one of them holds for all.
         """
-        query_number: dict[str, int] = {}
+        query_number: dict[tuple[str, str | None], int] = {}
         query_of_row = []
+        known: dict[str, list[int]] = {}
         positives_of: list[list[int]] = []
         for record in records:
-            number = query_number.setdefault(_folded(record.query), len(positives_of))
+            self.keys.add(record.row)
+            text, prompt = _folded(record.query), prompt_of(record.row)
+            number = query_number.setdefault((text, prompt), len(positives_of))
             if number == len(positives_of):
-                positives_of.append([])
+                positives_of.append(known.setdefault(text, []))
                 self.queries.append(record.query)
+                self.prompts.append(prompt)
             positives_of[number] += [self._number(text) for text in record.pos_passage]
             own_id = _own_id(record.row, _QUERY_IDS)
             if own_id is not None:

@@ -99,6 +99,8 @@ class _Inputs:
         shares_of_dropout(base, given.dropout)
         if base.hidden_size in dims and not any(given.embedding_matryoshka_weights or [1]):
             raise ValueError("embedding_matryoshka_weights are all 0, the full width's too; expected one above 0")
+        rows.keys.log_prompts()
+        rows.keys.log_types()
         if rows.rejected:
             logger.warning(
                 "warning: %s bad rows are left out, the first: %s", f"{len(rows.rejected):,}", rows.rejected[0]
@@ -118,6 +120,8 @@ def _read_dev(given: TrainArguments, path: str | None, rows: TrainingRows) -> De
         logger.info("no dev rows, so nothing is evaluated: give dev_dataset_path, or a folder with dev.json")
         return None
     dev = DevSet.read(path, given.dev_corpus_path, given.on_bad_row)
+    dev.keys.log_prompts()
+    dev.keys.log_unused_types()
     logger.info("dev: %s queries, %s passages of %s", f"{len(dev.queries):,}", f"{len(dev.corpus):,}", path)
     n_known = len({fold(query) for query in dev.queries}.intersection(map(fold, rows.queries)))
     if n_known:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from utils.batch_plan import Example, Plan
+from utils.row_keys import LIKE_QUERIES
 from utils.tokenizing import Tokenizer
 from utils.training_rows import TrainingRows
 
@@ -69,25 +70,38 @@ class Collator:
         own = [examples[i] for i in parts[self.rank]]
         whole = examples if self.shared else own
         return TrainingBatch(
-            query_tokens=self._tokens(0, [self.rows.queries[example.query_id] for example in own]),
-            passage_tokens=self._tokens(1, [self.rows.passages[p] for example in own for p in example.passages]),
+            query_tokens=self.tokenizers[0]([self._query(example) for example in own]),
+            passage_tokens=self.tokenizers[1]([text for example in own for text in self._passages(example)]),
             ignored=ignored(self.rows, whole),
             scores=self._scores(whole) if self.needs_scores else None,
             counts=[len(part) for part in parts],
             number=number,
         )
 
-    def _tokens(self, side: int, texts: list[str]) -> list[Sequence[int]]:
-        return self.tokenizers[side]([self.templates[side].replace("{text}", text) for text in texts])
+    def _query(self, example: Example) -> str:
+        return as_query(self.rows, example.row, self.rows.queries[example.query_id], self.templates[0])
+
+    def _passages(self, example: Example) -> list[str]:
+        texts = [self.rows.passages[p] for p in example.passages]
+        if self.rows.types.get(example.row) in LIKE_QUERIES:
+            return [as_query(self.rows, example.row, text, self.templates[0]) for text in texts]
+        return [self.templates[1].replace("{text}", text) for text in texts]
 
     def _scores(self, examples: list[Example]) -> np.ndarray:
         by_row = [[self.rows.scores[e.row].get(int(p), np.nan) for p in e.passages] for e in examples]
         return np.array(by_row, np.float32)
 
 
-def ignored(rows: TrainingRows, examples: list[Example]) -> np.ndarray:
-    """Which passages of a batch are no negatives of its queries, bool [n, n * g]: the known positives.
+def as_query(rows: TrainingRows, row: int, text: str, template: str) -> str:
+    """A text of a row as its query is encoded: with the row's own prompt before it, or in the template."""
+    prompt = rows.prompts.get(row)
+    return template.replace("{text}", text) if prompt is None else prompt + text
 
+
+def ignored(rows: TrainingRows, examples: list[Example]) -> np.ndarray:
+    """Which passages of a batch are no negatives of its queries, bool [n, n * g].
+
+    They are the known positives, and of rows that stand ``alone`` all but the negatives that such a row itself names.
     A query's own positive, at column i * g, is False: it is no negative, but the loss needs it.
     """
     columns: dict[int, list[int]] = {}
@@ -98,6 +112,11 @@ def ignored(rows: TrainingRows, examples: list[Example]) -> np.ndarray:
     for i, example in enumerate(examples):
         for passage in rows.known_positives[example.query_id] & columns.keys():
             mask[i, columns[passage]] = True
+        mask[i, i * group_size] = False
+    for i in np.flatnonzero(rows.alone[[example.row for example in examples]]).tolist():
+        group = slice(i * group_size, (i + 1) * group_size)
+        mask[i, :] = mask[:, group] = True
+        mask[i, group] = ~np.isin(examples[i].passages, rows.negatives[examples[i].row])
         mask[i, i * group_size] = False
     return mask
 
@@ -133,8 +152,11 @@ def preflight(
     """
     rows = plan.rows
     found = [Preflight({"rows": len(rows), "passages": len(rows.passages)}, [])]
-    for side, (name, texts) in enumerate((("queries", rows.queries), ("passages", rows.passages))):
-        lengths = _lengths(tokenizers[side], templates[side], texts)
+    _, first_rows = np.unique(rows.query_ids, return_index=True)
+    queries = [as_query(rows, row, rows.queries[rows.query_ids[row]], templates[0]) for row in _sample(first_rows)]
+    passages = [templates[1].replace("{text}", text) for text in _sample(rows.passages)]
+    for side, (name, texts) in enumerate((("queries", queries), ("passages", passages))):
+        lengths = np.array([len(ids) for ids in tokenizers[side](texts)])
         found.append(_cut_texts(name, lengths, limits[side], f"max_{('query', 'passage')[side]}_len"))
     found.append(_short_rows(plan, loss_takes_batch))
     if not len(plan):
@@ -143,9 +165,8 @@ def preflight(
     return Preflight.joined(found)
 
 
-def _lengths(tokenizer: Tokenizer, template: str, texts: list[str]) -> np.ndarray:
-    step = -(-len(texts) // _SAMPLE_TEXTS)
-    return np.array([len(ids) for ids in tokenizer([template.replace("{text}", text) for text in texts[::step]])])
+def _sample(everything: Sequence) -> Sequence:
+    return everything[:: -(-len(everything) // _SAMPLE_TEXTS)]
 
 
 def _cut_texts(name: str, lengths: np.ndarray, limit: int, argument: str) -> Preflight:
@@ -189,6 +210,12 @@ def _short_rows(plan: Plan, loss_takes_batch: bool) -> Preflight:
             )
         found.warnings.append(
             f"{short:,} of {len(rows):,} rows have fewer than {wanted} negatives ({without:,} have none); {gaps}"
+        )
+    idle = int((rows.alone & (np.minimum(counts, wanted) == 0)).sum())
+    if idle:
+        found.warnings.append(
+            f"{idle:,} rows of a type that has no in-batch negatives see no negative, and teach nothing; expected"
+            " neg_passage in them, and a group_size of 2 or more"
         )
     if rows.n_false:
         found.warnings.append(

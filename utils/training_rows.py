@@ -10,10 +10,13 @@ import numpy as np
 
 from utils.ragged import Ragged
 from utils.records import Record, RecordError, Source, fold
+from utils.row_keys import ALONE, KeyCounts, prompt_of, type_of
 
 # A teacher's score above this is a mistake; its square must still be a float32.
 _LARGEST_SCORE = 1e15
 _TRAIN_NAMES = ("train.json", "train.jsonl", "train.json.gz", "train.jsonl.gz")
+# FlagEmbedding's name for files and folders whose rows are all trained without in-batch negatives.
+_ALONE_SUFFIX = "no_in_batch_neg"
 _DEV_NAMES = ("dev.json", "dev.jsonl", "dev.json.gz", "dev.jsonl.gz")
 
 
@@ -27,6 +30,9 @@ class TrainingRows:
     sources: int64 [n], the file that a row comes from.
     known_positives: for each query, every passage that any row names as its positive.
     n_false: negatives left out because some row names them as a positive of the same query.
+    prompts: by row, what stands before its query in place of a template.
+    types: by row, a type of ``row_keys`` that asks for anything.
+    alone: bool [n], rows whose queries and passages are no in-batch negatives of others, and have none.
     """
 
     queries: list[str]
@@ -39,6 +45,10 @@ class TrainingRows:
     weights: list[float]
     known_positives: list[set[int]]
     n_false: int
+    prompts: dict[int, str]
+    types: dict[int, str]
+    alone: np.ndarray
+    keys: KeyCounts
     rejected: list[RecordError] = field(default_factory=list)
     digests: list[str] = field(default_factory=list)
 
@@ -90,8 +100,9 @@ def read(paths: Sequence[str], weights: Sequence[float] | None, on_bad_row: str,
             return _scores(record, path) if needs_scores else {}
 
         source = Source(path, ("query", "pos_passage"), on_bad_row, check=scores_of)
+        is_alone = _says_alone(path)
         for record in source:
-            builder.add(record, scores_of(record), number)
+            builder.add(record, scores_of(record), number, is_alone)
         rejected += source.rejected
         digests.append(source.digest)
     rows = builder.finish(list(weights or [1.0] * len(paths)))
@@ -113,9 +124,14 @@ class _Builder:
         self.positives, self.n_positives = array("q"), array("q")
         self.negatives, self.n_negatives = array("q"), array("q")
         self.scores: list[dict[int, float]] = []
+        self.prompts: dict[int, str] = {}
+        self.types: dict[int, str] = {}
+        self.alone = bytearray()
+        self.keys = KeyCounts()
 
-    def add(self, record: Record, scores: dict[str, float], source: int) -> None:
+    def add(self, record: Record, scores: dict[str, float], source: int, is_alone: bool) -> None:
         """A row, with a teacher's scores by folded passage."""
+        self._add_keys(record.row, is_alone)
         query = self.query_numbers.setdefault(fold(record.query), len(self.queries))
         if query == len(self.queries):
             self.queries.append(record.query)
@@ -130,6 +146,15 @@ class _Builder:
         self.negatives.extend(negatives)
         self.n_negatives.append(len(negatives))
         self.scores.append({self.passage_numbers[text]: score for text, score in scores.items()})
+
+    def _add_keys(self, row: dict, is_alone: bool) -> None:
+        self.keys.add(row)
+        number, prompt, kind = len(self.query_ids), prompt_of(row), type_of(row)
+        if prompt is not None:
+            self.prompts[number] = prompt
+        if kind is not None:
+            self.types[number] = kind
+        self.alone.append(is_alone or kind in ALONE)
 
     def _passage(self, text: str) -> int:
         number = self.passage_numbers.setdefault(fold(text), len(self.passages))
@@ -152,11 +177,21 @@ class _Builder:
             weights=weights,
             known_positives=self.known,
             n_false=len(named.values) - len(kept.values),
+            prompts=self.prompts,
+            types=self.types,
+            alone=np.array(self.alone, bool),
+            keys=self.keys,
         )
 
 
 def _first_there(folder: str, names: Sequence[str]) -> str | None:
     return next((path for name in names if os.path.isfile(path := os.path.join(folder, name))), None)
+
+
+def _says_alone(path: str) -> bool:
+    """Whether a file's name, or its folder's, says that no row of it has in-batch negatives."""
+    folder, name = os.path.split(os.path.abspath(path))
+    return folder.endswith(_ALONE_SUFFIX) or name.split(".")[0].endswith(_ALONE_SUFFIX)
 
 
 def _scores(record: Record, path: str) -> dict[str, float]:
