@@ -55,6 +55,21 @@ def test_rotations_that_would_be_passed_over_are_refused(folder, config):
         checkpoint.resolve(str(folder(**config)))
 
 
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"max_position_embeddings": 2}, "max_position_embeddings is 2; expected 3 at least"),
+        ({"model_type": "xlm-roberta", "max_position_embeddings": 3}, "max_position_embeddings is 3; expected 5"),
+        ({"layer_norm_eps": "1e-12"}, "layer_norm_eps is '1e-12'; expected a small number"),
+        ({"layer_norm_eps": float("nan")}, "layer_norm_eps is nan"),
+        ({"pad_token_id": "0"}, "pad_token_id is '0'; expected a whole number"),
+    ],
+)
+def test_values_that_no_encoder_has_are_refused_with_their_file(folder, config, message):
+    with pytest.raises(ValueError, match=rf"config\.json: {message}"):
+        checkpoint.resolve(str(folder(**config)))
+
+
 def test_a_pooling_that_is_not_known_can_be_replaced(folder):
     path = folder()
     (path / "modules.json").write_text(json.dumps([{"type": "sentence_transformers.models.Pooling", "path": "pool"}]))

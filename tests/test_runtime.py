@@ -164,8 +164,8 @@ def wait_for(path: Path) -> None:
 
 
 def test_what_data_holds_for_a_terminal_is_shown_as_escapes():
-    hostile = "a\x1b]0;title\x07b\x1b[2Jc\x9bd\u202ee\x7ff\r"
-    escaped = r"a\x1b]0;title\x07b\x1b[2Jc\x9bd\u202ee\x7ff\r"
+    hostile = "a\x1b]0;title\x07b\x1b[2Jc\x9bd\u202ee\x7ff\u200b\u206a\ufeff\r"
+    escaped = r"a\x1b]0;title\x07b\x1b[2Jc\x9bd\u202ee\x7ff\u200b\u206a\ufeff\r"
     assert runtime.shown(hostile) == escaped
     assert runtime.shown("line\n\ttab 中文 é 🙂") == "line\n\ttab 中文 é 🙂"
     assert escaped in report.table([("name", hostile)], hostile)

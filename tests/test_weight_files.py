@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from utils import checkpoint, export, paddlenlp_models, torch_files, weights
+from utils import checkpoint, export, paddlenlp_models, torch_files, weight_files, weights
 from utils.engines import PaddleEngine
 from utils.weight_files import read_weights, write_weights
 
@@ -140,6 +140,32 @@ def test_a_view_of_a_larger_storage_is_read_as_that_view(tmp_path, view, monkeyp
 def test_a_view_beyond_its_storage_is_refused(offset, size, stride):
     with pytest.raises(ValueError, match="a tensor "):
         torch_files._tensor(np.arange(24, dtype=np.float32), offset, size, stride)
+
+
+@pytest.mark.parametrize(
+    "says",
+    [
+        {"data_offsets": [0]},
+        {"data_offsets": [0, 8, 8]},
+        {"data_offsets": [-8, 0]},
+        {"data_offsets": [0.0, 8.0]},
+        {"data_offsets": "08"},
+        {"data_offsets": [8, 0]},
+        {"shape": [-1, -2]},
+        {"shape": "2"},
+        {"shape": 2},
+        {"shape": [2.0]},
+        {"shape": [10**30]},
+        {"shape": [3]},
+        {"dtype": ["F32"]},
+    ],
+)
+def test_a_header_that_says_what_cannot_be_is_named_with_its_file(tmp_path, says):
+    path = tmp_path / "model.safetensors"
+    header = json.dumps({"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]} | says}).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    with pytest.raises(ValueError, match=r"model\.safetensors: .*damaged"):
+        weight_files._mapped(path)
 
 
 def test_a_damaged_file_of_the_older_format_is_named(torch_model):

@@ -79,7 +79,11 @@ def build() -> Path:
         if target.stat().st_uid != 0 and not own_files.is_own(target.lstat(), target.parent):
             raise ValueError(f"{target}: belongs to another user; set XDG_CACHE_HOME to a folder of your own")
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        what = f"the bundled model is built in {target.parent}; set XDG_CACHE_HOME to a folder that can be written"
+        raise described(error, what) from None
     with own_files.append(target.parent / f".{target.name}.lock") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if target.is_dir():

@@ -9,6 +9,7 @@ import functools
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 from dataclasses import dataclass
@@ -256,6 +257,10 @@ def _check_shards(folder: Path, suffix: str) -> None:
             raise ValueError(f"{folder / name}: not there, but {path.name} says that it holds a part of the weights")
 
 
+# A word between two special tokens.
+_FEWEST_POSITIONS = 3
+
+
 def _check_config(path: Path, config: dict) -> None:
     """Sizes must be positive whole numbers where they are given, and heads must divide the width."""
     for name in _SIZES:
@@ -265,6 +270,17 @@ def _check_config(path: Path, config: dict) -> None:
     task = config.get("task_id")
     if task is not None and (type(task) is not int or task < 0):
         raise ValueError(f"{path}: task_id is {task!r}; expected a whole number, 0 or above")
+    padding = config.get("pad_token_id")
+    if padding is not None and type(padding) is not int:
+        raise ValueError(f"{path}: pad_token_id is {padding!r:.40}; expected a whole number")
+    positions = config.get("max_position_embeddings")
+    offset = _position_offset(config, config["model_type"].replace("_", "-"))
+    if positions is not None and positions - offset < _FEWEST_POSITIONS:
+        least = _FEWEST_POSITIONS + offset
+        raise ValueError(f"{path}: max_position_embeddings is {positions}; expected {least} at least")
+    epsilon = config.get("layer_norm_eps")
+    if epsilon is not None and not (type(epsilon) in (int, float) and 0 <= epsilon < math.inf):
+        raise ValueError(f"{path}: layer_norm_eps is {epsilon!r:.40}; expected a small number, 0 or above")
     if not isinstance(config.get("hidden_act", ""), str):
         raise ValueError(f"{path}: hidden_act is {config['hidden_act']!r}; expected a name")
     heads = config.get("num_attention_heads", 1)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from unittest import mock
 
 from utils import pdparams, runtime, torch_files
+from utils.outputs import described
 
 if TYPE_CHECKING:
     from utils.checkpoint import Checkpoint
@@ -143,15 +144,23 @@ def _shortened(reason: str) -> str:
 
 
 def import_paddlenlp():
-    """``paddlenlp.transformers``, imported without its warnings and with its log on errors only."""
+    """``paddlenlp.transformers``, imported without its warnings and with its log on errors only.
+
+    Raises:
+        OSError: the folder that PaddleNLP makes for itself when it is imported cannot be made.
+    """
     runtime.import_paddle()
     with contextlib.ExitStack() as quiet:
         quiet.enter_context(contextlib.redirect_stdout(io.StringIO()))
         quiet.enter_context(contextlib.redirect_stderr(io.StringIO()))
         quiet.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
-        from paddlenlp import transformers
-        from paddlenlp.utils.log import logger
+        try:
+            from paddlenlp import transformers
+            from paddlenlp.utils.log import logger
+        except OSError as error:
+            what = f"PaddleNLP makes {error.filename} for itself; set HOME to a folder that can be written"
+            raise described(error, what) from None
 
     logger.set_level("ERROR")
     # Such as of functions that Paddle will rename: for PaddleNLP's authors, and not for its users.

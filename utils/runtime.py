@@ -25,8 +25,8 @@ from utils import interruption
 # What requirements.lock installs and the scripts import.
 _INSTALLED = ("paddle", "paddlenlp", "numpy", "numba", "llvmlite", "faiss", "tokenizers", "tqdm", "jieba", "bm25s")
 
-# C0 without tab and line feed, DEL, C1, and the marks and overrides of writing direction.
-_UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+# C0 without tab and line feed, DEL, C1, what has no width, and the marks and overrides of writing direction.
+_UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff]")
 
 # The launcher shows the log of a worker that has failed: those that say nothing leave after the one that has spoken.
 _LET_SPEAK_S = 3
@@ -273,26 +273,28 @@ def run(main: Callable[[], None]) -> None:
         if "KeyboardInterrupt" in str(error):  # met inside Paddle
             _interrupted()
         if not getattr(error, "told_elsewhere", False):
-            message = shown(" ".join(str(error).split()))
-            print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr, flush=True)
+            _say(f"error: {error}")
         else:
             time.sleep(_LET_SPEAK_S)
         _leave(2)
     except MemoryError as error:
-        print(f"{os.path.basename(sys.argv[0])}: error: out of memory: {error}", file=sys.stderr, flush=True)
+        _say(f"error: out of memory: {error}")
         _leave(2)
     except KeyboardInterrupt as error:
         _interrupted(error)
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in _INSTALLED:
             raise
-        print(
-            f"{os.path.basename(sys.argv[0])}: error: {error.name} is not installed for {sys.executable}; run"
-            " `make setup`, then `. .venv/bin/activate`",
-            file=sys.stderr, flush=True,
-        )  # fmt: skip
+        place = f"for {sys.executable}; run `make setup`, then `. .venv/bin/activate`"
+        _say(f"error: {error.name} is not installed {place}")
         _leave(2)
     _leave(0)
+
+
+def _say(message: str) -> None:
+    """One line on stderr."""
+    line = shown(" ".join(f"{os.path.basename(sys.argv[0])}: {message}".split()))
+    print(line, file=sys.stderr, flush=True)
 
 
 def shown(text: str) -> str:

@@ -61,6 +61,17 @@ def _renamed(name: str) -> str:
     return name
 
 
+def _place(shape: list, start: int, stop: int) -> tuple[tuple[int, ...], int, int]:
+    """What a safetensors header says of a tensor.
+
+    Raises:
+        ValueError: it is something else than sizes and offsets.
+    """
+    if any(type(number) is not int or number < 0 for number in (*shape, start, stop)):
+        raise ValueError
+    return tuple(shape), start, stop
+
+
 def _mapped(path: Path) -> Parameters:
     """A safetensors file: the length of a JSON header, the header, and the values, all little-endian."""
     if sys.byteorder != "little":
@@ -71,7 +82,7 @@ def _mapped(path: Path) -> Parameters:
         header = json.loads(bytes(data[8 : 8 + length])) if length <= len(data) - 8 else None
         entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
         wanted = {
-            name: (entry["dtype"], entry["shape"], *entry["data_offsets"])
+            name: (entry["dtype"], *_place(entry["shape"], *entry["data_offsets"]))
             for name, entry in entries.items()
             if entry["dtype"] in _FLOAT_TYPES  # not position_ids and their like
         }
