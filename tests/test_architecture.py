@@ -9,7 +9,7 @@ from conftest import ROOT
 
 # Areas of rooms, the lowest first, and what each may import beside its own rooms: lower areas, or single rooms of them.
 AREAS = {
-    "arguments": ("other_names argument_parsing arguments training_arguments", ""),
+    "arguments": ("other_names paddlenlp_keys argument_parsing arguments training_arguments", ""),
     "own_files": ("own_files", ""),
     "machine": ("interruption runtime mapped shared_memory threads compiled", "own_files"),
     "products": ("avx512 amx matmul amx_matmul amx_attention amx_attention_gradients kernel_maths", "machine"),

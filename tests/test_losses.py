@@ -137,7 +137,7 @@ def test_matryoshka_trains_the_full_width_too(batch):
 
 
 def test_an_unknown_loss_lists_the_known_ones():
-    with pytest.raises(ValueError, match="expected one of contrastive, symmetric, triplet"):
+    with pytest.raises(ValueError, match="expected one of contrastive, inf_cl, symmetric, triplet"):
         losses.get("infonce")
 
 

@@ -23,6 +23,8 @@ from utils.other_names import meant_by, nearest
 
 # The help text of an argument that PaddleNLP's Trainer documents.
 ELSEWHERE = "see PaddleNLP's Trainer"
+# Of one that is accepted for PaddleNLP's files alone.
+IN_FILES = "see PaddleNLP's files"
 # Arguments that name rows.
 _DATA = ("input_data_path", "dev_path", "dataset_name_or_path")
 # Arguments that hold a text's template.
@@ -70,6 +72,10 @@ def parse(
     elsewhere = [f.name for f in dataclasses.fields(cls) if f.metadata["help"] == ELSEWHERE]
     if elsewhere:
         parser.epilog = "And, as PaddleNLP's Trainer documents them: " + ", ".join(elsewhere)
+    in_files = [f.name for f in dataclasses.fields(cls) if f.metadata["help"] == IN_FILES]
+    if in_files:
+        parser.epilog += ". For PaddleNLP's files, without effect or refused: " + ", ".join(in_files)
+        elsewhere += in_files
     for f in dataclasses.fields(cls):
         text = f.metadata["help"].replace("%", "%%") if f.name not in elsewhere else argparse.SUPPRESS
         default = _default(f) if f.name not in elsewhere else None

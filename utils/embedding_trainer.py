@@ -97,7 +97,7 @@ class EmbeddingTrainer(Trainer):
             given.seed,
             given.chunk_size,
             job.ranks.rank,
-            given.embedding_negatives_cross_device,
+            given.shares_negatives,
             self.autocast_smart_context_manager,
             self._scaled,
         )  # fmt: skip

@@ -5,7 +5,7 @@ scalar. Passages stand in groups of g: the positive of query i is row i * g, its
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -52,6 +52,11 @@ def contrastive(queries: "Tensor", passages: "Tensor", targets: Targets) -> "Ten
 
     logits = _without_ignored(_products(queries, passages) / targets.temperature, targets)
     return functional.cross_entropy(logits, _positive_columns(len(queries), targets.group_size))
+
+
+def inf_cl(queries: "Tensor", passages: "Tensor", targets: Targets) -> "Tensor":
+    """PaddleNLP's loss of that name, whose kernels compute InfoNCE in tiles: of similarities without a temperature."""
+    return contrastive(queries, passages, replace(targets, temperature=1.0))
 
 
 def symmetric(queries: "Tensor", passages: "Tensor", targets: Targets) -> "Tensor":
@@ -149,6 +154,7 @@ def margin_mse(queries: "Tensor", passages: "Tensor", targets: Targets) -> "Tens
 
 LOSSES: dict[str, Loss] = {
     "contrastive": Loss(contrastive),
+    "inf_cl": Loss(inf_cl),
     "symmetric": Loss(symmetric),
     "triplet": Loss(triplet),
     "hinge": Loss(hinge),

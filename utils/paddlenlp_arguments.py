@@ -63,7 +63,9 @@ def trainer_arguments(
     if not has_dev:
         options["evaluation_strategy"] = "no"
     try:
-        return TrainingArguments(**options)
+        arguments = TrainingArguments(**options)
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[-1][:200]
         raise ValueError(f"PaddleNLP's Trainer does not take these arguments: {reason}") from error
+    arguments.decay_steps = given.decay_steps  # its SFTConfig's, which its Trainer asks for
+    return arguments

@@ -10,6 +10,7 @@ from utils import (
     export,
     interruption,
     losses,
+    paddlenlp_keys,
     pdparams,
     report,
     resuming,
@@ -96,7 +97,7 @@ class _Inputs:
             raise ValueError(
                 f"freeze_layers is {given.freeze_layers}; {base.folder} has only {n_layers} layers to train"
             )
-        shares_of_dropout(base, given.dropout)
+        shares_of_dropout(base, given.share_of_dropout)
         if base.hidden_size in dims and not any(given.embedding_matryoshka_weights or [1]):
             raise ValueError("embedding_matryoshka_weights are all 0, the full width's too; expected one above 0")
         rows.keys.log_prompts()
@@ -237,10 +238,10 @@ class Job:
         self.loss = losses.get(given.loss_type)
         self.pooling = given.pooling or self.base.pooling
         self.normalize = self.base.normalize if given.normalize is None else given.normalize
-        self.templates = (
-            given.query_template or self.base.query_template,
-            given.passage_template or self.base.passage_template,
+        query_template, passage_template = paddlenlp_keys.templates(
+            self.base.model_type, self.base.query_template, self.base.passage_template
         )
+        self.templates = given.query_template or query_template, given.passage_template or passage_template
         longest = self.base.max_length or UNCUT
         self.limits = (min(given.max_query_len, longest), min(given.max_passage_len, longest))
         self.tokenizers = tuple(self._tokenizer(limit) for limit in self.limits)
@@ -257,7 +258,7 @@ class Job:
         )
         self.collate = Collator(
             self.rows, given.group_size, self.tokenizers, self.templates, ranks.rank, ranks.size,
-            given.embedding_negatives_cross_device, self.loss.needs_scores,
+            given.shares_negatives, self.loss.needs_scores,
         )  # fmt: skip
         self.objective = losses.objective(
             self.loss.function, self.normalize, given.embedding_matryoshka_dims, given.embedding_matryoshka_weights
@@ -278,11 +279,12 @@ class Job:
     def preflight(self) -> Preflight:
         """Measure the data, and say what may be wrong with it."""
         uncut = _Fitting(self._tokenizer(UNCUT), self.base)
-        shared = self.given.embedding_negatives_cross_device
+        shared = self.given.shares_negatives
         found = training_data.preflight(
             self.plan, (uncut, uncut), self.templates, self.limits, not self.loss.needs_group,
             1 if shared else self.ranks.size,
         )  # fmt: skip
+        self._tell_of_paddlenlp()
         for side, template in zip(("query", "passage"), self.templates, strict=True):
             if not sentence_transformers_folder.is_prompt(template):
                 found.warnings.append(
@@ -305,6 +307,22 @@ class Job:
         )  # fmt: skip
         return found
 
+    def _tell_of_paddlenlp(self) -> None:
+        """What of its files has another effect here than their values say, or none."""
+        given, own = self.given, (self.base.query_template, self.base.passage_template)
+        if unused := paddlenlp_keys.without_effect(asdict(given)):
+            logger.info("without effect here: %s", unused)
+        if given.loss_type == "inf_cl":
+            logger.info(
+                "inf_cl: as in PaddleNLP, embedding_temperature is not used, and no other process's passages are"
+                " negatives"
+            )
+        for side, asked, template, base in zip(
+            ("query", "passage"), (given.query_template, given.passage_template), self.templates, own, strict=True
+        ):
+            if asked is None and template != base:
+                logger.info("%s_template is PaddleNLP's for Qwen models: %r", side, template)
+
     def load(self) -> None:
         """Load the base model, to be trained."""
         given = self.given
@@ -312,7 +330,7 @@ class Job:
         lora = (given.lora_rank, given.lora_alpha) if given.lora else None
         flash_attention = bool(given.use_flash_attention) and engines.device() == "gpu"
         self.encoder = TrainableEncoder(
-            self.base, self.pooling, given.recompute, flash_attention, lora, given.dropout,
+            self.base, self.pooling, given.recompute, flash_attention, lora, given.share_of_dropout,
             bool(given.bf16) and multiplies_bfloat16(self.base),
         )  # fmt: skip
         self.ranks.on_first(self._check_export)

@@ -8,12 +8,15 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from utils.argument_parsing import ELSEWHERE, ArgumentError, nearest, option
+from utils import paddlenlp_keys
+from utils.argument_parsing import ELSEWHERE, IN_FILES, ArgumentError, nearest, option
 from utils.arguments import DEFAULT_MODEL, LARGEST_SEED, NEW_LINE, POOLINGS
 
 # So often a checkpoint is saved by time, unless it is said otherwise.
 _SAVE_MINUTES = 10
-LOSS_TYPES = ("contrastive", "symmetric", "triplet", "hinge", "pairwise_logistic", "cosent", "kl", "margin_mse")
+LOSS_TYPES = (
+    "contrastive", "inf_cl", "symmetric", "triplet", "hinge", "pairwise_logistic", "cosent", "kl", "margin_mse",
+)  # fmt: skip
 WORD_EMBEDDINGS = ("train", "freeze")
 _DATA_PARALLEL = "training is data-parallel"
 _WHY = {
@@ -120,6 +123,13 @@ class TrainArguments:
         at_least=0,
         at_most=0.9,
     )
+    hidden_dropout_prob: float | None = option(
+        None, "PaddleNLP's name of dropout, with attention_probs_dropout_prob", at_least=0, at_most=0.9
+    )
+    attention_probs_dropout_prob: float | None = option(
+        None, "as hidden_dropout_prob, which it equals", at_least=0, at_most=0.9
+    )
+    decay_steps: int = option(0, "updates after which the learning rate is at its end; 0: all of them", at_least=0)
     per_device_train_batch_size: int = option(32, "queries a rank and step", at_least=1)
     gradient_accumulation_steps: int = option(
         1,
@@ -169,6 +179,16 @@ class TrainArguments:
     dataloader_drop_last: bool | None = option(None, ELSEWHERE)
 
     @property
+    def share_of_dropout(self) -> float | None:
+        """Instead of the model's own; None leaves it that."""
+        return self.hidden_dropout_prob if self.dropout is None else self.dropout
+
+    @property
+    def shares_negatives(self) -> bool:
+        """Whether the passages of all ranks are negatives of every query; PaddleNLP's inf_cl never has them so."""
+        return self.embedding_negatives_cross_device and self.loss_type != "inf_cl"
+
+    @property
     def accumulated(self) -> int:
         """Batches whose gradients are added up before an update."""
         return self.gradient_accumulation_steps if self.plain_accumulation else 1
@@ -207,6 +227,17 @@ class TrainArguments:
             )
         if self.loss_type in ("kl", "margin_mse") and self.group_size < 2:
             raise ArgumentError(f"group_size is 1; {self.loss_type} compares passages, so it needs at least 2")
+        if self.hidden_dropout_prob != self.attention_probs_dropout_prob or None not in (
+            self.dropout, self.hidden_dropout_prob
+        ):  # fmt: skip
+            raise ArgumentError(
+                f"hidden_dropout_prob is {self.hidden_dropout_prob}, attention_probs_dropout_prob is"
+                f" {self.attention_probs_dropout_prob} and dropout is {self.dropout}; expected the first two alike, or"
+                " dropout alone"
+            )
+        for name in paddlenlp_keys.KEYS:
+            if (refusal := paddlenlp_keys.refusal(name, getattr(self, name, None))) is not None:
+                raise ArgumentError(refusal)
         for name, harmless in _NOT_SUPPORTED.items():
             value = getattr(self, name, None)
             if value not in harmless:
@@ -258,6 +289,12 @@ def training_arguments() -> type[TrainArguments]:
         (name, hint | None, option(None, ELSEWHERE, at_least=_LEAST.get(name)))
         for name, hint in _trainer_fields().items()
         if name not in own
+    ]
+    known = own | {name for name, _, _ in fields}
+    fields += [
+        (name, key.kind | None, option(None, IN_FILES))
+        for name, key in paddlenlp_keys.KEYS.items()
+        if name not in known
     ]
     return dataclasses.make_dataclass("TrainingArguments", fields, bases=(TrainArguments,))
 
