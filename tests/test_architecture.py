@@ -23,8 +23,8 @@ AREAS = {
     "screens": ("search_screens screening", "machine products scores"),
     "search": ("search faiss_search dealing dedup thresholds", "machine products ranks scores screens"),
     "models": (
-        "sentence_transformers_folder bundled_model checkpoint weight_files pdparams torch_files bert_names weights"
-        " paddlenlp_models qwen3", "own_files machine files",
+        "sentence_transformers_folder bundled_model model_types checkpoint weight_files pdparams torch_files bert_names"
+        " weights paddlenlp_models qwen3", "own_files machine files",
     ),
     "texts": ("word_cache wordpiece tokenizing", "json_files paddlenlp_models"),
     "encoding": ("encoder_kernels onednn engines encoder", "machine products models texts"),

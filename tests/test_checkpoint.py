@@ -1,12 +1,14 @@
 """What a model's folder says about itself, in the layouts of several writers."""
 
 import json
+import re
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from safetensors.numpy import save_file
 
-from utils import checkpoint, paddlenlp_models, tokenizing
+from utils import checkpoint, model_types, paddlenlp_models, tokenizing
 from utils.weight_files import read_weights
 
 DECODER = {
@@ -167,13 +169,60 @@ def test_the_length_limit_is_read_where_either_kind_of_folder_keeps_it(folder, o
         ({"model_type": "bert", "is_decoder": True}, "is_decoder is True; expected False"),
         ({"use_sliding_window": True}, "use_sliding_window is True; expected False"),
         ({"auto_map": {"AutoModel": "modeling.Own"}}, "auto_map names code of the model's own"),
-        ({"model_type": "distilbert", "hidden_size": None, "dim": 64}, "a distilbert model, which is not supported; "),
-        ({"model_type": "modernbert"}, "a modernbert model, which is not supported; expected bert, roberta, "),
+        (
+            {"model_type": "distilbert", "hidden_size": None, "dim": 64},
+            "config.json: model_type 'distilbert' is not supported with PyTorch's weights; expected one of bert, rob",
+        ),
+        ({"model_type": "new"}, "model_type 'new' is not supported with PyTorch's weights; expected one of bert, "),
+        ({"use_bidirectional_attention": True}, "use_bidirectional_attention is True; expected False"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5; expected 1"),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "by 'partial_rotary_factor'"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types has 'sliding_attention'; expected "),
+        ({"head_dim": 16}, "head_dim is 16; expected 8, the only width"),
+        ({"model_type": "bert", "pruned_heads": {"0": [1]}}, "pruned_heads is {'0': .1.}; expected {}"),
+        ({"model_type": "llama", "hidden_act": "gelu"}, "hidden_act is 'gelu'; expected 'silu'"),
+        ({"model_type": "llama", "attention_bias": True}, "attention_bias is True; expected False"),
+        ({"model_type": "llama", "mlp_bias": True}, "mlp_bias is True; expected False"),
+        ({"model_type": "qwen3", "hidden_act": "relu"}, "hidden_act is 'relu'; expected 'silu'"),
+        ({"model_type": "gemma", "hidden_activation": "silu"}, "hidden_activation is 'silu'; expected 'gelu_py"),
+        ({"model_type": "opt", "word_embed_proj_dim": 8}, "word_embed_proj_dim is 8; expected 16"),
+        ({"model_type": "opt", "do_layer_norm_before": False}, "do_layer_norm_before is False; expected True"),
+        ({"model_type": "albert", "inner_group_num": 2}, "inner_group_num is 2; expected 1"),
     ],
 )
 def test_what_would_be_computed_otherwise_is_refused(folder, config, message):
     with pytest.raises(ValueError, match=message):
         checkpoint.resolve(str(folder(**config)))
+
+
+# Those that PaddleNLP's or transformers' tables name, and that gave shape errors, tracebacks, or other vectors.
+@pytest.mark.parametrize(
+    ("kind", "with_torch", "with_paddle"),
+    [(kind, False, False) for kind in (
+        "deberta", "deberta-v2", "chinesebert", "fnet", "rembert", "big_bird", "ernie_doc", "convbert",
+        "megatron-bert", "megatronbert", "mobilebert", "nystromformer", "mixtral", "qwen2_moe", "chatglm", "new", "t5",
+    )]
+    + [(kind, False, True) for kind in ("mistral", "gpt", "roformer", "mpnet", "distilbert", "ernie_m", "skep")]
+    + [(kind, True, False) for kind in ("camembert",)]
+    + [(kind, True, True) for kind in ("bert", "xlm_roberta", "electra", "llama", "gemma", "opt")],
+)  # fmt: skip
+def test_what_a_refusal_lists_as_supported_is_what_runs(folder, kind, with_torch, with_paddle):
+    path = folder(model_type=kind)
+    for runs, whose in ((with_torch, "PyTorch's"), (with_paddle, "Paddle's")):
+        if runs:
+            assert checkpoint.resolve(str(path)).model_type == kind.replace("_", "-")
+        else:
+            with pytest.raises(ValueError, match=f"model_type '.*' is not supported with {whose} weights; expected"):
+                checkpoint.resolve(str(path))
+        (path / "model.safetensors").unlink(missing_ok=True)
+        (path / "model_state.pdparams").touch()
+
+
+def test_the_readme_lists_the_families_that_run():
+    for name in ("README.md", "README.zh-CN.md"):
+        text = re.sub(r"[^a-z0-9]+", " ", (ROOT / name).read_text(encoding="utf-8").lower().replace("-", ""))
+        for kind in (*model_types.TORCH, *model_types.PADDLE):
+            assert re.search(rf"\b{kind.replace('-', '')}\b", text), (name, kind)
 
 
 def test_an_old_layout_is_told_from_a_folder_without_a_model(folder, tmp_path):

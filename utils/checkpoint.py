@@ -15,7 +15,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils import bundled_model, json_files, sentence_transformers_folder
+from utils import bundled_model, json_files, model_types, sentence_transformers_folder
+from utils.model_types import DECODERS
 
 logger = logging.getLogger(__name__)
 
@@ -27,21 +28,11 @@ TOKENIZER_FILES = (
 # All that is read of a folder beside its weights.
 DESCRIPTION = ("config.json", *TOKENIZER_FILES, *sentence_transformers_folder.FILES)
 
-# Model types whose attention looks only backwards; their sentence is summed up in its last token.
-DECODERS = ("qwen2", "qwen3", "llama", "mistral", "gemma", "gpt", "opt", "bloom")
 _SIZES = (
     "hidden_size", "vocab_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
     "max_position_embeddings",
 )  # fmt: skip
 _OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert")
-# What PaddleNLP or this toolkit can make of PyTorch's weights.
-_TORCH_TYPES = (
-    "bert", "roberta", "xlm-roberta", "camembert", "ernie", "electra", "albert", "deberta", "deberta-v2", "roformer",
-    "qwen2", "qwen3", "llama", "mistral", "gemma", "gpt", "opt", "bloom",
-)  # fmt: skip
-# Values of the configuration that change what a model computes, and the only ones that are computed here.
-_PLAIN_DECODER = {"is_causal": True, "use_sliding_window": False}
-_PLAIN_ENCODER = {"position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False}
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
@@ -152,15 +143,15 @@ def _understand(folder: Path, tokenizer_folder: Path, pooling: str | None) -> Ch
         raise ValueError(f"{folder}: no weights there; expected one of {', '.join(WEIGHT_PATTERNS)}")
     _check_shards(folder, weights[0].suffix)
     model_type = str(config.get("model_type", "")).replace("_", "-")
-    if _is_torch(weights[0]) and model_type and model_type not in _TORCH_TYPES:
-        raise ValueError(f"{folder}: a {model_type} model, which is not supported; expected {', '.join(_TORCH_TYPES)}")
+    if model_type:
+        model_types.check_type(folder / "config.json", model_type, _is_torch(weights[0]))
     hidden_size = config.get("hidden_size")
     if not model_type or hidden_size is None:
         raise ValueError(f"{folder / 'config.json'}: lacks model_type or hidden_size; expected a text encoder's")
     _check_config(folder / "config.json", config)
-    _check_is_plain(folder / "config.json", config)
+    model_types.check_values(folder / "config.json", model_type, config)
     if model_type in DECODERS:
-        config = _with_rotations(folder / "config.json", config)
+        config = model_types.with_rotations(folder / "config.json", config)
     if not any((tokenizer_folder / name).is_file() for name in TOKENIZER_FILES):
         raise ValueError(f"{tokenizer_folder}: no tokenizer there; expected one of {', '.join(TOKENIZER_FILES)}")
     _name_unused_heads(folder, (config.get("architectures") or [""])[0])
@@ -217,36 +208,6 @@ def _is_torch(weights: Path) -> bool:
     if weights.suffix == ".safetensors":
         return _safetensors_header(weights).get("__metadata__", {}).get("format", "pt") == "pt"
     return weights.suffix == ".bin"
-
-
-def _check_is_plain(path: Path, config: dict) -> None:
-    """What a folder's own code, or another kind of attention, would compute is not computed here.
-
-    Raises:
-        ValueError: the configuration asks for that.
-    """
-    if "AutoModel" in (config.get("auto_map") or {}):
-        raise ValueError(
-            f"{path}: auto_map names code of the model's own, which is not run here; expected a plain"
-            f" {config.get('model_type')} model (take auto_map out if it is one)"
-        )
-    for name, plain in (_PLAIN_DECODER if config.get("model_type") in DECODERS else _PLAIN_ENCODER).items():
-        if config.get(name, plain) not in (plain, None):
-            raise ValueError(f"{path}: {name} is {config[name]!r}; expected {plain!r}, the only kind supported")
-
-
-def _with_rotations(path: Path, config: dict) -> dict:
-    """A decoder's configuration with ``rope_theta`` where PaddleNLP looks for it; transformers 5 keeps it elsewhere.
-
-    Raises:
-        ValueError: positions are rotated in a way that PaddleNLP's loader passes over.
-    """
-    rotations = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = rotations.get("rope_type", rotations.get("type", "default"))
-    if kind != "default":
-        raise ValueError(f"{path}: positions are rotated by {kind!r}; expected the default, the only kind supported")
-    theta = rotations.get("rope_theta")
-    return config if theta is None else config | {"rope_theta": theta}
 
 
 def _check_shards(folder: Path, suffix: str) -> None:
