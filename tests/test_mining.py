@@ -9,7 +9,7 @@ from conftest import make_rows, make_tiny_bert, read_jsonl, run_script, write_js
 from thread_ranks import on_ranks
 
 from mining_negative_samples import MiningNegativeSamples
-from utils import arguments, candidates, embedding, mining, mining_search, reranker, runtime
+from utils import arguments, candidates, embedding, mining, mining_search, reranker, runtime, training_rows
 from utils.arguments import ArgumentError, MiningArguments
 from utils.distributed import Ranks
 from utils.encoder import Cut
@@ -770,6 +770,40 @@ def test_a_reranker_has_the_last_word(mine, tiny_model, tmp_path, monkeypatch):
     assert not list(folder.glob("*.pdparams"))  # nothing is left in the user's folder
     with pytest.raises(ValueError, match="expected a reranker with one logit"):
         mine(reranker_path=tiny_model)
+
+
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_a_cross_encoders_logits_reach_the_rows_and_a_training(tiny_model, tmp_path, nproc):
+    """Two commands: mining with output_scores, backfilled passages scored too, then a training that learns from it."""
+    folder, out = make_tiny_bert(tmp_path / "reranker", labels=1), tmp_path / "mined.jsonl"
+    source = write_jsonl(tmp_path / "in.json", mining_rows())
+    done = run_script(
+        "mining_negative_samples.py", "--model_path", tiny_model, "--input_data_path", source,
+        "--output_data_path", out, "--reranker_path", folder, "--output_scores", "true", "--num_negatives", "6",
+        "--range_for_sampling", "0-5", "--short_rows", "backfill", "--reranker_margin", "0", nproc=nproc,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    report = json.loads(out.with_name(out.name + ".report.json").read_text())
+    assert report["counts"]["backfilled"] > 0 and report["output_scores"]["kind"] == "logits of the cross-encoder"
+    assert report["scores"]["positives"]["max"] <= 1 < report["output_scores"]["positives"]["max"]
+    scorer, rows = reranker.Reranker(folder, 512), read_jsonl(out)
+    for row in rows:
+        logits = scorer.score([(row["query"], text) for text in row["pos_passage"] + row["neg_passage"]])
+        np.testing.assert_allclose(row["pos_scores"] + row["neg_scores"], logits, atol=1e-3)
+    read = training_rows.read([str(out)], None, "error", True)
+    assert [sorted(scores.values()) for scores in read.scores] == [
+        sorted({fold(t): s for t, s in zip(texts, scores, strict=True)}.values())
+        for texts, scores in (
+            (row["neg_passage"] + row["pos_passage"], row["neg_scores"] + row["pos_scores"]) for row in rows
+        )
+    ]
+    done = run_script(
+        "run_embedding.py", "--model_name_or_path", tiny_model, "--dataset_name_or_path", out, "--output_dir",
+        tmp_path / "model", "--loss_type", "kl", "--group_size", "4", "--max_steps", "3", "--report_to", "none",
+        "--save_strategy", "no", "--freeze_layers", "0",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "model" / "report.json").read_text())["loss"] > 0
 
 
 def test_a_killed_reranking_goes_on_where_it_stopped(mine, tmp_path, monkeypatch):

@@ -321,7 +321,10 @@ class MiningArguments(ModelArguments, InputArguments):
         " pos, neg, and no row without negatives; triplet, n-tuple, labeled-list: the columns of sentence-transformers;"
         " context_qa: rows of context, question, answer", choices=FORMATS,
     )  # fmt: skip
-    output_scores: bool = option(False, "write pos_scores and neg_scores (scores, in sentence-transformers' formats)")
+    output_scores: bool = option(
+        False, "write pos_scores and neg_scores (scores, in sentence-transformers' formats): the model's, or with"
+        " reranker_path the cross-encoder's logits, which loss_type kl and margin_mse learn from",
+    )  # fmt: skip
     answer_key: str = option("answer", "of context_qa: the key of a row's answer, a string or a list of them")
     no_answer_text: str = option(
         "The context does not answer the question.", "of context_qa: the answer to a question on a negative passage"

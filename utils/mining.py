@@ -15,12 +15,13 @@ from utils.embedding_store import derive, fingerprint
 from utils.faiss_search import check_factory
 from utils.margins import Background
 from utils.mining_inputs import Inputs
+from utils.mining_outputs import WrittenScores
 from utils.mining_problem import Problem
 from utils.mining_search import Vectors, find_candidates
 from utils.negatives import Criteria, Rules, Screened
 from utils.outputs import Outputs
 from utils.rankings import Rankings
-from utils.reranker import Reranker, rerank
+from utils.reranker import PairLogits, Reranker
 from utils.sampling import MiningResult, choose
 
 logger = logging.getLogger(__name__)
@@ -41,10 +42,16 @@ def mine(given: MiningArguments) -> MiningResult:
         with run.stage("search"):
             rankings = find_candidates(given, ranks, run, inputs, vectors, folder)
         job = ranks.on_first(lambda: _screen(given, run, inputs, vectors, rankings))
+        reranked = None
         if given.reranker_path:
             with run.stage("rerank"):
-                _rerank(given, ranks, run, inputs, job, folder)
-        result = ranks.on_first(lambda: _choose_and_write(outputs, run, inputs, job))
+                reranked = _rerank(given, ranks, run, inputs, job, folder)
+        result = ranks.on_first(lambda: _choose(run, job))
+        scores = None
+        if reranked is not None and given.output_scores:
+            with run.stage("rerank"):
+                scores = _teacher_scores(run, reranked, job, result)
+        result = ranks.on_first(lambda: _write(outputs, run, inputs, job, result, scores))
         return ranks.broadcast_object(result)
 
 
@@ -181,35 +188,67 @@ def _rerank(
     inputs: Inputs | None,
     job: _Job | None,
     folder: Path,
-) -> None:
+) -> PairLogits:
     """Let the cross-encoder score what is left and the positives, and drop what it finds too near."""
     reranker = ranks.all_agree(lambda: Reranker(given.reranker_path, given.reranker_max_len))
-    pairs = None
-    if job is not None:
-        assert inputs is not None
-        left, groups = job.screened.left, job.criteria.problem.positives
-        queries = [left.rows.owners(), groups.owners()]
-        passages = np.concatenate([left.rows.values, groups.values])
-        keys, which = np.unique(np.concatenate(queries) * len(inputs.passages) + passages, return_inverse=True)
-        pairs = [divmod(key, len(inputs.passages)) for key in keys.tolist()]
-        pairs = [(inputs.queries[query], inputs.passages[passage]) for query, passage in pairs]
-    logits, run.counts["reranked"] = rerank(reranker, pairs, ranks, folder)
-    if job is None:
-        return
-    run.results["reranker"] = {"digest": reranker.model.digest, "margin": given.reranker_margin}
-    logits = logits[which]
-    n_left = len(left.rows.values)
-    job.screened = negatives.apply_reranker(
-        job.criteria, job.screened, logits[:n_left], logits[n_left:], given.reranker_margin
+    texts = (inputs.queries, inputs.passages) if inputs is not None else None
+    known = PairLogits(reranker, ranks, folder, texts)
+    left = job.screened.left.rows if job is not None else None
+    logits = known.of(
+        *_pairs(job, left.owners(), left.values) if job is not None and left is not None else (None, None)
     )
+    run.counts["reranked"] = known.n_scored
+    if job is not None and left is not None and logits is not None:
+        run.results["reranker"] = {"digest": reranker.model.digest, "margin": given.reranker_margin}
+        n_left = len(left.values)
+        job.screened = negatives.apply_reranker(
+            job.criteria, job.screened, logits[:n_left], logits[n_left:], given.reranker_margin
+        )
+    return known
 
 
-def _choose_and_write(outputs: Outputs, run: report.RunReport, inputs: Inputs | None, job: _Job | None) -> MiningResult:
-    assert inputs is not None and job is not None
-    with run.stage("choose"), report.Progress("choose", len(inputs.query_of_row), "rows") as progress:
-        result = choose(job.criteria, job.screened, progress.update)
+def _pairs(job: _Job, queries: np.ndarray, passages: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """These pairs, and behind them each query with each of its positives."""
+    groups = job.criteria.problem.positives
+    return np.concatenate([queries, groups.owners()]), np.concatenate([passages, groups.values])
+
+
+def _teacher_scores(
+    run: report.RunReport, known: PairLogits, job: _Job | None, result: MiningResult | None
+) -> WrittenScores | None:
+    """The cross-encoder's logits of all that is written; backfilled negatives are scored only now."""
+    pairs: tuple[np.ndarray | None, np.ndarray | None] = (None, None)
+    if job is not None and result is not None:
+        mined = result.negatives.rows
+        pairs = _pairs(job, job.criteria.problem.query_of_row[mined.owners()], mined.values)
+    logits = known.of(*pairs)
+    run.counts["reranked"] = known.n_scored
+    if logits is None or result is None:
+        return None
+    logger.info("pos_scores and neg_scores are the cross-encoder's logits")
+    n = len(result.negatives.rows.values)
+    return WrittenScores("logits of the cross-encoder", logits[n:], logits[:n])
+
+
+def _choose(run: report.RunReport, job: _Job | None) -> MiningResult:
+    assert job is not None
+    n_rows = len(job.criteria.problem.query_of_row)
+    with run.stage("choose"), report.Progress("choose", n_rows, "rows") as progress:
+        return choose(job.criteria, job.screened, progress.update)
+
+
+def _write(
+    outputs: Outputs,
+    run: report.RunReport,
+    inputs: Inputs | None,
+    job: _Job | None,
+    result: MiningResult | None,
+    scores: WrittenScores | None,
+) -> MiningResult:
+    assert inputs is not None and job is not None and result is not None
+    own = WrittenScores("scores of the model", job.criteria.positives, result.negatives.scores)
     with run.stage("write"):
-        mining_outputs.write(job.given, outputs, run, inputs, job.criteria.positives, job.screened, result)
+        mining_outputs.write(job.given, outputs, run, inputs, job.screened, result, own, scores or own)
     result.report = run.publish(outputs)
     return result
 

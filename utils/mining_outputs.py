@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 
@@ -26,27 +27,40 @@ _LOOSER = {
 _QUANTILES = (5, 25, 50, 75, 95)
 
 
+class WrittenScores(NamedTuple):
+    """Scores of one kind: of each of ``Inputs.positives.values``, and of each of ``result.negatives.rows.values``."""
+
+    kind: str
+    positives: np.ndarray
+    negatives: np.ndarray
+
+
 def write(
     given: MiningArguments,
     outputs: Outputs,
     run: report.RunReport,
     inputs: Inputs,
-    positives: np.ndarray,
     screened: Screened,
     result: MiningResult,
+    own: WrittenScores,
+    written: WrittenScores,
 ) -> None:
-    """The mined rows and the side files, and what the report says of them."""
+    """The mined rows and the side files, and what the report says of them.
+
+    Args:
+        own: the model's scores; ``written`` are those that output_scores writes.
+    """
     dropped = result.negatives.rows.sizes() < given.negatives_needed
     shape = mining_formats.writer(given.output_format, given.output_scores, given.answer_key, given.no_answer_text)
     n_lines = 0
     with outputs.stage() as stream:
-        for mined in _mined_rows(inputs, positives, result, ~dropped):
+        for mined in _mined_rows(inputs, written, result, ~dropped):
             for row in shape(mined):
                 stream.write(to_line(row))
                 n_lines += 1
     if given.short_rows == "drop" or dropped.any():
         with outputs.stage(".short.jsonl") as stream:
-            for mined in _mined_rows(inputs, positives, result, dropped):
+            for mined in _mined_rows(inputs, written, result, dropped):
                 stream.write(to_line(mining_formats.as_list(mined)))
     if given.on_bad_row == "skip":
         write_rejected(outputs, inputs.rejected)
@@ -57,8 +71,10 @@ def write(
     _warn_of_short_rows(given, inputs, run.counts, screened, result)
     run.results["drops_by_reason"] = result.drops_by_reason
     found = result.negatives
-    mined_scores = found.scores[(found.ranks >= 0) & ~np.repeat(dropped, found.rows.sizes())]
-    run.results["scores"] = {"positives": _distribution(positives), "negatives": _distribution(mined_scores)}
+    mined = (found.ranks >= 0) & ~np.repeat(dropped, found.rows.sizes())
+    run.results["scores"] = _distributions(own, mined)
+    if given.output_scores:
+        run.results["output_scores"] = {"kind": written.kind, **_distributions(written, mined)}
 
 
 def _warn_of_short_rows(
@@ -111,7 +127,7 @@ def _write_ids(outputs: Outputs, suffix: str, ids: dict[str, int], texts: list[s
             stream.write(to_line({"_id": name_of[number], "text": text}))
 
 
-def _mined_rows(inputs: Inputs, positives: np.ndarray, result: MiningResult, wanted: np.ndarray) -> Iterator[MinedRow]:
+def _mined_rows(inputs: Inputs, scores: WrittenScores, result: MiningResult, wanted: np.ndarray) -> Iterator[MinedRow]:
     """The wanted rows with what was mined for them, in input order, from a second pass over the file."""
     groups = inputs.positives
     for i, record in enumerate(inputs.rows_again()):
@@ -120,7 +136,7 @@ def _mined_rows(inputs: Inputs, positives: np.ndarray, result: MiningResult, wan
         query = inputs.query_of_row[i]
         own = [inputs.number_of[text] for text in record.pos_passage]
         # A query that many rows ask has many positives, of which a row names few.
-        own_scores = positives[groups.lims[query] + np.searchsorted(groups[query], own)]
+        own_scores = scores.positives[groups.lims[query] + np.searchsorted(groups[query], own)]
         chosen = result.negatives[i]
         yield MinedRow(
             row=record.row,
@@ -128,7 +144,7 @@ def _mined_rows(inputs: Inputs, positives: np.ndarray, result: MiningResult, wan
             positives=list(record.pos_passage),
             negatives=[inputs.passages[negative.row] for negative in chosen],
             pos_scores=own_scores.tolist(),
-            neg_scores=[negative.score for negative in chosen],
+            neg_scores=scores.negatives[result.negatives.rows.part(i)].tolist(),
             n_backfilled=sum(negative.rank < 0 for negative in chosen),
         )
 
@@ -160,6 +176,10 @@ def _counts(
     if counts["input"] != counts["written"] + counts["dropped_short"] + counts["rejected"] or counts["not_needed"] < 0:
         raise AssertionError(f"the rows or the candidates do not add up: {counts}")
     return counts
+
+
+def _distributions(scores: WrittenScores, mined: np.ndarray) -> dict:
+    return {"positives": _distribution(scores.positives), "negatives": _distribution(scores.negatives[mined])}
 
 
 def _distribution(values: np.ndarray) -> dict:

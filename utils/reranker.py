@@ -102,6 +102,43 @@ def _with_weights(reranker: Checkpoint):
     return model
 
 
+class PairLogits:
+    """The logits of pairs of a query and a passage, by their numbers; pairs that were asked about before are known.
+
+    Every rank makes one and asks in turn; rank 0 alone has the texts and gets the logits.
+
+    Args:
+        texts: on rank 0, the queries and the passages; None elsewhere.
+        folder: as for ``rerank``.
+    """
+
+    def __init__(
+        self, reranker: Reranker, ranks: Ranks, folder: Path, texts: tuple[Sequence[str], Sequence[str]] | None
+    ):
+        self.reranker, self._ranks, self._folder, self._texts = reranker, ranks, folder, texts
+        self._keys, self._logits = np.zeros(0, np.int64), np.zeros(0, np.float32)
+        self.n_scored = 0
+
+    def of(self, queries: np.ndarray | None, passages: np.ndarray | None) -> np.ndarray | None:
+        """The logits of pairs (int [n] and int [n], on rank 0), float32 [n]; those that are not known are scored."""
+        keys, new, pairs = None, None, None
+        if self._texts is not None:
+            assert queries is not None and passages is not None
+            width = len(self._texts[1])
+            keys = queries.astype(np.int64) * width + passages
+            new = np.setdiff1d(keys, self._keys)
+            numbers = (divmod(key, width) for key in new.tolist())
+            pairs = [(self._texts[0][query], self._texts[1][passage]) for query, passage in numbers]
+        if self._ranks.broadcast_object(len(pairs) if pairs is not None else None):
+            logits, n_scored = rerank(self.reranker, pairs, self._ranks, self._folder)
+            self.n_scored += n_scored
+            if new is not None:
+                self._keys, self._logits = np.concatenate([self._keys, new]), np.concatenate([self._logits, logits])
+                order = np.argsort(self._keys)
+                self._keys, self._logits = self._keys[order], self._logits[order]
+        return self._logits[np.searchsorted(self._keys, keys)] if keys is not None else None
+
+
 def rerank(
     reranker: Reranker, pairs: Sequence[tuple[str, str]] | None, ranks: Ranks, folder: Path
 ) -> tuple[np.ndarray | None, int]:
