@@ -3,8 +3,8 @@
 import difflib
 import re
 
-# What FlagEmbedding and sentence-transformers call an argument that has another name here. The first that the script
-# knows is meant; words after it are part of the hint.
+# What FlagEmbedding, sentence-transformers, tevatron and PaddleNLP's older examples call an argument that has another
+# name here. The first that the script knows is meant; words after it are part of the hint.
 CALLED_ELSEWHERE: dict[str, tuple[str, ...]] = {
     "negative_number": ("num_negatives",),
     "range_for_negatives": ("range_for_sampling",),
@@ -115,11 +115,40 @@ CALLED_ELSEWHERE: dict[str, tuple[str, ...]] = {
     "eval_metrics": ("metrics",),
     "corpus_embd_save_dir": ("embedding_cache",),
     "cache_folder": ("embedding_cache",),
+    **dict.fromkeys(
+        ("train_path", "train_files", "train_set_file", "train_dataset_path", "dataset_name", "dataset_path"),
+        ("dataset_name_or_path", "input_data_path"),
+    ),
+    **dict.fromkeys(("similar_text_pair_file", "evaluator"), ("dev_dataset_path", "dev_path")),
+    **dict.fromkeys(("corpus_file", "corpus_name"), ("corpus_path", "dev_corpus_path", "candidate_pool")),
+    "passages_path": ("corpus_path", "dev_corpus_path", "candidate_pool"),
+    **dict.fromkeys(("query_prefix", "query_prompt_name", "query_instruct", "instruction"), ("query_template",)),
+    **dict.fromkeys(("passage_prefix", "corpus_prompt_name"), ("passage_template",)),
+    **dict.fromkeys(("q_max_len", "max_seq_len", "max_len"), ("max_query_len and max_passage_len", "max_src_len")),
+    "p_max_len": ("max_passage_len", "max_src_len"),
+    "train_n_passages": ("group_size",),
+    **dict.fromkeys(
+        ("grad_cache", "gradient_cache", "use_gradient_cache", "gc_q_chunk_size", "gc_p_chunk_size"),
+        ("gradcache_chunk_size",),
+    ),
+    **dict.fromkeys(("encode_output_path", "encode_in_path", "encoded_save_path"), ("embedding_cache",)),
+    **dict.fromkeys(("output_emb_size", "embedding_dim", "embedding_size"), ("dimension",)),
+    **dict.fromkeys(("params_path", "init_from_ckpt"), ("model_path", "model_name_or_path")),
+    **dict.fromkeys(("num_neg", "neg_num", "negs_per_query"), ("num_negatives", "group_size, 1 above that")),
+    **dict.fromkeys(("recall_num", "retrieval_k"), ("range_for_sampling", "k_values")),
+    **dict.fromkeys(("ks", "cutoffs"), ("k_values",)),
+    **dict.fromkeys(("run_file", "recall_result_file"), ("run_path",)),
+    **dict.fromkeys(("hnsw_m", "hnsw_ef", "index_type"), ("index_factory",)),
+    **dict.fromkeys(("sim_threshold", "dedup_threshold", "score_threshold"), ("similarity_threshold", "min_score")),
+    "loss_fn": ("loss_type",),
+    "lora_r": ("lora_rank",),
+    "use_recompute": ("recompute",),
+    "warmup_proportion": ("warmup_ratio",),
     # These have no counterpart, whatever is spelt alike.
     **dict.fromkeys(
         (
             "cache_dir", "cache_path", "deepspeed", "fsdp", "fsdp_config", "learning_rate_mapping", "mp_parameters",
-            "parallelism_config", "peft_model_path", "reranker_peft_path", "use_inbatch_neg", "write_csv",
+            "lora_name_or_path", "parallelism_config", "peft_model_path", "reranker_peft_path", "write_csv",
         ),
         (),
     ),
@@ -127,15 +156,22 @@ CALLED_ELSEWHERE: dict[str, tuple[str, ...]] = {
 # And what needs no argument here.
 _BY_ITSELF = "a batch is as large as its memory allows"
 _DATALOADER = "tokens are ready before training begins"
-_DENSE = "one dense vector a text is what is trained, no sparse or multi-vector heads"
+_KEYS = "rows have the keys query, pos_passage and neg_passage"
+_TOKENS = "special tokens are as the tokenizer's files say"
+_IN_BATCH = 'losses that take in-batch negatives use them; a row\'s "type" leaves them out'
 NOT_NEEDED: dict[str, str] = {
-    "unified_finetuning": _DENSE,
-    "use_self_distill": _DENSE,
+    **dict.fromkeys(("use_inbatch_neg", "use_inbatch_negative", "use_inbatch_negatives"), _IN_BATCH),
+    "no_in_batch_neg_flag": _IN_BATCH,
+    **dict.fromkeys(("append_eos_token", "padding_side"), _TOKENS),
+    **dict.fromkeys(("text_key", "anchor_column_name", "positive_column_name"), _KEYS),
+    "show_progress_bar": "progress is logged",
+    "use_multi_process": "paddle.distributed.launch starts several processes",
+    "include_positives": "mined rows keep their positives",
     "fix_encoder": "freeze_layers and word_embeddings say what is frozen",
     "use_gpu_for_searching": "GPUs that the process may use are searched on",
-    "query_key": "rows have the keys query, pos_passage and neg_passage",
-    "positive_key": "rows have the keys query, pos_passage and neg_passage",
-    "negative_key": "rows have the keys query, pos_passage and neg_passage",
+    "query_key": _KEYS,
+    "positive_key": _KEYS,
+    "negative_key": _KEYS,
     "use_faiss": "index_factory names a FAISS index; without it, search is exact",
     "search_batch_size": _BY_ITSELF,
     "faiss_batch_size": _BY_ITSELF,
@@ -149,6 +185,16 @@ NOT_NEEDED: dict[str, str] = {
     "dataloader_pin_memory": _DATALOADER,
     "dataloader_prefetch_factor": _DATALOADER,
 }
+# And what other toolkits can and this one cannot.
+_DENSE = "one dense vector a text is trained, no sparse or multi-vector heads"
+_SMOOTHING = "no loss smooths its labels"
+NOT_SUPPORTED: dict[str, str] = {
+    **dict.fromkeys(("unified_finetuning", "use_self_distill", "self_distill_start_step", "colbert_dim"), _DENSE),
+    **dict.fromkeys(("label_smoothing", "label_smoothing_factor"), _SMOOTHING),
+    **dict.fromkeys(("untie_encoder", "router_mapping"), "queries and passages share one encoder"),
+    **dict.fromkeys(("rdrop_coef", "dup_rate"), "no loss encodes a query twice"),
+    "multi_dataset_batch_sampler": "dataset_weights says how often each file is used",
+}
 # How much a name must be like a known one, to be taken for a slip: less, and strangers get hints that mislead.
 _ALIKE = 0.75
 
@@ -160,13 +206,15 @@ def nearest(value, known) -> str:
 
 
 def meant_by(name: str, known: list[str]) -> str:
-    """What an unknown name may stand for, "did you mean ...?", or why it is not needed, or nothing.
+    """What an unknown name may stand for, "did you mean ...?", why it is not needed or not supported, or nothing.
 
     A flag's name has its dashes.
     """
     bare = name.lstrip("-").replace("-", "_")
     if bare in NOT_NEEDED:
         return f"not needed: {NOT_NEEDED[bare]}"
+    if bare in NOT_SUPPORTED:
+        return f"not supported: {NOT_SUPPORTED[bare]}"
     dashes = "--" if name.startswith("-") or bare in known else ""
     if bare in CALLED_ELSEWHERE:
         meant = [hint for hint in CALLED_ELSEWHERE[bare] if re.match(r"\w+", hint)[0] in known][:1]
