@@ -975,6 +975,27 @@ def test_a_checkpoint_of_another_model_or_of_other_weights_is_refused(run, tmp_p
             run("new", max_steps=6, resume_from_checkpoint=str(tmp_path / name / "checkpoint-3"), **options)
 
 
+@pytest.mark.parametrize("options", [{}, {"word_embeddings": "freeze"}, {"freeze_layers": 1}, {"lora": True}])
+def test_a_checkpoint_holds_what_is_trained_and_says_its_size(run, tmp_path, caplog, options):
+    caplog.set_level("INFO")
+    run("whole", max_steps=3, **options)
+    checkpoint = tmp_path / "whole" / "checkpoint-3"
+    size = sum(path.stat().st_size for path in checkpoint.iterdir() if path.is_file())
+    assert f"saved checkpoint-3: {size / 1e6:.1f} MB (" in caplog.text
+    base = (tmp_path / "whole" / "model_state.pdparams").stat().st_size
+    assert (checkpoint / "model_state.pdparams").exists() == (not options)
+    if options:
+        kept = pdparams.read_state(checkpoint / "trained.pdopt")
+        moments = pdparams.read_state(checkpoint / "optimizer.pdopt")
+        assert {name.removesuffix("_moment1_0") for name in moments if name.endswith("_moment1_0")} <= kept.keys()
+        assert (checkpoint / "trained.pdopt").stat().st_size < 0.9 * base
+        other = make_tiny_bert(tmp_path / "other-base")
+        Path(other, "vocab.txt").write_text(Path(other, "vocab.txt").read_text() + "another\n")
+        options |= {"model_name_or_path": other, "resume_from_checkpoint": str(checkpoint)}
+        with pytest.raises(ValueError, match="its frozen weights are another base model's"):
+            run("new", max_steps=6, **options)
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "model_state-00001-of-00002.pdparams"])
 def test_weights_that_would_be_loaded_too_are_refused(run, tmp_path, name):
     (tmp_path / "out").mkdir()

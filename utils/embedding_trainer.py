@@ -10,8 +10,6 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Protocol
@@ -40,13 +38,18 @@ from utils.training_folder import (
     checkpoint_of,
     is_checkpoint,
     remove_old,
+    renamed,
     shapes,
+    sizes,
+    whole,
 )
 
 logger = logging.getLogger(__name__)
 
-# A checkpoint's own files of the adapters, and how the optimizer's state calls a weight's first moment.
-_ADAPTERS, _MOMENT = "adapters.pdopt", "_moment1_0"
+# A checkpoint's files where weights are frozen: those that are trained, and the digest of the base model of the others.
+_TRAINED, _BASE = "trained.pdopt", "base"
+# How the optimizer's state calls a weight's first moment.
+_MOMENT = "_moment1_0"
 
 
 class Job(Protocol):
@@ -62,6 +65,7 @@ class Job(Protocol):
     objective: LossFunction
     pad_ids: tuple[int, int]
     judged_by: list[str]
+    base_digest: str
 
     def loader(self) -> Loader:
         """Our part of the batches."""
@@ -144,7 +148,7 @@ class EmbeddingTrainer(Trainer):
         """Cut the journal. Of what is gone on from: step, standing, and whether the training had ended there."""
         step, standing, ended = 0, {}, False
         if resume is not None:
-            with _whole(resume):
+            with whole(resume):
                 step = json.loads((Path(resume) / "trainer_state.json").read_text())["global_step"]
                 standing = json.loads((Path(resume) / "standing.json").read_text())
                 before = Standing.of(standing, self.job.judged_by)
@@ -269,7 +273,7 @@ class EmbeddingTrainer(Trainer):
             self._load_weights(resume_from_checkpoint)
 
     def _load_weights(self, folder: str) -> None:
-        """Of a checkpoint, on rank 0: the adapters if there are any, else everything.
+        """Of a checkpoint, on rank 0: those that are trained if some are frozen, else everything.
 
         Raises:
             ValueError: they are damaged, or another model's.
@@ -277,15 +281,25 @@ class EmbeddingTrainer(Trainer):
         self.ranks.on_first(lambda: self._read_weights(Path(folder)))
 
     def _read_weights(self, folder: Path) -> None:
-        lora = self.given.lora
-        if lora != (folder / _ADAPTERS).is_file():
-            raise ValueError(f"{folder}: its training was {'without' if lora else 'with'} lora; {FIT_CURE}")
-        path = folder / (_ADAPTERS if lora else WEIGHTS)
-        with _whole(folder):
+        is_part, trained = (folder / _TRAINED).is_file(), self._trained()
+        path = folder / (_TRAINED if is_part else WEIGHTS)
+        with whole(folder):
             state = pdparams.read_state(path)
-        own = {name: value for name, value in self.model.state_dict().items() if _is_adapter(name) or not lora}
-        check_fit(path, shapes(state), shapes(own), "weight")
+            base = (folder / _BASE).read_text() if is_part else self.job.base_digest
+        if self.given.lora != any(map(_is_adapter, state)):
+            raise ValueError(f"{folder}: its training was with{'out' * self.given.lora} lora; {FIT_CURE}")
+        if is_part and trained is None:
+            raise ValueError(f"{folder}: weights were frozen in its training; {FIT_CURE}")
+        if base != self.job.base_digest:
+            raise ValueError(f"{folder}: its frozen weights are another base model's; {FIT_CURE}")
+        check_fit(path, shapes(state), shapes(trained if is_part else self.model.state_dict()), "weight")
         self.model.set_state_dict(state)
+
+    def _trained(self) -> dict | None:
+        """The weights that are trained; None if all are."""
+        parameters = dict(self.model.named_parameters())
+        trained = {name: value for name, value in parameters.items() if not value.stop_gradient}
+        return trained if len(trained) < len(parameters) else None
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         if checkpoint is None:
@@ -294,7 +308,7 @@ class EmbeddingTrainer(Trainer):
         def load():
             folder = Path(checkpoint)
             names = ["optimizer", "scheduler"] + ["scaler"] * (folder / "scaler.pdopt").is_file()
-            with _whole(checkpoint):
+            with whole(checkpoint):
                 found = {name: pdparams.read_state(folder / f"{name}.pdopt") for name in names}
                 standing = json.loads((folder / "standing.json").read_text())
             self._check_moments(folder / "optimizer.pdopt", found["optimizer"])
@@ -302,7 +316,7 @@ class EmbeddingTrainer(Trainer):
 
         states = self.ranks.broadcast_object(self.ranks.on_first(load))
         names = {name: parameter.name for name, parameter in self.model.named_parameters()}
-        self.optimizer.set_state_dict(_renamed(states["optimizer"], names))
+        self.optimizer.set_state_dict(renamed(states["optimizer"], names))
         self.lr_scheduler.set_state_dict(states["scheduler"])
         self._take_over(states["standing"])
         if self.do_grad_scaling and "scaler" in states:
@@ -331,21 +345,23 @@ class EmbeddingTrainer(Trainer):
         try:
             remove(work)
             work.mkdir()
-            self.job.write_model_files(work)
+            if (trained := self._trained()) is None:
+                self.job.write_model_files(work)
+            else:
+                paddle.save(trained, str(work / _TRAINED))
+                write_whole(work / _BASE, self.job.base_digest.encode())
             names = {parameter.name: name for name, parameter in self.model.named_parameters()}
-            paddle.save(_renamed(self.optimizer.state_dict(), names), str(work / "optimizer.pdopt"))
+            paddle.save(renamed(self.optimizer.state_dict(), names), str(work / "optimizer.pdopt"))
             paddle.save(self.lr_scheduler.state_dict(), str(work / "scheduler.pdopt"))
             if self.do_grad_scaling:
                 paddle.save(self.scaler.state_dict(), str(work / "scaler.pdopt"))
-            if self.given.lora:
-                adapters = {name: value for name, value in self.model.state_dict().items() if _is_adapter(name)}
-                paddle.save(adapters, str(work / _ADAPTERS))
             write_whole(work / "standing.json", json.dumps(asdict(self._standing)).encode())
             if self._saves.is_temporary:
                 (work / TEMPORARY).touch()
             self.state.save_to_json(str(work / "trainer_state.json"))
             shutil.rmtree(final, ignore_errors=True)
             os.replace(work, final)
+            logger.info("saved %s: %s", final.name, sizes(final))
         except OSError as error:
             shutil.rmtree(work, ignore_errors=True)
             raise described(error, f"{final}: cannot write the checkpoint") from None
@@ -390,34 +406,5 @@ class _Watch(TrainerCallback):
         self._progress.close()
 
 
-@contextmanager
-def _whole(folder: str | Path) -> Iterator[None]:
-    """What goes wrong because a checkpoint is damaged becomes one line about it."""
-    try:
-        yield
-    except MemoryError:
-        raise
-    except Exception as error:
-        if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
-            raise described(error, f"{folder}: cannot be read") from None
-        raise ValueError(
-            f"{folder}: cannot be read ({type(error).__name__}); the checkpoint is damaged. Remove it to go on from the"
-            " one before"
-        ) from error
-
-
 def _is_adapter(name: str) -> bool:
     return "lora_" in name
-
-
-def _renamed(state: dict, names: dict[str, str]) -> dict:
-    """An optimizer's state under other names of the parameters.
-
-    Paddle numbers parameters as they are made in a process (``linear_3.w_0``), which a resumed run may do in
-    another order; checkpoints hold the names that the parameters have in their model.
-    """
-    renamed = {}
-    for key, value in state.items():
-        owner = next((name for name in names if key.startswith(name + "_")), None)
-        renamed[key if owner is None else names[owner] + key[len(owner) :]] = value
-    return renamed

@@ -232,7 +232,7 @@ class Job:
 
     def __init__(self, given: TrainArguments, ranks: Ranks, inputs: _Inputs):
         self.given, self.ranks, self.rows, self.base = given, ranks, inputs.rows, inputs.base
-        self.dev = inputs.dev
+        self.dev, self.base_digest = inputs.dev, inputs.base.digest
         metric = judging_metric(given.metric_for_best_model)
         self.judged_by = [metric, *self.dev.digests.values()] if self.dev else []
         self.loss = losses.get(given.loss_type)

@@ -100,6 +100,46 @@ def shapes(arrays: dict) -> dict[str, tuple]:
 
 
 @contextmanager
+def whole(folder: str | Path) -> Iterator[None]:
+    """What goes wrong because a checkpoint is damaged becomes one line about it."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+            raise described(error, f"{folder}: cannot be read") from None
+        raise ValueError(
+            f"{folder}: cannot be read ({type(error).__name__}); the checkpoint is damaged. Remove it to go on from the"
+            " one before"
+        ) from error
+
+
+def renamed(state: dict, names: dict[str, str]) -> dict:
+    """An optimizer's state under other names of the parameters.
+
+    Paddle numbers parameters as they are made in a process (``linear_3.w_0``), which a resumed run may do in
+    another order; checkpoints hold the names that the parameters have in their model.
+    """
+    renamed = {}
+    for key, value in state.items():
+        owner = next((name for name in names if key.startswith(name + "_")), None)
+        renamed[key if owner is None else names[owner] + key[len(owner) :]] = value
+    return renamed
+
+
+def sizes(folder: Path) -> str:
+    """How large a checkpoint is, in all and by its large files, for people."""
+    found = {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
+    parts = [f"{name} {_megabytes(size)}" for name, size in sorted(found.items()) if size > sum(found.values()) / 20]
+    return f"{_megabytes(sum(found.values()))} ({', '.join(parts)})"
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.0f} MB" if size >= 1e7 else f"{size / 1e6:.1f} MB"
+
+
+@contextmanager
 def put_into(folder: Path, what: str, earlier: Sequence[str] = ()) -> Iterator[Path]:
     """A work folder; what is in it in the end appears in ``folder``, each file whole, the weights last.
 
