@@ -3,10 +3,12 @@
 import contextlib
 import hashlib
 import logging
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numba
+from numba.core import event
 from numba.core.caching import FunctionCache
 from numba.core.codegen import get_host_cpu_features
 
@@ -74,6 +76,33 @@ class _Cache(FunctionCache):
             super().save_overload(signature, data)
         except OSError as error:
             logger.info("machine code is not kept for the next run: %s", error)
+
+
+class _Compiling(event.Listener):
+    """Says once that loops are compiled, which delays what is asked for first, and in the end how long it took."""
+
+    def __init__(self) -> None:
+        self._depth, self._started, self.seconds = 0, 0.0, 0.0
+
+    def on_start(self, event) -> None:
+        if self._depth == 0:
+            if not self.seconds:
+                logger.info("compiling loops for this processor: once, and kept for later runs where that is possible")
+                runtime.at_end(self._tell)
+            self._started = time.monotonic()
+        self._depth += 1
+
+    def on_end(self, event) -> None:
+        self._depth -= 1
+        if self._depth == 0:
+            self.seconds += time.monotonic() - self._started
+
+    def _tell(self) -> None:
+        logger.info("of this run, compiling loops took %.1f s", self.seconds)
+
+
+compiling = _Compiling()
+event.register("numba:compile", compiling)
 
 
 def compiled(fastmath: bool | set[str] = False, makes_arrays: bool = True) -> Callable:

@@ -134,7 +134,8 @@ def _fill(
     )  # fmt: skip
     mine = todo[ranks.rank :: ranks.size]
     vectors = encoder.encode_batches(texts, [plan[number] for number in mine])
-    with Progress(what, len(texts), "texts", len(texts) - n_todo) as progress:
+    work = [_work(lengths[rows], encoder.dim) for rows in plan]
+    with Progress(what, len(texts), "texts", len(texts) - n_todo, sum(work[number] for number in todo)) as progress:
         step = _BATCHES_A_ROUND * ranks.size
         for start in range(0, len(todo), step):
             numbers = todo[start : start + step]
@@ -142,9 +143,18 @@ def _fill(
             own_rows = np.concatenate(blocks) if blocks else np.zeros((0, encoder.dim), np.float32)
             gathered = ranks.gather_rows(own_rows)
             ranks.on_first(partial(_write, store, numbers, plan, gathered, texts))
-            progress.update(sum(len(plan[number]) for number in numbers))
+            progress.update(sum(len(plan[number]) for number in numbers), sum(work[number] for number in numbers))
     ranks.on_first(lambda: store.finish({"cut": encoder.cut(texts, lengths)}) if store is not None else None)
     return n_todo
+
+
+def _work(lengths: np.ndarray, width: int) -> float:
+    """Of encoding texts of so many tokens: their products go by tokens, attention by their squares.
+
+    Of a layer's operations for each token, 24 * width^2 are of products and 4 * width * length of attention.
+    """
+    tokens = lengths.astype(np.float64)
+    return float((tokens + tokens**2 / (6 * width)).sum())
 
 
 def _cut(store: EmbeddingStore | None, what: str) -> Cut | None:

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import logging
+import math
 import platform
 import sys
 import time
@@ -33,28 +34,63 @@ class _Formatter(logging.Formatter):
         return runtime.shown(super().format(record))
 
 
-class Progress:
-    """A bar on a terminal, an occasional line elsewhere, silence on other ranks."""
+class Pace:
+    """How long the rest of some work takes. What came before the first update, such as compiling, does not count once
+    there is more to go by.
+    """
 
-    def __init__(self, what: str, total: int, unit: str, done: int = 0):
+    def __init__(self, work: float, now: float):
+        self._left, self._done, self._n_updates = work, 0.0, 0
+        self._started = self._now = now
+
+    def update(self, work: float, now: float) -> None:
+        """So much of it is done, at this time in seconds."""
+        if self._n_updates == 1:
+            self._started, self._done = self._now, 0.0
+        self._n_updates += 1
+        self._left, self._done, self._now = self._left - work, self._done + work, now
+
+    def seconds_left(self) -> float:
+        """As it goes so far; infinite if nothing is done."""
+        return self._left * (self._now - self._started) / self._done if self._done else float("inf")
+
+
+class Progress:
+    """A bar on a terminal, an occasional line elsewhere, silence on other ranks.
+
+    Args:
+        work: that of all units that are not ``done``, where they are unlike; the time left goes by it.
+    """
+
+    def __init__(self, what: str, total: int, unit: str, done: int = 0, work: float | None = None):
         self.what, self.total, self.unit, self.done = what, total, unit, done
         self._already, self._started = done, time.monotonic()
+        self._pace = Pace(total - done if work is None else work, self._started)
         self._line_due = self._started + _LINE_EVERY_S
         self._bar = None
         if runtime.rank() == 0 and sys.stderr.isatty():
             from tqdm import tqdm
 
-            self._bar = tqdm(total=total, initial=done, desc=what, unit=unit, unit_scale=True, leave=False)
+            # tqdm's own estimate goes by units.
+            shape = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{postfix}, {rate_fmt}]"
+            self._bar = tqdm(
+                total=total, initial=done, desc=what, unit=unit, unit_scale=True, leave=False, bar_format=shape,
+                postfix="?",
+            )  # fmt: skip
 
-    def update(self, count: int) -> None:
-        """``count`` more units are done."""
+    def update(self, count: int, work: float | None = None) -> None:
+        """``count`` more units are done, which were so much of the work."""
         self.done += count
+        now = time.monotonic()
+        self._pace.update(count if work is None else work, now)
         if self._bar is not None:
+            left = self._pace.seconds_left()
+            self._bar.postfix = "?" if math.isinf(left) else self._bar.format_interval(left)
             self._bar.update(count)
-        elif runtime.rank() == 0 and time.monotonic() >= self._line_due and self.done < self.total:
-            self._line_due = time.monotonic() + _LINE_EVERY_S
-            rate = (self.done - self._already) / (time.monotonic() - self._started)
-            left = (self.total - self.done) / rate if rate else float("inf")
+        elif runtime.rank() == 0 and now >= self._line_due and self.done < self.total:
+            self._line_due = now + _LINE_EVERY_S
+            rate = (self.done - self._already) / (now - self._started)
+            left = self._pace.seconds_left()
             speed = f"{rate:,.0f}/s" if rate >= 10 else f"{rate:,.2g}/s"
             line = f"{self.what}: {self.done:,} of {self.total:,} {self.unit}, {speed}, about {left:,.0f} s left"
             print(line, file=sys.stderr, flush=True)

@@ -37,6 +37,8 @@ _PR_SET_PDEATHSIG = 1
 _flags: frozenset[str] | None = None
 # The process that ``prepare`` has set up: its threads, and those of the libraries that it uses, do not survive a fork.
 _prepared_in: int | None = None
+# What is called when a script's work is done.
+_last: list[Callable[[], None]] = []
 
 
 def prepare(trains: bool = False) -> None:
@@ -255,6 +257,11 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def at_end(tell: Callable[[], None]) -> None:
+    """Call this when the script's work is done."""
+    _last.append(tell)
+
+
 def run(main: Callable[[], None]) -> None:
     """Run a script's ``main`` and end the process.
 
@@ -267,6 +274,8 @@ def run(main: Callable[[], None]) -> None:
     try:
         interruption.settle(_speaks)
         main()
+        for tell_of_it in _last:
+            tell_of_it()
     except (ValueError, OSError) as error:
         if isinstance(error, ConnectionError) and interruption.asked():
             _leave(128 + signal.SIGTERM)  # the worker that is missing has spoken
