@@ -21,7 +21,9 @@ AREAS = {
     "formulae": ("metrics statistics losses standing", ""),
     "scores": ("scores search_kernels", "machine"),
     "screens": ("search_screens screening", "machine products scores"),
-    "search": ("search faiss_search dealing dedup thresholds", "machine products ranks scores screens"),
+    "search": (
+        "search faiss_search dealing answers dedup thresholds", "machine products ranks ragged records scores screens",
+    ),
     "models": (
         "sentence_transformers_folder bundled_model model_types checkpoint weight_files pdparams torch_files bert_names"
         " weights paddlenlp_models qwen3", "own_files machine files",
@@ -57,7 +59,10 @@ AREAS = {
         "arguments machine ranks rows files stores reports formulae scores search encoding embedding collections"
         " evaluated",
     ),
-    "cleaning": ("cleaning", "arguments machine ranks rows files stores reports search encoding embedding"),
+    "cleaning": (
+        "cleaning_examples cleaning",
+        "arguments machine ranks rows files stores reports scores search encoding embedding",
+    ),
     "mining": (
         "mining",
         "arguments machine ranks rows files stores reports search embedding negatives candidates mining_search"

@@ -1,10 +1,12 @@
 """The blocked greedy rule against the one-by-one loop that defines it."""
 
+import functools
+
 import numpy as np
 import pytest
 from thread_ranks import on_ranks
 
-from utils import dedup, screening
+from utils import answers, dedup, screening
 from utils.dedup import DedupResult, Duplicate, Duplicates, remove_near_duplicates
 from utils.distributed import Ranks
 from utils.scores import pair_scores
@@ -50,6 +52,41 @@ def test_equals_one_by_one(threshold, block, monkeypatch):
     kept, removed = one_by_one(vectors, threshold)
     assert result.kept_rows.tolist() == kept
     assert {d.row: (d.kept_row, d.score) for d in result.duplicates} == removed
+
+
+@pytest.mark.parametrize("screened", [True, False])
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("n_groups", [2, 60, 700])
+def test_rows_with_the_same_answers_go_at_a_lower_score(size, n_groups, screened, monkeypatch):
+    monkeypatch.setattr(answers, "_PART_ROWS", 7)
+    monkeypatch.setattr(answers, "_PART_KEPT", 5)
+    monkeypatch.setattr(dedup, "_MOST_PAIRS", 60)
+    monkeypatch.setattr(dedup._FullIndex, "block_rows", 128)
+    monkeypatch.setattr(ScreenedIndex, "block_rows", 250)
+    if screened:
+        monkeypatch.setattr(dedup, "_SCREENED_ROWS", 1)
+        directions = np.linalg.qr(np.random.default_rng(1).standard_normal((24, 12)))[0]
+        monkeypatch.setattr(screening, "fit", lambda sample, threshold: Sketcher(directions))
+    vectors, low, high = clustered(700, 24), 0.7, 0.9
+    groups = np.random.default_rng(2).integers(0, n_groups, 700)
+    kept, removed = [], {}
+    for i in range(700):
+        scores = pair_scores(np.repeat(vectors[i : i + 1], len(kept), 0), vectors[kept]) if kept else np.zeros(0)
+        reach = scores >= np.where(groups[kept] == groups[i], low, high) if kept else scores > 0
+        if reach.any():
+            best = int(np.where(reach, scores, -1).argmax())
+            removed[i] = (kept[best], scores[best])
+        else:
+            kept.append(i)
+    agreeing = functools.partial(answers.Agreeing, vectors, groups, low, high)
+    for result in on_ranks(
+        size,
+        lambda ranks: remove_near_duplicates(
+            vectors if ranks.is_first else None, np.arange(700), 24, high, ranks, agreeing=agreeing
+        ),
+    ):
+        assert result.kept_rows.tolist() == kept
+        assert {d.row: (d.kept_row, d.score) for d in result.duplicates} == removed
 
 
 @pytest.mark.parametrize("size", [2, 3])

@@ -91,7 +91,7 @@ class CleanArguments(ModelArguments, InputArguments):
     output_data_path: str = option("./output/toy_clean.json", "where the kept rows go")
     similarity_threshold: float | None = option(
         None, "a row is removed when its cosine with a kept row reaches this; default: 0.75, or more for a model whose"
-        " unrelated queries score that much", at_least=-1.0, at_most=1.0,
+        " unrelated queries score that much, and nearly 1 for queries whose answers differ", at_least=-1.0, at_most=1.0,
     )  # fmt: skip
     target_size: int | None = option(
         None, "keep at most this many rows: finds the highest threshold that does, instead of the given one",
@@ -100,7 +100,10 @@ class CleanArguments(ModelArguments, InputArguments):
     reference_data_path: str | None = option(
         None, "a JSONL file (a dev or test set): rows that come as close to one of its queries are removed as leaks"
     )
-    merge_positives: bool = option(False, "give a removed row's positives to the row that was kept for it")
+    merge_positives: bool | None = option(
+        None, "give a removed row's positives to the row that was kept for it, so that no answer is lost; default: only"
+        " those of equal queries, and only where neither similarity_threshold nor target_size is given",
+    )  # fmt: skip
     embeddings_path: str | None = option(
         None, "a .npy file of your own vectors, float [rows of the input, dim], instead of a model"
     )
@@ -109,6 +112,18 @@ class CleanArguments(ModelArguments, InputArguments):
         """Rules that tie fields together."""
         if self.embeddings_path and self.reference_data_path:
             raise ArgumentError("embeddings_path and reference_data_path are both given; a reference needs a model")
+
+    @property
+    def protects_answers(self) -> bool:
+        """Whether queries must be nearer to each other if their answers differ: where the threshold is measured."""
+        return self.similarity_threshold is None and self.target_size is None
+
+    @property
+    def merged_reasons(self) -> tuple[str, ...]:
+        """For which reasons rows are removed whose positives go to their kept row."""
+        if self.merge_positives is None:
+            return ("exact",) if self.protects_answers else ()
+        return ("exact", "similar") if self.merge_positives else ()
 
 
 # What a metric may be called; metrics.py holds the formulae.

@@ -1,19 +1,21 @@
 """The cleaning job: rows in, near-duplicates out, every row accounted for."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from utils import dedup, engines, interruption, merged_positives, report, thresholds
+from utils import answers, cleaning_examples, dedup, engines, interruption, merged_positives, report, thresholds
 from utils.arguments import CleanArguments, input_paths
 from utils.dedup import DedupResult
 from utils.distributed import Ranks
 from utils.embedding import build_encoders, embed, note_cut
 from utils.embedding_store import derive, read_user_vectors
 from utils.outputs import Outputs, write_rejected
+from utils.ragged import Ragged
 from utils.records import RawLine, RecordError, Source, fold, parse_object, to_line
 from utils.row_keys import KeyCounts
 from utils.search import Neighbors, ShardedIndex
@@ -49,20 +51,23 @@ class CleaningResult:
         checked = [reason for reason in _REASONS if reason != "leakage" or has_reference]
         rows += [(f"removed, {reason}", f"{counts['removed_' + reason]:,}") for reason in checked]
         rows += [("rejected", f"{counts['rejected']:,}")] if counts["rejected"] else []
-        rows += [("threshold", f"{self.threshold:g}"), ("seconds", f"{self.report['seconds']['total']:.1f}")]
+        found = self.report["answers"]
+        if found["different"]:
+            rows += [("answers in no kept row", f"{found['in_no_kept_row']:,} of {found['different']:,}")]
+        rows += [("threshold", f"{self.threshold:g}")]
+        if "threshold_of_other_answers" in self.report:
+            rows += [("threshold, other answers", f"{self.report['threshold_of_other_answers']:g}")]
+        rows += [("seconds", f"{self.report['seconds']['total']:.1f}")]
         title = f"{self.report['arguments']['input_data_path']} -> {self.report['arguments']['output_data_path']}"
         lines = [report.table(rows, title)]
-        closest = self.report["closest_removals"]
-        if closest:
-            lines.append("closest to the threshold (all are in <output>.removed.jsonl):")
-            lines += [f"  {pair['cosine']:.4f}  {pair['query']}  ~  {pair['kept_query']}" for pair in closest]
+        lines += cleaning_examples.lines(self.report["closest_removals"], self.report["nearest_kept"])
         return "\n".join(lines)
 
 
 _REASONS = ("exact", "similar", "leakage")
 _SUFFIXES = (".removed.jsonl", ".rejected.jsonl", ".report.json")
-# Removals to show to a person: those that the threshold decided the most narrowly.
-_SHOWN, _SHOWN_WIDTH = 5, 50
+# Of the different answers, those that may be lost at the default threshold.
+_MOST_LOST = 0.02
 
 
 def clean(given: CleanArguments) -> CleaningResult:
@@ -81,17 +86,17 @@ def clean(given: CleanArguments) -> CleaningResult:
             run.stage("dedup"),
             interruption.promising(lambda: f"the same command {kept}compares from the first row on"),
         ):
-            result, nearest = _decide(given, ranks, run, inputs, vectors, reference)
+            decision = _decide(given, ranks, run, inputs, vectors, reference)
         del vectors, reference  # memory maps of files that are removed next
         with run.stage("write"):
-            cleaned = ranks.on_first(lambda: _write(given, outputs, inputs, result, nearest, run))
+            cleaned = ranks.on_first(lambda: _write(given, outputs, inputs, decision, run))
         return ranks.broadcast_object(ranks.on_first(lambda: replace(cleaned, report=run.publish(outputs))))
 
 
 @dataclass
 class _Queries:
     """A file's queries. ``first`` gives, for each row, the first row whose text is equal after folding; ``n_bare`` rows
-    have no positive.
+    have no positive; ``answers`` are each row's positives.
     """
 
     source: Source
@@ -101,18 +106,22 @@ class _Queries:
     folded: dict[str, int]
     n_bare: int
     keys: KeyCounts
+    answers: Ragged
 
     @classmethod
     def read(cls, path: str, on_bad_row: str) -> "_Queries":
         source = Source(path, ("query",), on_bad_row)
         lines, texts, first, folded, n_bare, keys = [], [], [], {}, 0, KeyCounts()
+        passages = answers.AnswersRead()
         for record in source:
             n_bare += not record.pos_passage
+            passages.add(record.pos_passage)
             keys.add(record.row)
             first.append(folded.setdefault(fold(record.query), len(texts)))
             lines.append(record.line)
             texts.append(record.query)
-        return cls(source, np.array(lines, np.int64), texts, np.array(first, np.int64), folded, n_bare, keys)
+        rows = np.array(lines, np.int64), texts, np.array(first, np.int64)
+        return cls(source, *rows, folded, n_bare, keys, passages.of_rows())
 
     @property
     def unique(self) -> np.ndarray:
@@ -121,6 +130,10 @@ class _Queries:
 
     def unique_texts(self) -> list[str]:
         return [self.texts[row] for row in self.unique]
+
+    def answer_groups(self) -> np.ndarray:
+        """A number for each unique query, the same for those whose rows have the same answers together; int64."""
+        return answers.groups(answers.joined(self.answers, self.first), self.unique)
 
     def file_rows(self) -> np.ndarray:
         """Each good row's number among all rows of the file, bad ones included."""
@@ -191,6 +204,19 @@ def _vectors(
     return vectors, reference
 
 
+@dataclass
+class _Decision:
+    """What is removed, on every rank; ``examples`` on rank 0.
+
+    usual: the threshold for queries whose answers differ, if it is another one.
+    """
+
+    result: DedupResult
+    nearest: Neighbors | None
+    usual: float | None = None
+    examples: list[dict] = field(default_factory=list)
+
+
 def _decide(
     given: CleanArguments,
     ranks: Ranks,
@@ -198,7 +224,7 @@ def _decide(
     inputs: _Inputs | None,
     vectors: np.ndarray | None,
     reference: np.ndarray | None,
-) -> tuple[DedupResult, Neighbors | None]:
+) -> _Decision:
     """The greedy rule over the unique queries that are no leaks, and each query's nearest reference query."""
     device = engines.device()
     n, dim = ranks.broadcast_object(vectors.shape if vectors is not None else None)
@@ -209,17 +235,52 @@ def _decide(
     if given.reference_data_path:
         nearest = _nearest_reference(ranks, inputs, vectors, reference, n, device)
 
-    def decide(threshold: float) -> DedupResult:
+    def decide(threshold: float, usual: float | None = None, groups: np.ndarray | None = None) -> DedupResult:
         rows = np.arange(n) if nearest is None else np.flatnonzero(nearest.scores[:, 0] < threshold)
+        agreeing = None
+        if usual is not None:
+            agreeing = partial(answers.Agreeing, vectors, groups, threshold, usual)
         with report.Progress("dedup", len(rows), "rows") as progress:
-            return dedup.remove_near_duplicates(vectors, rows, dim, threshold, ranks, device, progress.update)
+            result = dedup.remove_near_duplicates(
+                vectors, rows, dim, usual or threshold, ranks, device, progress.update, agreeing
+            )
+        return replace(result, threshold=threshold)
 
-    if given.target_size is None:
-        return decide(threshold), nearest
-    result = thresholds.find(decide, given.target_size)
-    if unrelated is not None:
-        thresholds.warn_if_low(result.threshold, unrelated, "give a higher target_size")
-    return result, nearest
+    if given.target_size is not None:
+        decision = _Decision(thresholds.find(decide, given.target_size), nearest)
+        if unrelated is not None:
+            thresholds.warn_if_low(decision.result.threshold, unrelated, "give a higher target_size")
+    elif not given.protects_answers:
+        decision = _Decision(decide(threshold), nearest)
+    else:
+        decision = _protecting(given, ranks, inputs, decide, threshold, nearest)
+    if inputs is not None:
+        decision.examples = cleaning_examples.kept(
+            vectors, decision.result, inputs.queries.unique_texts(), inputs.queries.answer_groups()
+        )
+    return decision
+
+
+def _protecting(
+    given: CleanArguments,
+    ranks: Ranks,
+    inputs: _Inputs | None,
+    decide: Callable[..., DedupResult],
+    threshold: float,
+    nearest: Neighbors | None,
+) -> _Decision:
+    """With a higher threshold for queries whose answers differ; the highest if too many answers were lost else."""
+    groups = inputs.queries.answer_groups() if inputs is not None else None
+    if not ranks.broadcast_object(groups is not None and bool(groups.any())):
+        return _Decision(decide(threshold), nearest)  # all have the same, or none
+    for usual in (thresholds.of_other_answers(threshold), thresholds.SAME):
+        result = decide(threshold, usual, groups)
+        share = 0.0
+        if inputs is not None:
+            share = _losses(given, inputs, _account(inputs, result, nearest)).share()
+        if ranks.broadcast_object(share) <= _MOST_LOST:
+            break
+    return _Decision(result, nearest, usual)
 
 
 def _threshold(given: CleanArguments, unrelated: thresholds.Unrelated, run: report.RunReport) -> float | None:
@@ -282,14 +343,14 @@ def _write(
     given: CleanArguments,
     outputs: Outputs,
     inputs: _Inputs | None,
-    result: DedupResult,
-    nearest: Neighbors | None,
+    decision: _Decision,
     run: report.RunReport,
 ) -> CleaningResult:
     """Account for every row and write the outputs; the result lacks its report."""
     assert inputs is not None
-    queries = inputs.queries
-    removed = _account(inputs, result, nearest)
+    queries, result = inputs.queries, decision.result
+    removed = _account(inputs, result, decision.nearest)
+    lost = _losses(given, inputs, removed)
     gone = np.zeros(len(queries.texts), bool)
     gone[[r.row for r in removed]] = True
     kept = np.flatnonzero(~gone)
@@ -303,35 +364,39 @@ def _write(
         raise AssertionError(f"the rows do not add up: {counts}")
     run.counts = {**counts, **run.counts}
     run.results["similarity_threshold"] = result.threshold
-    _write_rows(given, outputs, inputs, {r.row: r for r in removed})
-    run.results["closest_removals"] = _closest(inputs, removed)
+    if decision.usual is not None:
+        run.results["threshold_of_other_answers"] = decision.usual
+    run.results["answers"] = {
+        "different": lost.n_answers, "in_no_kept_row": lost.n_lost,
+        "rows_removed_for_one_without_their_answer": int(lost.rows.sum()),
+    }  # fmt: skip
+    _write_rows(given, outputs, inputs, {r.row: r for r in removed}, lost)
+    run.results["closest_removals"] = cleaning_examples.removed(queries.texts, queries.first, removed)
+    run.results["nearest_kept"] = decision.examples
     if given.on_bad_row == "skip":
         rejected = queries.source.rejected + (inputs.reference.source.rejected if inputs.reference else [])
         write_rejected(outputs, rejected)
     return CleaningResult(kept, removed, queries.source.rejected, result.threshold, {})
 
 
-def _closest(inputs: _Inputs, removed: list[Removed]) -> list[dict]:
-    """The removals that the threshold decided the most narrowly, each pair of texts once, for a person to judge by."""
-    texts, first = inputs.queries.texts, inputs.queries.first
-    similar = sorted((r for r in removed if r.reason == "similar"), key=lambda r: r.score)
-    pairs = {(int(first[r.row]), r.kept_row): r for r in reversed(similar)}
-    return [
-        {
-            "cosine": r.score,
-            "query": report.shortened(texts[r.row], _SHOWN_WIDTH),
-            "kept_query": report.shortened(texts[r.kept_row], _SHOWN_WIDTH),
-        }
-        for r in sorted(pairs.values(), key=lambda r: r.score)[:_SHOWN]
-    ]
+def _losses(given: CleanArguments, inputs: _Inputs, removed: list[Removed]) -> answers.Losses:
+    """What the kept rows no longer say; a leak is kept in the reference file, whose answers are not read."""
+    n = len(inputs.queries.texts)
+    kept_for, gives = np.arange(n), np.zeros(n, bool)
+    for r in removed:
+        kept_for[r.row] = -1 if r.reason == "leakage" else r.kept_row
+        gives[r.row] = r.reason in given.merged_reasons
+    return answers.losses(inputs.queries.answers, kept_for, gives)
 
 
-def _write_rows(given: CleanArguments, outputs: Outputs, inputs: _Inputs, removed: dict[int, Removed]) -> None:
+def _write_rows(
+    given: CleanArguments, outputs: Outputs, inputs: _Inputs, removed: dict[int, Removed], lost: answers.Losses
+) -> None:
     """The kept rows byte for byte, and the removed ones with their explanation."""
     queries = inputs.queries
     gained = {}
-    if given.merge_positives:
-        kept_for = {row: r.kept_row for row, r in removed.items() if r.reason != "leakage"}
+    kept_for = {row: r.kept_row for row, r in removed.items() if r.reason in given.merged_reasons}
+    if kept_for:
         gained = merged_positives.gather(_good_lines(queries), queries.source.path, kept_for)
     with outputs.stage() as kept_stream, outputs.stage(".removed.jsonl") as removed_stream:
         for row, raw in _good_lines(queries):
@@ -351,6 +416,7 @@ def _write_rows(given: CleanArguments, outputs: Outputs, inputs: _Inputs, remove
                 f"{prefix}_query": where.texts[reason.kept_row],
                 "cosine": reason.score,
                 "reason": reason.reason,
+                "answer_lost": bool(lost.rows[row]),
             }
             removed_stream.write(to_line(entry))
 

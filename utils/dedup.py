@@ -14,6 +14,7 @@ from typing import NamedTuple, Protocol, TypeVar
 import numpy as np
 
 from utils import screening, search_kernels
+from utils.answers import Agreeing
 from utils.dealing import Deal, Pairs
 from utils.distributed import Ranks
 from utils.scores import Neighbors, evenly, largest_norm, plain, rounding_bound
@@ -85,6 +86,7 @@ def remove_near_duplicates(
     ranks: Ranks,
     device: str = "cpu",
     progress: Callable[[int], None] = lambda count: None,
+    agreeing: Callable[[], Agreeing] | None = None,
 ) -> DedupResult:
     """Apply the greedy rule to some rows of an array.
 
@@ -93,6 +95,7 @@ def remove_near_duplicates(
         rows: int64, ascending, the rows to decide; the same on every rank.
         threshold: lowest inner product (cosine, for unit vectors) that makes a row a duplicate.
         progress: called with the number of rows decided since the last call.
+        agreeing: rank 0 calls it to know which rows are compared at a lower threshold, too.
 
     Returns:
         The same result on every rank.
@@ -109,6 +112,7 @@ def remove_near_duplicates(
     """
     everywhere = ranks.mapped(vectors)
     index = _index(everywhere, vectors, rows, dim, threshold, ranks, device)
+    same = agreeing() if agreeing is not None and ranks.is_first else None
     kept: list[np.ndarray] = [rows[:0]]
     removed: list[tuple[np.ndarray, ...]] = [(rows[:0], rows[:0], np.zeros(0))]
     size, done = index.block_rows, 0
@@ -120,12 +124,17 @@ def remove_near_duplicates(
         block = index.prepare(_fetched(here, everywhere, vectors, dim, ranks), deal.run, deal.complete)
         within = _pairs_within(block, index, deal.turns, threshold)
         best, pairs = deal.joined(index.search(block, searched, threshold), within, index.divides_queries, _MOST_PAIRS)
+        if agreeing is not None and pairs is not None:
+            more = same.joined(here, best, pairs, _MOST_PAIRS) if same is not None else None
+            best, pairs = ranks.broadcast_object(more)
         if pairs is None:
             size = max(1, size // 4)
             continue
         gone, stays = _settle(here, best, pairs)
         removed.append(gone)
         kept.append(here[stays])
+        if same is not None:
+            same.add(here[stays])
         added = added[stays[added]]
         index.add(block, added, here[added])
         done += len(here)

@@ -183,3 +183,13 @@ def shortened(text: str, width: int) -> str:
     """A text on one line, of at most ``width`` characters before its control characters become escapes."""
     text = " ".join(text.split())
     return runtime.shown(text if len(text) <= width else text[: width - 1] + "…")
+
+
+def differing(one: str, other: str, width: int) -> tuple[str, str]:
+    """Two texts on a line each, of at most ``width`` characters, cut so that the place where they part is seen."""
+    one, other = " ".join(one.split()), " ".join(other.split())
+    pairs = enumerate(zip(one, other, strict=False))
+    same = next((i for i, (left, right) in pairs if left != right), min(len(one), len(other)))
+    start = max(0, same - width // 3) if max(len(one), len(other)) > width else 0
+    begun = "…" if start else ""
+    return shortened(begun + one[start:], width), shortened(begun + other[start:], width)
