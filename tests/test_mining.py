@@ -413,6 +413,82 @@ def test_what_a_row_said_of_its_old_negatives_goes_with_them(mine, tmp_path):
         assert read_jsonl(out)[0]["pos_scores"] == [2.0, 1.0]
 
 
+def rows_with_negatives() -> list[dict]:
+    """Negatives that no other row has, others' positives, known positives, equal texts, and none."""
+    rows = mining_rows()
+    for i, row in enumerate(rows):
+        other, same = rows[(i + 5) % len(rows)]["pos_passage"][0], row["pos_passage"][0]
+        own = [f"old {i} lost", other, f"old  {i} lost", f"{same} ", f"ｏｌｄ {i} big"]
+        row["neg_passage"] = own[: i % 7]
+        row["neg_scores"] = [9.0] * len(row["neg_passage"])
+    return rows
+
+
+@pytest.mark.parametrize("name", ["list", "flagembedding", "triplet", "labeled-list", "context_qa"])
+def test_own_negatives_are_kept_first_and_not_repeated(mine, tmp_path, name, caplog):
+    caplog.set_level("INFO")
+    rows = [row | {"answer": f"a{i}"} for i, row in enumerate(rows_with_negatives())]
+    source = write_jsonl(tmp_path / "in.json", rows)
+    options = {"input_data_path": source, "keep_negatives": True, "num_negatives": 4, "short_rows": "keep"}
+    result, out = mine(**options, output_format=name, no_answer_text="none")
+    banned, expected = forbidden_texts(rows), []
+    for row in rows:
+        stay = [text for text in row["neg_passage"] if fold(text) not in banned[fold(row["query"])]]
+        first = {fold(text): text for text in reversed(stay)}
+        expected.append([text for text in dict.fromkeys(stay) if text in first.values()])
+    found = {
+        "list": lambda lines: [line["neg_passage"] for line in lines],
+        "flagembedding": lambda lines: [line["neg"] for line in lines],
+        "labeled-list": lambda lines: [
+            line["docs"][line["labels"].index(0) :] if 0 in line["labels"] else [] for line in lines
+        ],
+    }
+    lines = read_jsonl(out)
+    if name in found:
+        negatives = found[name](lines)
+        for own, got in zip(expected, negatives, strict=True):
+            assert got[: len(own)] == own and len(got) <= max(4, len(own))
+            assert len({*map(fold, got)}) == len(got)  # nothing is mined that the row has already
+        assert sum(map(len, negatives)) > sum(map(len, expected))
+        assert all("neg_scores" not in line for line in lines)
+    else:
+        key = "context" if name == "context_qa" else "negative"
+        texts = {
+            (line.get("question", line.get("anchor")), line[key])
+            for line in lines
+            if line.get("answer", "none") == "none"
+        }
+        assert texts >= {(row["query"], text) for row, own in zip(rows, expected, strict=True) for text in own}
+    counts = result.report["counts"]
+    assert counts["kept"] == sum(map(len, expected)) and counts["passages"] > counts["candidates"]
+    assert f"{sum(i % 7 > 0 for i in range(len(rows)))} rows have negatives of their own, which are kept" in caplog.text
+    assert "negatives of the rows are positives of their query, or its own text, and are left out" in caplog.text
+
+
+def test_own_negatives_are_scored_as_others_are(mine, tmp_path):
+    rows, folder = rows_with_negatives(), make_tiny_bert(tmp_path / "reranker", labels=1)
+    source = write_jsonl(tmp_path / "in.json", rows)
+    options = {"input_data_path": source, "keep_negatives": True, "num_negatives": 4, "output_scores": True}
+    result, out = mine(**options)
+    for row, negatives in zip(read_jsonl(out), result.negatives, strict=True):
+        assert row["neg_scores"] == [negative.score for negative in negatives]
+        assert all(abs(score) <= 1 + 1e-6 for score in row["neg_scores"])
+    _, out = mine(**options, reranker_path=folder)
+    scorer = reranker.Reranker(folder, 512)
+    for row in read_jsonl(out)[:20]:
+        logits = scorer.score([(row["query"], text) for text in row["pos_passage"] + row["neg_passage"]])
+        np.testing.assert_allclose(row["pos_scores"] + row["neg_scores"], logits, atol=1e-3)
+
+
+def test_what_n_tuples_cannot_hold_is_a_bad_row(mine, tmp_path):
+    source = write_jsonl(tmp_path / "in.json", rows_with_negatives())
+    options = {"input_data_path": source, "keep_negatives": True, "num_negatives": 4, "output_format": "n-tuple"}
+    with pytest.raises(ValueError, match=r"in\.json:6: 5 negatives; keep_negatives with output_format n-tuple expects"):
+        mine(**options)
+    _, out = mine(**options, on_bad_row="skip")
+    assert all(set(line) == {"anchor", "positive", *(f"negative_{i}" for i in range(1, 5))} for line in read_jsonl(out))
+
+
 def test_flagembedding_keys_are_read(mine, tmp_path):
     rows = [{"query": row["query"], "pos": row["pos_passage"], "neg": ["old"]} for row in mining_rows()]
     _, out = mine(input_data_path=write_jsonl(tmp_path / "fe.jsonl", rows), num_negatives=2)
@@ -451,6 +527,7 @@ def test_a_corpus_smaller_than_what_is_asked_for(mine, tmp_path, caplog):
         ({"min_score": 0.9, "max_score": 0.1}, "min_score is 0.9, above max_score"),
         ({"margin_positive": "meddian"}, "did you mean median?"),
         ({"temperature": 0.0}, "expected more than 0.0"),
+        ({"easy_from": "positive"}, "easy_from is 'positive', but neither sampling_strategy nor mix has easy"),
         ({"output_format": "triplets"}, "did you mean triplet?"),
     ],
 )

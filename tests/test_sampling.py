@@ -32,10 +32,62 @@ def test_easy_draws_by_softmax_of_falling_similarity():
     criteria = replace(criteria_of(make_problem(), rules), background=Background(0.0, 0.0, 1.0))
     counts = np.zeros(3)
     for row in range(4000):
-        picked, _ = sampling._draw(row, np.array([1, 2, 3]), scores, criteria, sampling._Copies(criteria))
+        copies, distances = sampling._Copies(criteria), sampling._Distances(criteria)
+        picked, _ = sampling._draw(row, np.array([1, 2, 3]), scores, criteria, copies, distances)
         counts[picked] += 1
     expected = np.exp(-scores / 0.5)
     np.testing.assert_allclose(counts / 4000, expected / expected.sum(), atol=0.03)
+
+
+def test_easy_can_be_measured_from_the_nearest_positive():
+    """Against the softmax spelt out, of falling cosines with the nearer of two positives."""
+    problem = make_problem()
+    rules = Rules(parts=(("easy", 1),), temperature=0.5, easy_from="positive")
+    criteria, rows, n = criteria_of(problem, rules), np.array([101, 120, 140, 149]), 4000
+    query = int(np.flatnonzero(problem.positives.sizes() > 1)[0])
+    asking = np.full(n, query)
+    criteria = replace(criteria, problem=replace(problem, query_of_row=asking), background=Background(0.3, 0.1, 0.2))
+    copies, distances, counts = sampling._Copies(criteria), sampling._Distances(criteria), np.zeros(len(rows))
+    for row in range(n):
+        picked, _ = sampling._draw(row, rows, np.zeros(len(rows)), criteria, copies, distances)
+        counts[picked] += 1
+    vectors = problem.passage_vectors
+    nearest = np.array([max(float(vectors[p] @ vectors[row]) for p in problem.positives[query]) for row in rows])
+    expected = np.exp(-(nearest - 0.1) / 0.9 / 0.5)
+    np.testing.assert_allclose(counts / n, expected / expected.sum(), atol=0.03)
+    np.testing.assert_allclose(problem.nearest_positive(query, rows), nearest, atol=1e-6)
+
+
+@pytest.mark.parametrize("parts", [(("top", 6),), (("top", 3), ("random", 2), ("easy", 1))])
+def test_own_negatives_come_first_and_the_rest_is_mined(parts):
+    """As without them, but that they and their equals cannot be drawn, and that near-copies of them are not."""
+    rng, plain = np.random.default_rng(0), make_problem()
+    n = len(plain.query_of_row)
+    kept = [rng.choice(np.arange(100, 150), size, replace=False).tolist() for size in rng.integers(0, 9, n)]
+    repeats = [sorted({*own, *(passage + 1 for passage in own)}) for own in kept]
+    problem = replace(plain, kept=Ragged.of(kept), repeats=Ragged.of(repeats))
+    for backfill in (False, True):
+        rules = Rules(parts=parts, negative_similarity=0.9, backfill=backfill, relative_margin=0.4)
+        result, _, background = mine(problem, rules)
+        limit = background.passages + 0.9 * (1 - background.passages)
+        for row, (own, repeated) in enumerate(zip(kept, repeats, strict=True)):
+            found = result.negatives[row]
+            assert [negative.row for negative in found[: len(own)]] == own
+            assert [negative.rank for negative in found if negative.rank == sampling.KEPT] == [-2] * len(own)
+            mined = [negative.row for negative in found[len(own) :]]
+            assert not {*mined} & {*repeated} and len(found) <= max(len(own), 6)
+            query = problem.query_of_row[row]
+            for negative in found[: len(own)]:
+                score = problem.query_vectors[query] @ problem.passage_vectors[negative.row]
+                assert abs(negative.score - score) < 1e-5
+            if own and not backfill and mined:
+                vectors = problem.passage_vectors
+                assert (vectors[mined] @ vectors[own].T).max() < limit + 1e-5
+            if len(found) < 6:
+                assert row in result.short_queries
+    bare, _, _ = mine(plain, rules)
+    for row in (row for row in range(n) if not kept[row]):
+        assert result.negatives[row] == bare.negatives[row]
 
 
 def test_backfill_is_marked_and_avoids_presumed_positives():

@@ -229,6 +229,7 @@ class EvaluateArguments(ModelArguments, InputArguments):
 
 
 STRATEGIES = ("top", "random", "easy")
+EASY_FROM = ("query", "positive")
 MARGIN_POSITIVES = ("lowest", "median", "highest")
 FORMATS = ("list", "flagembedding", "triplet", "n-tuple", "labeled-list", "context_qa")
 _MOST_NEGATIVES = 1_000_000
@@ -268,6 +269,8 @@ class MiningArguments(ModelArguments, InputArguments):
     temperature: float = option(
         0.1, "of easy, in units of the positives' mean distance from the background: lower is easier", above=0.0
     )
+    easy_from: str = option("query", "what easy is measured from: query, or its nearest positive", choices=EASY_FROM)
+    keep_negatives: bool = option(False, "a row's own negatives come first, and the rest is mined; else replace them")
     seed: int = option(0, "of random, easy and backfill", at_least=0, at_most=LARGEST_SEED)
     relative_margin: float | Literal["auto"] | None = option(
         "auto", "drop candidates that score within this share of the way from the query's lowest positive (see"
@@ -395,6 +398,8 @@ class MiningArguments(ModelArguments, InputArguments):
             raise ArgumentError("mix and sampling_strategy are both given; mix already names the strategies")
         if self.num_negatives is not None and self.num_negatives != self.negatives_a_row:
             raise ArgumentError(f"mix adds up to {self.negatives_a_row}, but num_negatives is {self.num_negatives}")
+        if self.easy_from != "query" and "easy" not in dict(self.parts):
+            raise ArgumentError(f"easy_from is {self.easy_from!r}, but neither sampling_strategy nor mix has easy")
         if not (self.dense or self.lexical or self.run_path):
             raise ArgumentError("dense is false, and neither lexical nor run_path is given; nothing finds candidates")
         if (self.embeddings_path is None) != (self.passage_embeddings_path is None):

@@ -72,6 +72,7 @@ def summary(result: MiningResult) -> str:
 _RARE = {
     "rejected": "rejected", "short": "short of negatives", "without_negatives": "without any negative",
     "dropped_short": "set aside as short", "backfilled": "random negatives (backfill)",
+    "kept": "negatives of the rows' own",
 }  # fmt: skip
 
 
@@ -105,8 +106,18 @@ def _read(given: MiningArguments, outputs: Outputs) -> Inputs:
         logger.info("%d queries of the folder have no relevant passage and are left out", inputs.n_unjudged)
     inputs.keys.log_prompts(None if inputs.query_vectors is None else "vectors are given")
     inputs.keys.log_unused_types()
-    if inputs.n_with_negatives:
-        logger.warning("%d rows already have negatives; the mined ones take their place", inputs.n_with_negatives)
+    if given.keep_negatives:
+        logger.info("%s rows have negatives of their own, which are kept", f"{inputs.n_with_negatives:,}")
+        if inputs.n_kept_forbidden:
+            logger.warning(
+                "warning: %s negatives of the rows are positives of their query, or its own text, and are left out",
+                f"{inputs.n_kept_forbidden:,}",
+            )  # fmt: skip
+    elif inputs.n_with_negatives:
+        logger.warning(
+            "%d rows already have negatives; the mined ones take their place (keep_negatives keeps them)",
+            inputs.n_with_negatives,
+        )
     return inputs
 
 
@@ -173,7 +184,7 @@ def _screen(
     assert rankings is not None
     problem = Problem(
         inputs.query_of_row, vectors.queries, vectors.passages, inputs.positives, inputs.forbidden,
-        inputs.n_candidates, vectors.normalized,
+        inputs.n_candidates, vectors.normalized, inputs.kept, inputs.repeats,
     )  # fmt: skip
     with run.stage("choose"), report.Progress("screen", len(inputs.query_of_row), "rows") as progress:
         criteria = _criteria(given, run, problem, rankings)
@@ -268,6 +279,7 @@ def _criteria(given: MiningArguments, run: report.RunReport, problem: Problem, r
         positive_similarity=given.positive_similarity,
         negative_similarity=given.negative_similarity,
         temperature=given.temperature,
+        easy_from=given.easy_from,
         seed=given.seed,
         backfill=given.short_rows == "backfill",
     )

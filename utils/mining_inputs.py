@@ -33,6 +33,8 @@ class Inputs:
         positives: for each query, the union of positives over all rows with the same query text.
         forbidden: those, passages whose text equals one of them or the query's own text.
         query_ids, passage_ids: what run files call them; numbers where the input has no ids of its own.
+        kept, repeats: with keep_negatives, as in ``Problem``; they come last in ``passages``. n_kept_forbidden of the
+            rows' own negatives are not kept, as they must not be negatives of their query.
         rejected: bad rows of every file.
         run_lists: what run_path lists for each query, if given.
         query_vectors, passage_vectors: the user's own, if given: one for each row of the input and for each passage.
@@ -54,6 +56,9 @@ class Inputs:
     query_ids: dict[str, int] = field(default_factory=dict)
     passage_ids: dict[str, int] = field(default_factory=dict)
     n_with_negatives: int = 0
+    kept: Ragged | None = None
+    repeats: Ragged | None = None
+    n_kept_forbidden: int = 0
     n_unjudged: int = 0
     rejected: list[RecordError] = field(default_factory=list)
     run_lists: list[list[int]] | None = None
@@ -71,6 +76,7 @@ class Inputs:
         self = cls(given)
         self._source: Source | None = None
         self._beir_rows: list[Record] = []
+        self._negatives: list[tuple[str, ...]] = []
         self._query_of_id: dict[str, tuple[str, str | None]] = {}
         if given.candidate_pool_only:
             self._read_pool()
@@ -83,7 +89,11 @@ class Inputs:
             if given.candidate_pool:
                 self._read_pool()
             self.n_candidates = len(self.passages)
-        self._forbid(positives_of)
+        negatives = [[self._number(text) for text in texts] for texts in self._negatives]
+        equal = self._forbid(positives_of)
+        if given.keep_negatives:
+            self._keep(negatives, equal)
+        self._negatives.clear()
         self._number_the_rest()
         if given.run_path:
             rejected = self.rejected if given.on_bad_row == "skip" else None
@@ -123,6 +133,13 @@ class Inputs:
             raise RecordError(
                 given.input_data_path, record.line,
                 f'no "{given.answer_key}"; output_format context_qa expects a non-empty string, or a list of them',
+            )  # fmt: skip
+        most = given.negatives_a_row
+        if given.keep_negatives and given.output_format == "n-tuple" and len(record.neg_passage) > most:
+            raise RecordError(
+                given.input_data_path, record.line,
+                f"{len(record.neg_passage)} negatives; keep_negatives with output_format n-tuple expects at most"
+                f" {most}, as num_negatives says",
             )  # fmt: skip
         own_id = _own_id(record.row, _QUERY_IDS)
         if not given.run_path or own_id is None:
@@ -197,6 +214,8 @@ class Inputs:
                 self.query_ids.setdefault(own_id, number)
             query_of_row.append(number)
             self.n_with_negatives += bool(record.neg_passage)
+            if self.given.keep_negatives:
+                self._negatives.append(record.neg_passage)
         self.query_of_row = np.array(query_of_row, np.int64)
         return positives_of
 
@@ -220,8 +239,12 @@ class Inputs:
         if len(self.passages) == before and self.given.candidate_pool_only:
             raise ValueError(f"{pool.path}: no passage in it; expected rows of neg_passage, or of text")
 
-    def _forbid(self, positives_of: list[list[int]]) -> None:
-        """Find every passage of the same text as one of a query's positives, or as the query."""
+    def _forbid(self, positives_of: list[list[int]]) -> dict[str, list[int]]:
+        """Find every passage of the same text as one of a query's positives, or as the query.
+
+        Returns:
+            The passages of each folded text, ascending.
+        """
         folded = [_folded(text) for text in self.passages]
         equal: dict[str, list[int]] = {}
         for number, text in enumerate(folded):
@@ -233,6 +256,19 @@ class Inputs:
 
         self.positives = Ragged.of(sorted(set(passages)) for passages in positives_of)
         self.forbidden = Ragged.of(map(forbidden, self.queries, positives_of))
+        return equal
+
+    def _keep(self, negatives: list[list[int]], equal: dict[str, list[int]]) -> None:
+        """Of each row's own negatives those that may be its query's, each text once."""
+        kept, repeats = [], []
+        for query, own in zip(self.query_of_row.tolist(), negatives, strict=True):
+            texts = {fold(self.passages[number]): number for number in reversed(own)}
+            banned = set(self.forbidden[query].tolist()) if texts else ()
+            self.n_kept_forbidden += sum(number in banned for number in texts.values())
+            stay = {text: number for text, number in texts.items() if number not in banned}
+            kept.append([number for number in dict.fromkeys(own) if number in stay.values()])
+            repeats.append(sorted(number for text in stay for number in equal[text]))
+        self.kept, self.repeats = Ragged.of(kept), Ragged.of(repeats)
 
     def _number_the_rest(self) -> None:
         """Ids for what has none of its own: its number, counted from 0; or ``row-`` and that, if another has it."""

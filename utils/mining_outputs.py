@@ -13,7 +13,7 @@ from utils.mining_inputs import Inputs
 from utils.negatives import Screened
 from utils.outputs import Outputs, write_rejected
 from utils.records import to_line
-from utils.sampling import MiningResult
+from utils.sampling import BACKFILLED, KEPT, MiningResult
 
 logger = logging.getLogger(__name__)
 
@@ -145,7 +145,7 @@ def _mined_rows(inputs: Inputs, scores: WrittenScores, result: MiningResult, wan
             negatives=[inputs.passages[negative.row] for negative in chosen],
             pos_scores=own_scores.tolist(),
             neg_scores=scores.negatives[result.negatives.rows.part(i)].tolist(),
-            n_backfilled=sum(negative.rank < 0 for negative in chosen),
+            n_backfilled=sum(negative.rank == BACKFILLED for negative in chosen),
         )
 
 
@@ -168,7 +168,8 @@ def _counts(
         "passages": len(inputs.passages),
         "candidates": inputs.n_candidates,
         "negatives": total,
-        "backfilled": total - mined,
+        "backfilled": int((result.negatives.ranks == BACKFILLED).sum()),
+        "kept": int((result.negatives.ranks == KEPT).sum()),
         "in_window": screened.n_window,
         "not_needed": screened.n_window - mined - sum(result.drops_by_reason.values())
         + result.drops_by_reason["forbidden"],

@@ -7,6 +7,9 @@ import numpy as np
 from utils.ragged import Ragged
 from utils.scores import scores_of
 
+# Pairs of passages that are compared at a time.
+_PAIRS = 1 << 18
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -19,6 +22,8 @@ class Problem:
         forbidden: each query's passages that must never be negatives, ascending; the positives are among them.
         n_candidates: passages from this row on are positives that may not be mined.
         unit: True if the vectors have length 1.
+        kept: each row's own negatives, which come first; None if there are none to keep.
+        repeats: with ``kept``, each row's passages of the same text as one of those, ascending.
     """
 
     query_of_row: np.ndarray
@@ -28,6 +33,8 @@ class Problem:
     forbidden: Ragged
     n_candidates: int
     unit: bool = True
+    kept: Ragged | None = None
+    repeats: Ragged | None = None
 
     def times_asked(self) -> np.ndarray:
         """How many rows ask each query, int64 [queries]."""
@@ -44,6 +51,16 @@ class Problem:
             return cosines
         norms = np.sqrt(products(left, left)) * np.sqrt(products(right, right))
         return np.divide(cosines, norms, out=np.zeros_like(cosines), where=norms > 0)
+
+    def nearest_positive(self, query: int, rows: np.ndarray) -> np.ndarray:
+        """The cosine of each of these passages (int [k]) with the nearest of a query's positives, float64 [k]."""
+        positives, nearest = self.positives[query], np.empty(len(rows))
+        step = max(1, _PAIRS // max(1, len(positives)))
+        for start in range(0, len(rows), step):
+            some = rows[start : start + step]
+            cosines = self.cosines(np.repeat(some, len(positives)), np.tile(positives, len(some)))
+            nearest[start : start + step] = cosines.reshape(len(some), -1).max(axis=1)
+        return nearest
 
     def positive_scores(self) -> np.ndarray:
         """The score of each query with each of its positives, float64, in the order of ``positives.values``."""

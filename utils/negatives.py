@@ -46,6 +46,7 @@ class Rules:
     positive_similarity: float | None = None
     negative_similarity: float | None = None
     temperature: float = 0.1
+    easy_from: str = "query"
     seed: int = 0
     backfill: bool = False
 
