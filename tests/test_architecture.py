@@ -22,7 +22,7 @@ AREAS = {
     "scores": ("scores search_kernels", "machine"),
     "screens": ("search_screens screening", "machine products scores"),
     "search": (
-        "search faiss_search dealing answers dedup thresholds", "machine products ranks ragged records scores screens",
+        "search faiss_search dealing answers dedup thresholds", "machine products ranks ragged scores screens",
     ),
     "models": (
         "sentence_transformers_folder bundled_model model_types checkpoint weight_files pdparams torch_files bert_names"
