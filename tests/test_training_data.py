@@ -12,6 +12,7 @@ from conftest import make_rows, write_jsonl
 
 from utils import hard_batches, training_data
 from utils.batch_plan import Example, Plan
+from utils.dev_evaluation import DevSet
 from utils.ragged import Ragged
 from utils.records import RecordError
 from utils.training_data import Collator, ignored, preflight
@@ -101,11 +102,40 @@ def test_folders_hold_train_and_dev(tmp_path):
     (tmp_path / "train.json").write_text("")
     (tmp_path / "dev.json").write_text("")
     folder = str(tmp_path)
-    assert find_files([folder, "x.jsonl"], None) == ([f"{folder}/train.json", "x.jsonl"], f"{folder}/dev.json")
-    assert find_files([folder], "y.jsonl")[1] == "y.jsonl"
+    found = find_files([folder, "x.jsonl"], None, None)
+    assert found == ([f"{folder}/train.json", "x.jsonl"], [1.0, 1.0], [f"{folder}/dev.json"])
+    assert find_files([folder], None, "y.jsonl").dev == ["y.jsonl"]
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"no train\.json"):
-        find_files([f"{folder}/empty"], None)
+    with pytest.raises(FileNotFoundError, match=r"no train\.json and no train/\*\.json .* if you like$"):
+        find_files([f"{folder}/empty"], None, None)
+    for name in "abcd":
+        (tmp_path / "empty" / f"{name}.jsonl").write_text("")
+    with pytest.raises(
+        FileNotFoundError, match=r"it has a\.jsonl, b\.jsonl, c\.jsonl, \.\.\., which can be given by name"
+    ):
+        find_files([f"{folder}/empty"], None, None)
+
+
+def test_folders_of_train_and_dev_files(tmp_path, caplog):
+    """PaddleNLP's layout; a folder's weight holds for each of its files."""
+    caplog.set_level("INFO")
+    for name in ("train/b.json", "train/a.jsonl", "train/c.json.gz", "train/notes.txt", "dev/y.json", "dev/x.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        made = [row(f"q {name} {i}", [f"p {name} {i}"], ["n"]) for i in range(4)]
+        write_jsonl(tmp_path / name, made if name[-1] != "t" else [])
+    (tmp_path / "train" / "more.json").mkdir()
+    folder = str(tmp_path)
+    found = find_files(["z.json", folder], [2.0, 0.5], None)
+    train = [f"{folder}/train/{name}" for name in ("a.jsonl", "b.json", "c.json.gz")]
+    assert found == (["z.json", *train], [2.0, 0.5, 0.5, 0.5], [f"{folder}/dev/x.json", f"{folder}/dev/y.json"])
+    rows = read(found.train[1:], found.weights[1:], "error", False)
+    plan = Plan(rows, 3, 2, seed=0)
+    sources = [rows.sources[example.row] for batch in plan.epoch(0) for example in batch]
+    assert np.bincount(sources).tolist() == [2, 2, 2]
+    assert DevSet.read(found.dev, None, "error").queries == [f"q dev/{n}.json {i}" for n in "xy" for i in range(4)]
+    (tmp_path / "train.json").write_text("")
+    assert find_files([folder], None, None).train == [f"{folder}/train.json"]
+    assert f"{folder}/train.json is read, and not the files in {folder}/train" in caplog.text
 
 
 def test_the_plan_does_not_depend_on_the_ranks_and_shuffles_every_epoch(rows):

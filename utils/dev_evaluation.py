@@ -4,6 +4,7 @@ import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 import numpy as np
 
@@ -42,8 +43,8 @@ class DevSet:
     digests: dict[str, str] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, path: str, corpus_path: str | None, on_bad_row: str) -> "DevSet":
-        """The rows of ``path``; their passages, negatives too, and those of ``corpus_path`` are the corpus.
+    def read(cls, paths: Sequence[str], corpus_path: str | None, on_bad_row: str) -> "DevSet":
+        """The rows of all ``paths``; their passages, negatives too, and those of ``corpus_path`` are the corpus.
 
         Raises:
             OSError, ValueError: a file that cannot be read, or a bad row.
@@ -58,8 +59,8 @@ class DevSet:
                 dev.corpus.append(text)
             return found
 
-        source = Source(path, ("query", "pos_passage"), on_bad_row)
-        for record in source:
+        sources = [Source(path, ("query", "pos_passage"), on_bad_row) for path in paths]
+        for record in chain.from_iterable(sources):
             dev.keys.add(record.row)
             prompt = prompt_of(record.row)
             query = queries.setdefault((record.query, prompt), len(dev.queries))
@@ -70,7 +71,7 @@ class DevSet:
             dev.positives[query].update(number(text) for text in record.pos_passage)
             for text in record.neg_passage:
                 number(text)
-        dev.digests[path] = source.digest
+        dev.digests = {source.path: source.digest for source in sources}
         if corpus_path is not None:
             hasher = hashlib.sha256()
             for text in read_corpus_file(corpus_path, [] if on_bad_row == "skip" else None, hasher.update):

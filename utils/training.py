@@ -83,10 +83,10 @@ class _Inputs:
 
     @classmethod
     def read(cls, given: TrainArguments) -> "_Inputs":
-        files, dev_path = training_rows.find_files(given.dataset_name_or_path, given.dev_dataset_path)
+        found = training_rows.find_files(given.dataset_name_or_path, given.dataset_weights, given.dev_dataset_path)
         base = checkpoint.resolve(given.model_name_or_path, given.tokenizer_name_or_path, given.pooling)
         needs_scores = losses.get(given.loss_type).needs_scores
-        rows = training_rows.read(files, given.dataset_weights, given.on_bad_row, needs_scores)
+        rows = training_rows.read(found.train, found.weights, given.on_bad_row, needs_scores)
         if given.group_size > len(rows.passages):
             raise ValueError(f"group_size is {given.group_size:,}; the data has only {len(rows.passages):,} passages")
         dims = given.embedding_matryoshka_dims or []
@@ -106,24 +106,24 @@ class _Inputs:
             logger.warning(
                 "warning: %s bad rows are left out, the first: %s", f"{len(rows.rejected):,}", rows.rejected[0]
             )
-        dev = _read_dev(given, dev_path, rows) if given.evaluation_strategy != "no" else None
+        dev = _read_dev(given, found.dev, rows) if given.evaluation_strategy != "no" else None
         if dev is None and (given.load_best_model_at_end or given.early_stopping_patience):
             raise ValueError("load_best_model_at_end and early_stopping_patience need dev rows; give dev_dataset_path")
         metric = judging_metric(given.metric_for_best_model)
         if dev is not None and metric not in METRICS:
             raise ValueError(f"metric_for_best_model is {metric!r}; expected one of {', '.join(METRICS)}")
-        return cls(files, rows, base, dev)
+        return cls(found.train, rows, base, dev)
 
 
-def _read_dev(given: TrainArguments, path: str | None, rows: TrainingRows) -> DevSet | None:
+def _read_dev(given: TrainArguments, paths: list[str], rows: TrainingRows) -> DevSet | None:
     """The dev rows, if there are any, and a word on those that training knows."""
-    if path is None:
+    if not paths:
         logger.info("no dev rows, so nothing is evaluated: give dev_dataset_path, or a folder with dev.json")
         return None
-    dev = DevSet.read(path, given.dev_corpus_path, given.on_bad_row)
+    dev = DevSet.read(paths, given.dev_corpus_path, given.on_bad_row)
     dev.keys.log_prompts()
     dev.keys.log_unused_types()
-    logger.info("dev: %s queries, %s passages of %s", f"{len(dev.queries):,}", f"{len(dev.corpus):,}", path)
+    logger.info("dev: %s queries, %s passages of %s", f"{len(dev.queries):,}", f"{len(dev.corpus):,}", ", ".join(paths))
     n_known = len({fold(query) for query in dev.queries}.intersection(map(fold, rows.queries)))
     if n_known:
         logger.warning(

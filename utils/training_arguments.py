@@ -69,13 +69,16 @@ class TrainArguments:
     )
     tokenizer_name_or_path: str | None = option(None, "the tokenizer, if it is not in the model's folder")
     dataset_name_or_path: list[str] = option(
-        ["./toy_data/toy_source.json"], "JSONL files, or folders that hold train.json and, if you like, dev.json"
+        ["./toy_data/toy_source.json"],
+        "JSONL files, or folders that hold train.json or train/*.json, and perhaps dev.json or dev/*.json",
     )
     dataset_weights: list[float] | None = option(
-        None, "how often an epoch goes through each file: 0.5 is a new half of it every epoch; default: once",
-        above=0.0, at_most=1000.0,
+        None, "how often an epoch goes through each file, or each of a folder's: 0.5 is a new half of it every epoch;"
+        " default: once", above=0.0, at_most=1000.0,
     )  # fmt: skip
-    dev_dataset_path: str | None = option(None, "the dev rows; default: dev.json in the first folder that has one")
+    dev_dataset_path: str | None = option(
+        None, "the dev rows; default: dev.json or dev/*.json in the first folder that has them"
+    )
     dev_corpus_path: str | None = option(None, "more passages for the dev corpus: rows of neg_passage, or of text")
     on_bad_row: str = option(
         "error", "error: stop at the first bad row; skip: leave bad rows out and count them", choices=("error", "skip")

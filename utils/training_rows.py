@@ -1,10 +1,12 @@
 """Training rows: the files are read, texts get numbers, and known positives are told from negatives."""
 
+import logging
 import os
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 
@@ -12,12 +14,13 @@ from utils.ragged import Ragged
 from utils.records import Record, RecordError, Source, fold
 from utils.row_keys import ALONE, KeyCounts, prompt_of, type_of
 
+logger = logging.getLogger(__name__)
+
 # A teacher's score above this is a mistake; its square must still be a float32.
 _LARGEST_SCORE = 1e15
-_TRAIN_NAMES = ("train.json", "train.jsonl", "train.json.gz", "train.jsonl.gz")
+_ENDINGS = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
 # FlagEmbedding's name for files and folders whose rows are all trained without in-batch negatives.
 _ALONE_SUFFIX = "no_in_batch_neg"
-_DEV_NAMES = ("dev.json", "dev.jsonl", "dev.json.gz", "dev.jsonl.gz")
 
 
 @dataclass
@@ -61,25 +64,62 @@ class TrainingRows:
         return np.unique(self.positives.values)
 
 
-def find_files(paths: Sequence[str], dev_path: str | None) -> tuple[list[str], str | None]:
-    """The training files, and the dev file if there is one, of files or folders.
+class DataFiles(NamedTuple):
+    """The training files, how often an epoch goes through each, and the dev files, if there are any."""
+
+    train: list[str]
+    weights: list[float]
+    dev: list[str]
+
+
+def find_files(paths: Sequence[str], weights: Sequence[float] | None, dev_path: str | None) -> DataFiles:
+    """The files of files or folders; a folder's weight holds for each of its files.
 
     Raises:
         FileNotFoundError: a folder without a training file, or a path that is not there.
     """
-    train = []
-    for path in paths:
-        if not os.path.isdir(path):
-            train.append(path)
-            continue
-        found = _first_there(path, _TRAIN_NAMES)
-        if found is None:
-            raise FileNotFoundError(
-                f"{path}: no train.json in that folder; expected train.json, and dev.json if you like"
-            )
-        train.append(found)
-        dev_path = dev_path or _first_there(path, _DEV_NAMES)
-    return train, dev_path
+    found = DataFiles([], [], [] if dev_path is None else [dev_path])
+    for path, weight in zip(paths, weights or [1.0] * len(paths), strict=True):
+        files = _of_folder(path, "train") if os.path.isdir(path) else [path]
+        if not files:
+            raise FileNotFoundError(_nothing_to_train_on(path))
+        found.train.extend(files)
+        found.weights.extend([weight] * len(files))
+        if os.path.isdir(path) and not found.dev:
+            found.dev.extend(_of_folder(path, "dev"))
+    return found
+
+
+def _of_folder(folder: str, name: str) -> list[str]:
+    """``name``.json of a folder, or else all such files in its folder ``name``; PaddleNLP looks there, too."""
+    inner = os.path.join(folder, name)
+    files = _rows_in(inner)
+    for ending in _ENDINGS:
+        if os.path.isfile(inner + ending):
+            if files:
+                logger.info("%s is read, and not the files in %s", inner + ending, inner)
+            return [inner + ending]
+    if files:
+        logger.info("%s: %d file%s", inner, len(files), "s" * (len(files) > 1))
+    return files
+
+
+def _rows_in(folder: str) -> list[str]:
+    """A folder's files that may hold rows, by name."""
+    names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+    return [path for name in names if name.endswith(_ENDINGS) and os.path.isfile(path := os.path.join(folder, name))]
+
+
+def _nothing_to_train_on(folder: str) -> str:
+    """What was looked for in a folder, and what is there instead."""
+    others = [os.path.basename(path) for path in _rows_in(folder)]
+    there = (
+        f"; it has {', '.join(others[:3])}{', ...' * (len(others) > 3)}, which can be given by name" if others else ""
+    )
+    return (
+        f"{folder}: no train.json and no train/*.json (or {', '.join(_ENDINGS[1:])}) in that folder; expected one of"
+        f" them, and dev.json or dev/*.json if you like{there}"
+    )
 
 
 def read(paths: Sequence[str], weights: Sequence[float] | None, on_bad_row: str, needs_scores: bool) -> TrainingRows:
@@ -182,10 +222,6 @@ class _Builder:
             alone=np.array(self.alone, bool),
             keys=self.keys,
         )
-
-
-def _first_there(folder: str, names: Sequence[str]) -> str | None:
-    return next((path for name in names if os.path.isfile(path := os.path.join(folder, name))), None)
 
 
 def _says_alone(path: str) -> bool:
