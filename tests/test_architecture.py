@@ -28,7 +28,7 @@ AREAS = {
         "sentence_transformers_folder bundled_model model_types checkpoint weight_files pdparams torch_files bert_names"
         " weights paddlenlp_models qwen3", "own_files machine files",
     ),
-    "texts": ("word_cache wordpiece tokenizing", "json_files paddlenlp_models"),
+    "texts": ("word_cache wordpiece tokenizer_settings tokenizing", "json_files paddlenlp_models"),
     "encoding": ("encoder_kernels onednn engines encoder", "machine products models texts"),
     "embedding": ("embedding reranker", "arguments machine ranks stores reports models encoding"),
     "collections": ("collection trec comparison", "arguments rows files statistics"),
@@ -84,7 +84,7 @@ PACKAGES = {
     "paddlenlp": "paddlenlp_models trainable trainer",
     "faiss": "search faiss_search", "numba": "compiled amx avx512", "llvmlite": "amx avx512",
     "threadpoolctl": "threads", "tqdm": "report", "safetensors": "weight_files",
-    "tokenizers": "wordpiece tokenizing bundled_model", "sentencepiece": "bundled_model",
+    "tokenizers": "wordpiece tokenizer_settings tokenizing bundled_model", "sentencepiece": "bundled_model",
     "bm25s": "candidates", "jieba": "candidates",
 }  # fmt: skip
 # These cost seconds: they import at the top what others import only where they need it.

@@ -124,20 +124,24 @@ def test_a_mistyped_folder_is_not_looked_for_on_a_hub(folder, monkeypatch):
 def test_a_module_that_is_not_computed_here_is_refused_wherever_it_stands(folder, kind):
     path = folder()
     kinds = ["Transformer", "Pooling", kind, "Normalize"]
-    (path / "modules.json").write_text(json.dumps([{"type": f"a.b.{kind}", "path": kind} for kind in kinds]))
+    (path / "modules.json").write_text(
+        json.dumps([{"type": f"sentence_transformers.models.{kind}", "path": kind} for kind in kinds])
+    )
     (path / "Pooling").mkdir()
     (path / "Pooling" / "config.json").write_text(json.dumps({"pooling_mode_mean_tokens": True}))
     for pooling in (None, "mean"):
         with pytest.raises(ValueError, match=rf"modules\.json: the module {kind} is not supported; expected Transf"):
             checkpoint.resolve(str(path), pooling=pooling)
     kinds[2] = "Dropout"
-    (path / "modules.json").write_text(json.dumps([{"type": f"a.b.{kind}", "path": kind} for kind in kinds]))
+    (path / "modules.json").write_text(
+        json.dumps([{"type": f"sentence_transformers.models.{kind}", "path": kind} for kind in kinds])
+    )
     assert checkpoint.resolve(str(path)).pooling == "mean"
 
 
 def test_prompts_that_are_not_pooled_are_refused(folder):
     path = folder()
-    (path / "modules.json").write_text(json.dumps([{"type": "a.Pooling", "path": "pool"}]))
+    (path / "modules.json").write_text(json.dumps([{"type": "sentence_transformers.models.Pooling", "path": "pool"}]))
     (path / "pool").mkdir()
     pooling = {"pooling_mode_mean_tokens": True, "include_prompt": False}
     (path / "pool" / "config.json").write_text(json.dumps(pooling))
@@ -230,7 +234,9 @@ def test_an_old_layout_is_told_from_a_folder_without_a_model(folder, tmp_path):
     inner = path / "0_Transformer"
     inner.mkdir()
     (path / "config.json").rename(inner / "config.json")
-    (path / "modules.json").write_text(json.dumps([{"type": "a.Transformer", "path": "0_Transformer"}]))
+    (path / "modules.json").write_text(
+        json.dumps([{"type": "sentence_transformers.models.Transformer", "path": "0_Transformer"}])
+    )
     with pytest.raises(ValueError, match=r"the model lies in .*0_Transformer: give that, and pooling="):
         checkpoint.resolve(str(path))
 

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from utils import json_files, word_cache, wordpiece
+from utils import json_files, tokenizer_settings, word_cache, wordpiece
 
 # Words and what stands between them. A tokenizer's rules look no further than the next of these.
 _RUNS = re.compile(r"\s+|\d+|[^\W\d_]+|(?:[^\w\s]|_)+")
@@ -34,6 +34,7 @@ def load(folder: Path, max_length: int, for_torch: bool) -> Tokenizer:
     Raises:
         OSError, ValueError: its files cannot be read.
     """
+    tokenizer_settings.check(folder)
     built = read(folder) if (folder / "tokenizer.json").is_file() else None
     if built is None and for_torch:
         built = wordpiece.build(folder, symbols_apart=False)
@@ -45,35 +46,11 @@ def read(folder: Path):
     import tokenizers
 
     try:
-        return _with_configured_case(tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")), folder)
-    except ValueError:
+        return tokenizer_settings.apply(tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")), folder)
+    except (OSError, ValueError):
         raise
     except Exception as error:  # noqa: BLE001 - the library raises bare Exception
         raise ValueError(f"{folder / 'tokenizer.json'}: cannot be read ({error})") from None
-
-
-def _with_configured_case(tokenizer, folder: Path):
-    """A BERT tokenizer whose ``tokenizer_config.json`` has the last word on case, accents and Chinese characters.
-
-    So transformers does it, with these defaults, whatever ``tokenizer.json`` says.
-    """
-    from tokenizers import normalizers
-
-    path = folder / "tokenizer_config.json"
-    config = json_files.read_object(path)
-    if config.get("truncation_side", "right") != "right":
-        raise ValueError(
-            f"{path}: truncation_side is {config['truncation_side']!r}; expected 'right', as texts are cut"
-        )
-    is_bert = config.get("tokenizer_class") in ("BertTokenizer", "BertTokenizerFast")
-    if is_bert and isinstance(tokenizer.normalizer, normalizers.BertNormalizer):
-        tokenizer.normalizer = normalizers.BertNormalizer(
-            clean_text=tokenizer.normalizer.clean_text,
-            handle_chinese_chars=config.get("tokenize_chinese_chars") in (None, True),
-            strip_accents=config.get("strip_accents"),
-            lowercase=config.get("do_lower_case") in (None, True),
-        )
-    return tokenizer
 
 
 def padded(tokens: Sequence[Sequence[int]], pad_id: int, width: int | None = None) -> tuple[np.ndarray, np.ndarray]:

@@ -38,10 +38,10 @@ def build(folder: Path, symbols_apart: bool):
     ):
         return None
     vocabulary = _read_vocabulary(folder / "vocab.txt")
-    special = {name: _content(settings.get(name, usual)) for name, usual in _SPECIAL.items()}
+    special = {name: content(settings.get(name, usual)) for name, usual in _SPECIAL.items()}
     if not {special[name] for name in _NEEDED} <= vocabulary.keys():
         return None
-    added = _added_tokens(settings, path)
+    added = added_tokens(settings, path)
     if symbols_apart and any(token.content not in special.values() for token in added.values()):
         return None  # PaddleNLP knows only some of them, and reads those in a way of its own
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token=special["unk_token"], max_input_chars_per_word=100))
@@ -79,7 +79,7 @@ def _flag(settings: dict, name: str, usual: bool | None, path: Path) -> bool | N
     return usual if value is None else value
 
 
-def _added_tokens(settings: dict, path: Path) -> dict:
+def added_tokens(settings: dict, path: Path) -> dict:
     """``AddedToken`` by number, then by name those that are only named as special: they are numbered in that order."""
     from tokenizers import AddedToken
 
@@ -92,7 +92,7 @@ def _added_tokens(settings: dict, path: Path) -> dict:
         known = {token.content for token in added.values()}
         extra = settings.get("extra_special_tokens") or []  # what transformers 5 calls them
         extra = list(extra.values()) if isinstance(extra, dict) else extra
-        names = [_content(token) for token in [*(settings.get("additional_special_tokens") or []), *extra]]
+        names = [content(token) for token in [*(settings.get("additional_special_tokens") or []), *extra]]
     except (AttributeError, KeyError, TypeError, ValueError):
         raise ValueError(
             f"{path}: its added tokens cannot be read; expected added_tokens_decoder as an object of tokens by number,"
@@ -110,5 +110,5 @@ def _read_vocabulary(path: Path) -> dict[str, int]:
     return {token: number for number, token in enumerate(lines[:-1] if lines[-1] == "" else lines)}
 
 
-def _content(token: str | dict | None) -> str:
+def content(token: str | dict | None) -> str:
     return token.get("content", "") if isinstance(token, dict) else str(token or "")
