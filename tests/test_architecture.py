@@ -65,7 +65,7 @@ AREAS = {
     ),
     "mining": (
         "mining",
-        "arguments machine ranks rows files stores reports search embedding negatives candidates mining_search"
+        "arguments machine ranks rows files stores reports scores search embedding negatives candidates mining_search"
         " mined",
     ),
     "training": (

@@ -1,6 +1,7 @@
 """The whole job with a tiny model: what is never mined, refilters, outputs, refusals, ranks."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -153,6 +154,7 @@ def test_a_second_run_with_other_rules_encodes_and_searches_nothing(mine, monkey
 
 def test_a_killed_search_goes_on_where_it_stopped(mine, tmp_path, monkeypatch):
     monkeypatch.setattr(mining_search, "_QUERY_BLOCK", 16)
+    mine = partial(mine, range_for_sampling="0-50")
     _, out = mine(embedding_cache=None)
     whole = Path(out).read_bytes()
     search, calls = ExactIndex.search, []
@@ -172,6 +174,33 @@ def test_a_killed_search_goes_on_where_it_stopped(mine, tmp_path, monkeypatch):
     assert again.report["counts"]["encoded"] == 0
     assert again.report["counts"]["searched"] == again.report["counts"]["queries"] - 32
     assert Path(out).read_bytes() == whole
+
+
+@pytest.mark.parametrize("retrievers", [{}, {"lexical": True}])
+def test_only_queries_with_too_few_candidates_left_are_searched_further(mine, tmp_path, monkeypatch, retrievers):
+    """They get what their larger window gives; the others what theirs gives; a second run searches nothing."""
+    monkeypatch.setattr(arguments, "_USUAL_WINDOW", 12)
+    monkeypatch.setattr(mining, "FURTHEST", 60)
+    options = {
+        "embedding_cache": str(tmp_path / "cache"), "num_negatives": 6, "relative_margin": 0.3, "mix": None,
+        "negative_similarity": None, **retrievers,
+    }  # fmt: skip
+    windows = {12: mine(**options, range_for_sampling="0-12")[0]}
+    result, _ = mine(**options)
+    for stop in (48, 60):
+        windows[stop] = mine(**options, range_for_sampling=f"0-{stop}")[0]
+    query_of_row = np.unique([fold(row["query"]) for row in mining_rows()], return_inverse=True)[1]
+    stops = np.full(len(query_of_row), 12)
+    for before, stop in ((12, 48), (48, 60)):
+        stops[(stops == before) & (windows[before].negatives.rows.sizes() < 6)] = stop
+    assert {*stops.tolist()} == {12, 48, 60}
+    assert list(result.negatives) == [windows[stop].negatives[row] for row, stop in enumerate(stops.tolist())]
+    n_further = {f"to {stop}": len({*query_of_row[stops >= stop].tolist()}) for stop in (48, 60)}
+    assert result.report["queries_searched_further"] == n_further
+    again, _ = mine(**options)
+    assert again.report["counts"]["searched"] == 0 and again.negatives == result.negatives
+    drops = windows[60].drops_by_reason["relative_margin"]
+    assert windows[12].drops_by_reason["relative_margin"] < result.drops_by_reason["relative_margin"] <= drops
 
 
 def hot_rows() -> list[dict]:
@@ -203,6 +232,7 @@ def test_one_often_repeated_query_does_not_lengthen_all_lists(mine, tmp_path):
 
 
 def test_a_search_killed_between_lists_of_two_lengths_goes_on(mine, tmp_path, monkeypatch):
+    mine = partial(mine, range_for_sampling="0-50")
     source, fresh = write_jsonl(tmp_path / "hot.json", hot_rows()), str(tmp_path / "fresh")
     _, out = mine(input_data_path=source, embedding_cache=None)
     whole, search, depths = Path(out).read_bytes(), ExactIndex.search, []
@@ -276,7 +306,7 @@ def graded_rows() -> list[dict]:
 
 def test_the_positive_that_margins_are_measured_from(mine, tmp_path, caplog):
     source = write_jsonl(tmp_path / "graded.json", graded_rows())
-    wanted = {"input_data_path": source, "positive_similarity": None}
+    wanted = {"input_data_path": source, "positive_similarity": None, "range_for_sampling": "0-50"}
     bare, measured = [], []
     for which in ("lowest", "median", "highest"):
         caplog.clear()
@@ -295,7 +325,7 @@ def test_the_positive_that_margins_are_measured_from(mine, tmp_path, caplog):
     caplog.clear()
     results = [mine(input_data_path=single, margin_positive=which)[0] for which in ("lowest", "median", "highest")]
     assert results[0].negatives == results[1].negatives == results[2].negatives
-    mine(input_data_path=single, relative_margin=1.0)
+    mine(input_data_path=single, relative_margin=1.0, range_for_sampling="0-50")
     assert "have no negative at all" in caplog.text and "margin_positive" not in caplog.text
     assert "relative_margin dropped the most candidates" in caplog.text and "a smaller relative_margin" in caplog.text
     caplog.clear()
@@ -505,7 +535,7 @@ def test_a_corpus_smaller_than_what_is_asked_for(mine, tmp_path, caplog):
     assert [row["neg_passage"] for row in read_jsonl(out)] == [["river 2"], ["loan answer 1"]]
     assert result.short_queries.tolist() == [0, 1]
     caplog.set_level("INFO")
-    mine(input_data_path=source, num_negatives=1)
+    mine(input_data_path=source, num_negatives=1, range_for_sampling="0-50")
     assert "range_for_sampling 0-50 goes beyond the 2 passages to mine from" in caplog.text
 
 

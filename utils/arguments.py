@@ -234,6 +234,8 @@ MARGIN_POSITIVES = ("lowest", "median", "highest")
 FORMATS = ("list", "flagembedding", "triplet", "n-tuple", "labeled-list", "context_qa")
 _MOST_NEGATIVES = 1_000_000
 # What users call the strategies in a mix.
+# How many of a query's nearest passages are candidates, where no window is given.
+_USUAL_WINDOW = 50
 _MIX_NAMES = {"hard": "top", **{name: name for name in STRATEGIES}}
 
 
@@ -253,9 +255,10 @@ class MiningArguments(ModelArguments, InputArguments):
         None, "a JSONL file of more passages to mine from: rows of neg_passage, or of text and title"
     )
     candidate_pool_only: bool = option(False, "mine from candidate_pool alone, not from the rows' positives")
-    range_for_sampling: str = option(
-        "0-50", "which of a query's nearest passages are candidates, counted without its own positives: START-STOP"
-    )
+    range_for_sampling: str | None = option(
+        None, "which of a query's nearest passages are candidates, counted without its own positives: START-STOP;"
+        " default: 0-50, and further, to 800 at most, for queries with too few left"
+    )  # fmt: skip
     num_negatives: int | None = option(
         None,
         "negatives a row; default: 15, or what mix adds up to",
@@ -351,6 +354,8 @@ class MiningArguments(ModelArguments, InputArguments):
     @property
     def window(self) -> tuple[int, int]:
         """range_for_sampling as (start, stop)."""
+        if self.range_for_sampling is None:
+            return 0, max(_USUAL_WINDOW, self.negatives_a_row)
         start, dash, stop = self.range_for_sampling.partition("-")
         if not (dash and start.strip().isdecimal() and stop.strip().isdecimal() and int(start) < int(stop)):
             raise ArgumentError(
@@ -358,6 +363,11 @@ class MiningArguments(ModelArguments, InputArguments):
                 ' such as "0-50"'
             )
         return int(start), int(stop)
+
+    @property
+    def goes_further(self) -> bool:
+        """Whether the windows of queries with too few candidates left become larger."""
+        return self.range_for_sampling is None
 
     @property
     def parts(self) -> list[tuple[str, int]]:

@@ -13,7 +13,7 @@ _BACKGROUND_PAIRS = 20_000
 _BLOCK_ROWS = 1024
 # A margin that is measured is a multiple of this, and at most that; and the queries that it is measured on, if there
 # are so many at least. With fewer, it is the widest.
-MARGIN_STEP, WIDEST_MARGIN, _MARGIN_QUERIES, _FEWEST_QUERIES = 0.05, 0.25, 10_000, 100
+MARGIN_STEP, WIDEST_MARGIN, _MARGIN_QUERIES, FEWEST_QUERIES = 0.05, 0.25, 10_000, 100
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def measure_margin(
                 above[band] += of_each.sum()
                 squares[band] += (of_each**2).sum()  # those of one query come together
     answers = above + np.sqrt(squares)
-    doubtful = np.flatnonzero(2 * answers > below) if len(asked) >= _FEWEST_QUERIES else [n_bands - 1]
+    doubtful = np.flatnonzero(2 * answers > below) if len(asked) >= FEWEST_QUERIES else [n_bands - 1]
     steps = max(1, int(doubtful[-1]) + 1 if len(doubtful) else 0)
     counts = zip(below.tolist(), above.tolist(), answers.tolist(), strict=True)
     about = [

@@ -3,6 +3,7 @@
 import hashlib
 import logging
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,15 +17,19 @@ from utils.faiss_search import check_factory
 from utils.margins import Background
 from utils.mining_inputs import Inputs
 from utils.mining_outputs import WrittenScores
-from utils.mining_problem import Problem
-from utils.mining_search import Vectors, find_candidates
+from utils.mining_problem import FURTHEST, Problem
+from utils.mining_search import CandidateSearch, Vectors
 from utils.negatives import Criteria, Rules, Screened
 from utils.outputs import Outputs
 from utils.rankings import Rankings
 from utils.reranker import PairLogits, Reranker
 from utils.sampling import MiningResult, choose
+from utils.scores import Neighbors
 
 logger = logging.getLogger(__name__)
+
+# Where no window is given, queries with too few candidates left get windows so many times as large, to FURTHEST.
+_FURTHER_BY = 4
 
 
 def mine(given: MiningArguments) -> MiningResult:
@@ -40,8 +45,11 @@ def mine(given: MiningArguments) -> MiningResult:
         folder = Path(given.embedding_cache) if given.embedding_cache else outputs.work
         vectors = _encode(given, ranks, run, inputs, folder, outputs)
         with run.stage("search"):
-            rankings = find_candidates(given, ranks, run, inputs, vectors, folder)
-        job = ranks.on_first(lambda: _screen(given, run, inputs, vectors, rankings))
+            search = CandidateSearch(given, ranks, run, inputs, vectors, folder)
+            lists = search.find(given.window[1])
+        job = ranks.on_first(lambda: _screen(given, run, inputs, vectors, lists))
+        if given.goes_further:
+            _go_further(given, ranks, run, search, job)
         reranked = None
         if given.reranker_path:
             with run.stage("rerank"):
@@ -62,6 +70,9 @@ def summary(result: MiningResult) -> str:
     rows += [(name, f"{counts[key]:,}") for key, name in _RARE.items() if counts[key]]
     rows += [("passages to mine from", f"{counts['candidates']:,}"), ("negatives", f"{counts['negatives']:,}")]
     rows += [(f"dropped, {reason}", f"{count:,}") for reason, count in result.drops_by_reason.items() if count]
+    further = result.report.get("queries_searched_further")
+    if further:
+        rows += [("queries searched further", f"{max(further.values()):,}")]
     if about["relative_margin"] == "auto":
         rows += [("relative margin, measured", f"{result.report['relative_margin']['measured']:.2f}")]
     rows += [("background, query and passage", f"{result.report['background']['query_passage']['mean']:.3f}")]
@@ -97,7 +108,7 @@ def _read(given: MiningArguments, outputs: Outputs) -> Inputs:
             "range_for_sampling %s holds fewer candidates than the %d negatives a row that are wanted",
             given.range_for_sampling, wanted,
         )  # fmt: skip
-    elif inputs.n_candidates < given.window[1]:
+    elif inputs.n_candidates < given.window[1] and not given.goes_further:
         logger.info("range_for_sampling %s goes beyond the %d passages to mine from",
                     given.range_for_sampling, inputs.n_candidates)  # fmt: skip
     if inputs.n_candidates < wanted:
@@ -170,6 +181,7 @@ class _Job:
 
     given: MiningArguments
     criteria: Criteria
+    rankings: Rankings
     screened: Screened
 
 
@@ -178,10 +190,11 @@ def _screen(
     run: report.RunReport,
     inputs: Inputs | None,
     vectors: Vectors,
-    rankings: Rankings | None,
+    lists: list[tuple[np.ndarray, Neighbors]] | None,
 ) -> _Job:
     assert inputs is not None and vectors.queries is not None and vectors.passages is not None
-    assert rankings is not None
+    assert lists is not None
+    rankings = Rankings(len(inputs.queries), lists)
     problem = Problem(
         inputs.query_of_row, vectors.queries, vectors.passages, inputs.positives, inputs.forbidden,
         inputs.n_candidates, vectors.normalized, inputs.kept, inputs.repeats,
@@ -189,7 +202,39 @@ def _screen(
     with run.stage("choose"), report.Progress("screen", len(inputs.query_of_row), "rows") as progress:
         criteria = _criteria(given, run, problem, rankings)
         screened = negatives.screen(criteria, rankings, progress.update)
-    return _Job(given, criteria, screened)
+    return _Job(given, criteria, rankings, screened)
+
+
+def _go_further(
+    given: MiningArguments, ranks: Ranks, run: report.RunReport, search: CandidateSearch, job: _Job | None
+) -> None:
+    """Look at further candidates of the queries that have too few left, until they have enough."""
+    usual = stop = given.window[1]
+    n_further: dict[str, int] = {}
+    while stop < FURTHEST:
+        before, stop = stop, min(_FURTHER_BY * stop, FURTHEST)
+        asked = None
+        if job is not None and before < job.criteria.problem.n_candidates:
+            asked = np.flatnonzero((job.screened.left.rows.sizes() < given.negatives_a_row) & (job.screened.times > 0))
+        n_asked = ranks.broadcast_object(len(asked) if asked is not None else 0)
+        if n_asked == 0:
+            break
+        n_further[f"to {stop}"] = n_asked
+        logger.info("%s queries have fewer than %d candidates left: looking at their nearest %d",
+                    f"{n_asked:,}", given.negatives_a_row, stop)  # fmt: skip
+        with run.stage("search"):
+            lists = search.find(stop, asked)
+        with run.stage("choose"):
+            ranks.on_first(partial(_screen_again, job, lists, asked, stop, usual))
+    run.results["queries_searched_further"] = n_further
+
+
+def _screen_again(
+    job: _Job, lists: list[tuple[np.ndarray, Neighbors]], asked: np.ndarray, stop: int, usual: int
+) -> None:
+    job.rankings = job.rankings.further(lists, stop, usual)
+    found = negatives.screen(job.criteria, job.rankings, asked=asked)
+    job.screened = job.screened.replaced(asked, found)
 
 
 def _rerank(
@@ -288,4 +333,9 @@ def _criteria(given: MiningArguments, run: report.RunReport, problem: Problem, r
         depth = rules.window[1]
         margin, counted = margins.measure_margin(problem, rankings, criteria.reference, depth, background)
         run.results["relative_margin"] = {"measured": margin, "counted": counted}
+        if margin == margins.WIDEST_MARGIN and rankings.n_queries >= margins.FEWEST_QUERIES:
+            logger.info(
+                "relative_margin: %g, the widest that is taken: even so far below the positives, unlabelled answers may"
+                " be as many as other passages; more positives a query, or a reranker, would allow less", margin,
+            )  # fmt: skip
     return replace(criteria, rules=replace(rules, relative_margin=margin))

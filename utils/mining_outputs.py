@@ -10,12 +10,16 @@ from utils import mining_formats, report
 from utils.arguments import MiningArguments
 from utils.mining_formats import MinedRow
 from utils.mining_inputs import Inputs
+from utils.mining_problem import FURTHEST
 from utils.negatives import Screened
 from utils.outputs import Outputs, write_rejected
 from utils.records import to_line
 from utils.sampling import BACKFILLED, KEPT, MiningResult
 
 logger = logging.getLogger(__name__)
+
+# How much larger a window to advise where rows are left without negatives.
+_LARGER = 8
 
 SUFFIXES = (".short.jsonl", ".rejected.jsonl", ".corpus.jsonl", ".queries.jsonl", ".report.json")
 # How each test drops fewer candidates.
@@ -101,8 +105,9 @@ def _warn_of_short_rows(
         why = f"{worst} dropped the most candidates, {tests[worst]:,}; "
         looser = f", {_LOOSER[worst]} {worst}"
     logger.warning(
-        "%s%d of %d rows have %s: %s%sanother range_for_sampling%s%s, or short_rows %s",
-        "warning: " if 2 * n_rows > counts["input"] else "", n_rows, counts["input"], what, why, fewer, looser,
+        "%s%d of %d rows have %s: %s%s--range_for_sampling %d-%d%s%s, or short_rows %s",
+        "warning: " if 2 * n_rows > counts["input"] else "", n_rows, counts["input"], what, why, fewer,
+        given.window[0], _LARGER * (FURTHEST if given.goes_further else given.window[1]), looser,
         _advice_on_positives(given, inputs, screened, result), others,
     )  # fmt: skip
 

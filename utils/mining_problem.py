@@ -11,6 +11,10 @@ from utils.scores import scores_of
 _PAIRS = 1 << 18
 
 
+# Where no window is given, no query's goes further than this.
+FURTHEST = 800
+
+
 @dataclass(frozen=True)
 class Problem:
     """What mining starts from.
@@ -68,11 +72,11 @@ class Problem:
         return scores_of(self.query_vectors, positives.owners(), self.passage_vectors, positives.values)
 
     def in_window(
-        self, queries: np.ndarray, rows: np.ndarray, window: tuple[int, int]
+        self, queries: np.ndarray, rows: np.ndarray, window: tuple[int, int | np.ndarray]
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Which of the queries' candidates (int [b], and int [b, k] best first) lie in the window.
 
-        Forbidden ones take up no place in it.
+        Forbidden ones take up no place in it. Its end may be one for each query, int [b].
 
         Returns:
             Those that do, bool [b, k]; the ranks, int [b, k], -1 of what has none; and how many before the window's
@@ -82,5 +86,6 @@ class Problem:
         open_ = (rows >= 0) & ~forbidden
         n_open = np.cumsum(open_, axis=1)
         rank = np.where(open_, n_open - 1, -1)
-        open_ &= (rank >= window[0]) & (rank < window[1])
-        return open_, rank, (forbidden & (n_open < window[1])).sum(axis=1)
+        stop = np.reshape(window[1], (-1, 1))
+        open_ &= (rank >= window[0]) & (rank < stop)
+        return open_, rank, (forbidden & (n_open < stop)).sum(axis=1)

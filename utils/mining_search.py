@@ -15,7 +15,7 @@ from utils.embedding_store import EmbeddingStore, fingerprint
 from utils.faiss_search import FactoryIndex
 from utils.mapped import taken
 from utils.mining_inputs import Inputs
-from utils.rankings import Rankings, Tier, tiers_of
+from utils.rankings import Tier, tiers_of
 from utils.scores import Neighbors, scores_of
 from utils.search import ShardedIndex
 
@@ -43,58 +43,66 @@ class Vectors:
     keys: tuple[str, str] = ("", "")
 
 
-def find_candidates(
-    given: MiningArguments,
-    ranks: Ranks,
-    run: report.RunReport,
-    inputs: Inputs | None,
-    vectors: Vectors,
-    folder: Path,
-) -> Rankings | None:
-    """Each query's candidates on rank 0, best first, from every retriever that was asked for.
+class CandidateSearch:
+    """Queries' candidates from every retriever that was asked for. Every rank makes one and calls it in the same order.
 
     Args:
         folder: where neighbours are kept, beside the vectors: another run with other rules, counts or formats searches
             nothing.
     """
-    run.counts["searched"] = 0
-    tiers = tiers_of(inputs.forbidden) if inputs is not None else None
-    dense: list[Neighbors] = []
-    if given.dense:
-        search = _DenseSearch(given, ranks, run, inputs, vectors, folder)
-        for number in range(ranks.broadcast_object(len(tiers) if tiers is not None else None)):
-            found = search.neighbors(tiers[number] if tiers is not None else None)
-            if found is not None:
-                dense.append(found)
-    return ranks.on_first(lambda: _rankings(given, inputs, vectors, tiers, dense))
 
+    def __init__(
+        self,
+        given: MiningArguments,
+        ranks: Ranks,
+        run: report.RunReport,
+        inputs: Inputs | None,
+        vectors: Vectors,
+        folder: Path,
+    ):
+        run.counts["searched"] = 0
+        self._given, self._ranks, self._inputs, self._vectors = given, ranks, inputs, vectors
+        self._dense = _DenseSearch(given, ranks, run, inputs, vectors, folder) if given.dense else None
+        self._lexical: candidates.Bm25 | None = None
 
-def _rankings(
-    given: MiningArguments, inputs: Inputs | None, vectors: Vectors, tiers: list[Tier] | None, dense: list[Neighbors]
-) -> Rankings:
-    assert inputs is not None and tiers is not None
-    found = _fused(given, inputs, vectors, tiers, dense) if given.lexical or given.run_path else dense
-    return Rankings(len(inputs.queries), [(tier.queries, own) for tier, own in zip(tiers, found, strict=True)])
+    def find(self, stop: int, asked: np.ndarray | None = None) -> list[tuple[np.ndarray, Neighbors]] | None:
+        """On rank 0 lists of candidates as ``Rankings`` takes them, best first, which reach to the window's end.
 
+        Args:
+            asked: on rank 0 the queries, int64, ascending; all if None.
+        """
+        tiers = tiers_of(self._inputs.forbidden, asked) if self._inputs is not None else None
+        dense: list[Neighbors] = []
+        if self._dense is not None:
+            for number in range(self._ranks.broadcast_object(len(tiers) if tiers is not None else None)):
+                found = self._dense.neighbors(tiers[number] if tiers is not None else None, stop)
+                if found is not None:
+                    dense.append(found)
+        return self._ranks.on_first(lambda: self._lists(tiers, dense, stop))
 
-def _fused(
-    given: MiningArguments, inputs: Inputs, vectors: Vectors, tiers: list[Tier], dense: list[Neighbors]
-) -> list[Neighbors]:
-    assert vectors.queries is not None and vectors.passages is not None
-    depths = [tier.depth(given.window[1], inputs.n_candidates) for tier in tiers]
-    lists: list[list[np.ndarray]] = [[] for _ in tiers]
-    for own, neighbors, depth in zip(lists, dense, depths, strict=False):
-        own.append(neighbors.rows[:, :depth].astype(np.int64))
-    if given.lexical:
-        with report.Progress("lexical search", len(inputs.queries), "queries") as progress:
-            index = candidates.Bm25(inputs.passages[: inputs.n_candidates])
+    def _lists(self, tiers: list[Tier] | None, dense: list[Neighbors], stop: int) -> list[tuple[np.ndarray, Neighbors]]:
+        assert tiers is not None
+        found = self._fused(tiers, dense, stop) if self._given.lexical or self._given.run_path else dense
+        return [(tier.queries, own) for tier, own in zip(tiers, found, strict=True)]
+
+    def _fused(self, tiers: list[Tier], dense: list[Neighbors], stop: int) -> list[Neighbors]:
+        inputs, vectors = self._inputs, self._vectors
+        assert inputs is not None and vectors.queries is not None and vectors.passages is not None
+        depths = [tier.depth(stop, inputs.n_candidates) for tier in tiers]
+        lists: list[list[np.ndarray]] = [[] for _ in tiers]
+        for own, neighbors, depth in zip(lists, dense, depths, strict=False):
+            own.append(neighbors.rows[:, :depth].astype(np.int64))
+        if self._given.lexical:
+            with report.Progress("lexical search", sum(len(tier.queries) for tier in tiers), "queries") as progress:
+                self._lexical = self._lexical or candidates.Bm25(inputs.passages[: inputs.n_candidates])
+                for own, tier, depth in zip(lists, tiers, depths, strict=True):
+                    texts = [inputs.queries[query] for query in tier.queries]
+                    own.append(self._lexical.search(texts, depth, progress.update))
+        if inputs.run_lists is not None:
             for own, tier, depth in zip(lists, tiers, depths, strict=True):
-                own.append(index.search([inputs.queries[query] for query in tier.queries], depth, progress.update))
-    if inputs.run_lists is not None:
-        for own, tier, depth in zip(lists, tiers, depths, strict=True):
-            own.append(candidates.padded([inputs.run_lists[query] for query in tier.queries], depth))
-    fused = (candidates.fuse(own, depth) for own, depth in zip(lists, depths, strict=True))
-    return [_scored(vectors, tier.queries, rows) for tier, rows in zip(tiers, fused, strict=True)]
+                own.append(candidates.padded([inputs.run_lists[query] for query in tier.queries], depth))
+        fused = (candidates.fuse(own, depth) for own, depth in zip(lists, depths, strict=True))
+        return [_scored(vectors, tier.queries, rows) for tier, rows in zip(tiers, fused, strict=True)]
 
 
 def _scored(vectors: Vectors, queries: np.ndarray, rows: np.ndarray) -> Neighbors:
@@ -122,15 +130,15 @@ class _DenseSearch:
         self._index: ShardedIndex | _OnFirst | None = None
         self._recall: dict | None = None
 
-    def neighbors(self, tier: Tier | None) -> Neighbors | None:
-        """Those of a tier's queries, on rank 0, which alone knows the tier; from the store if it has them."""
+    def neighbors(self, tier: Tier | None, stop: int) -> Neighbors | None:
+        """Those of a tier's queries to the window's end, on rank 0, which alone knows it; from the store if there."""
         store: EmbeddingStore | None = None
 
         def open_store() -> tuple[int, int, set[int] | None]:
             nonlocal store
             assert self.inputs is not None and tier is not None
             home = self.folder / f"neighbors-{self._key(tier)}"
-            depth = tier.depth(self.given.window[1], self.inputs.n_candidates)
+            depth = tier.depth(stop, self.inputs.n_candidates)
             if not self.given.index_factory:  # an approximate index may find others first where it looks for more
                 depth = _kept_depth(home, depth)
             store = EmbeddingStore(home, f"{depth}", len(tier.queries), 2 * depth, np.dtype("<f8"), "neighbours")

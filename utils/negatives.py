@@ -6,7 +6,7 @@ block size and any number of ranks.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -27,6 +27,7 @@ MARGINS = ("relative_margin", "absolute_margin", "reranker_margin")
 # Of candidates' rows, scores and ranks.
 COLUMNS = (np.int32, np.float64, np.int32)
 
+_NONE = np.zeros(0, np.int64)
 _BLOCK_ROWS = 1024
 # Pairs of a candidate and a positive that are compared at a time.
 _PAIRS = 1 << 18
@@ -124,46 +125,87 @@ class Screened:
         left: those that passed.
         presumed: passages that backfill may not draw: dropped as too near a positive or, where there is to be any
             backfill, nearer than the window's first.
-        drops, n_window: how many were dropped, and looked at, counted once for each row that asks the query.
+        drops_of: by reason how many of each query's were dropped, int64 [queries].
+        n_window_of: how many of each were looked at, int64 [queries].
         by_margin: bool [queries], whether a margin dropped any of a query's.
+        times: how many rows ask each query, int64 [queries].
     """
 
     left: Candidates
     presumed: Ragged
-    drops: dict[str, int]
-    n_window: int
+    drops_of: dict[str, np.ndarray]
+    n_window_of: np.ndarray
     by_margin: np.ndarray
+    times: np.ndarray
+
+    @property
+    def drops(self) -> dict[str, int]:
+        """How many were dropped, counted once for each row that asks the query."""
+        return {reason: int(counts @ self.times) for reason, counts in self.drops_of.items()}
+
+    @property
+    def n_window(self) -> int:
+        """How many were looked at, counted once for each row that asks the query."""
+        return int(self.n_window_of @ self.times)
+
+    def replaced(self, queries: np.ndarray, found: "Screened") -> "Screened":
+        """With what another screening found of some queries (int64), of which alone it has any."""
+        is_old = np.ones(len(self.times), bool)
+        is_old[queries] = False
+        both = [self.left.keep(is_old[self.left.rows.owners()]), found.left]
+        owners = np.concatenate([part.rows.owners() for part in both])
+        columns = [
+            np.concatenate([column(part) for part in both])
+            for column in (lambda c: c.rows.values, lambda c: c.scores, lambda c: c.ranks)
+        ]
+        sizes, rows, scores, ranks = _by_place([(owners, *columns)], len(is_old))
+        kept = self.presumed.keep(is_old[self.presumed.owners()])
+        presumed = [(part.owners(), part.values) for part in (kept, found.presumed)]
+        return Screened(
+            Candidates(Ragged.cut(sizes, rows), scores, ranks),
+            Ragged.cut(*_by_place(presumed, len(is_old))),
+            {reason: np.where(is_old, counts, found.drops_of[reason]) for reason, counts in self.drops_of.items()},
+            np.where(is_old, self.n_window_of, found.n_window_of),
+            np.where(is_old, self.by_margin, found.by_margin),
+            self.times,
+        )
 
 
-def screen(criteria: Criteria, rankings: Rankings, progress: Callable[[int], None] = lambda count: None) -> Screened:
+def screen(
+    criteria: Criteria,
+    rankings: Rankings,
+    progress: Callable[[int], None] = lambda count: None,
+    asked: np.ndarray | None = None,
+) -> Screened:
     """Apply every test that looks at one candidate at a time, once for each query, however many rows ask it.
 
     Args:
         rankings: each query's candidates, best first; scores are canonical, row -1 is none.
+        asked: int64, ascending, the queries to look at; by default all that some row asks.
     """
     problem, rules = criteria.problem, criteria.rules
-    drops = dict.fromkeys(REASONS, 0)
     times = problem.times_asked()
-    by_margin = np.zeros(len(times), bool)
-    asked = np.flatnonzero(times)
-    left = Growing(len(asked), len(asked) * min(problem.n_candidates, rules.window[1] - rules.window[0]), COLUMNS)
+    drops = {reason: np.zeros(len(times), np.int64) for reason in REASONS}
+    by_margin, n_window = np.zeros(len(times), bool), np.zeros(len(times), np.int64)
+    asked = np.flatnonzero(times) if asked is None else asked
+    most = np.minimum(problem.n_candidates, rankings.stops(asked, rules.window[1]) - rules.window[0])
+    left = Growing(len(asked), int(most.sum()), COLUMNS)
     n_near, rows_near = [], []
-    n_window = 0
     for start in range(0, len(asked), _BLOCK_ROWS):
         block = asked[start : start + _BLOCK_ROWS]
         passed: list[tuple[np.ndarray, ...]] = []
         near: list[tuple[np.ndarray, ...]] = []
         for place, (scores, rows) in rankings.parts(block):
             queries = block[place]
-            weight = times[queries]
-            open_, rank, n_forbidden = problem.in_window(queries, rows, rules.window)
-            drops["forbidden"] += int(n_forbidden @ weight)
-            n_window += int(open_.sum(axis=1) @ weight)
+            window = rules.window[0], rankings.stops(queries, rules.window[1])
+            open_, rank, n_forbidden = problem.in_window(queries, rows, window)
+            drops["forbidden"][queries] += n_forbidden
+            n_window[queries] += open_.sum(axis=1)
             # What the user's window passes over is as likely an answer as what it begins with, or likelier.
             too_near = (rank >= 0) & (rank < rules.window[0]) if rules.backfill else np.zeros_like(open_)
             for reason, fails in criteria.tests(queries, rows, scores):
                 failing = open_ & fails(open_)
-                drops[reason] += int(failing.sum(axis=1) @ weight)
+                drops[reason][queries] += failing.sum(axis=1)
                 open_ &= ~failing
                 if reason in MARGINS:
                     by_margin[queries] |= failing.any(axis=1)
@@ -178,10 +220,10 @@ def screen(criteria: Criteria, rankings: Rankings, progress: Callable[[int], Non
         progress(int(times[block].sum()))
     n_left, n_presumed = np.zeros((2, len(times)), np.int64)
     rows_left, columns = left.finish()
-    n_left[asked], n_presumed[asked] = rows_left.sizes(), np.concatenate(n_near)
+    n_left[asked], n_presumed[asked] = rows_left.sizes(), np.concatenate([_NONE, *n_near])
     candidates = Candidates(Ragged.cut(n_left, rows_left.values), *columns)
-    presumed = Ragged.cut(n_presumed, np.concatenate(rows_near))
-    return Screened(candidates, presumed, drops, n_window, by_margin)
+    presumed = Ragged.cut(n_presumed, np.concatenate([_NONE.astype(np.int32), *rows_near]))
+    return Screened(candidates, presumed, drops, n_window, by_margin, times)
 
 
 def _by_place(parts: list[tuple[np.ndarray, ...]], n: int) -> tuple[np.ndarray, ...]:
@@ -218,12 +260,13 @@ def apply_reranker(
         positive_logits: float, in the order of ``problem.positives.values``.
     """
     problem, left = criteria.problem, screened.left
-    times = problem.times_asked()
-    n = len(times)
+    n = len(screened.times)
     query = left.rows.owners()
     near = logits > problem.positives.one_of_each(positive_logits, criteria.rules.margin_positive)[query] - margin
     before = screened.presumed.owners(), screened.presumed.values
     presumed = Ragged.cut(*_by_place([before, (query[near], left.rows.values[near])], n))
-    drops = screened.drops | {"reranker_margin": int(times[query[near]].sum())}
-    by_margin = screened.by_margin | (np.bincount(query[near], minlength=n) > 0)
-    return Screened(left.keep(~near), presumed, drops, screened.n_window, by_margin)
+    dropped = np.bincount(query[near], minlength=n)
+    return replace(
+        screened, left=left.keep(~near), presumed=presumed, by_margin=screened.by_margin | (dropped > 0),
+        drops_of=screened.drops_of | {"reranker_margin": dropped},
+    )  # fmt: skip

@@ -30,11 +30,17 @@ class Tier(NamedTuple):
         return min(window_end + self.most_forbidden, n_candidates)
 
 
-def tiers_of(forbidden: Ragged) -> list[Tier]:
-    """All queries, in tiers that depend on nothing but how many passages are forbidden to each."""
+def tiers_of(forbidden: Ragged, asked: np.ndarray | None = None) -> list[Tier]:
+    """Queries, in tiers that depend on nothing but how many passages are forbidden to each.
+
+    Args:
+        asked: int64, ascending, the queries; all if None.
+    """
     sizes = forbidden.sizes()
+    asked = np.arange(len(sizes)) if asked is None else asked
+    sizes = sizes[asked]
     level = np.ceil(np.log2(np.maximum(sizes / _FEW_FORBIDDEN, 1)))
-    return [Tier(np.flatnonzero(level == one), int(sizes[level == one].max())) for one in np.unique(level)]
+    return [Tier(asked[level == one], int(sizes[level == one].max())) for one in np.unique(level)]
 
 
 class Rankings:
@@ -43,10 +49,12 @@ class Rankings:
     Args:
         n: how many queries there are.
         lists: for each tier its queries, and their candidates (``rows`` may be whole numbers in float64, and both
-            memory-mapped).
+            memory-mapped). A query's last one counts.
+        stops: int64 [n], where each query's window ends, if not all are the same.
     """
 
-    def __init__(self, n: int, lists: Sequence[tuple[np.ndarray, Neighbors]]):
+    def __init__(self, n: int, lists: Sequence[tuple[np.ndarray, Neighbors]], stops: np.ndarray | None = None):
+        self.n_queries, self._given, self._stops = n, list(lists), stops
         self._lists = [neighbors for _, neighbors in lists]
         self._tier, self._place = np.zeros(n, np.int8), np.zeros(n, np.int64)
         for number, (queries, _) in enumerate(lists):
@@ -58,6 +66,17 @@ class Rankings:
         """Of one list for each query, all of one length."""
         n = len(neighbors.rows)
         return cls(n, [(np.arange(n), neighbors)])
+
+    def stops(self, queries: np.ndarray, usual: int) -> np.ndarray:
+        """Where the windows of some queries end, int64 [q]."""
+        return np.full(len(queries), usual) if self._stops is None else self._stops[queries]
+
+    def further(self, lists: Sequence[tuple[np.ndarray, Neighbors]], stop: int, usual: int) -> "Rankings":
+        """The same, but with other lists for some queries, whose windows end at ``stop``."""
+        stops = self.stops(np.arange(self.n_queries), usual).copy()
+        for queries, _ in lists:
+            stops[queries] = stop
+        return Rankings(self.n_queries, [*self._given, *lists], stops)
 
     def parts(self, queries: np.ndarray) -> Iterator[tuple[np.ndarray, Neighbors]]:
         """The lists of some queries (int64 [q]), a bounded number of candidates at a time.
