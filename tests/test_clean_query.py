@@ -226,6 +226,13 @@ def test_pairs_are_cut_where_they_differ():
     assert report.differing("short", "shorter", 50) == ("short", "shorter")
 
 
+def test_the_cosine_of_a_copy_in_other_letters_is_not_claimed(job, tmp_path):
+    rows = [{"query": query} for query in ("a new card", "a new card", "a  new\u3000card", "ａ new card", "a ⁿew card")]
+    job(input_data_path=write_jsonl(tmp_path / "in.json", rows), similarity_threshold=1.0)
+    cosines = [entry["cosine"] for entry in read_jsonl(f"{job.output}.removed.jsonl")]
+    assert cosines == [1.0, None, None]
+
+
 def test_merge_positives(job, rows):
     result = job(merge_positives=True)
     given = {row + 1: set(rows[row]["pos_passage"]) for row in result.kept_rows}

@@ -1,6 +1,7 @@
 """The cleaning job: rows in, near-duplicates out, every row accounted for."""
 
 import logging
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -25,7 +26,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class Removed:
-    """A removed row: ``row`` and ``kept_row`` count from 0 among the good rows of their files."""
+    """A removed row: ``row`` and ``kept_row`` count from 0 among the good rows of their files.
+
+    ``score`` is NaN for an exact copy in other letters (width, white space), which is not compared by the model.
+    """
 
     row: int
     kept_row: int
@@ -335,7 +339,8 @@ def _account(inputs: _Inputs, result: DedupResult, nearest: Neighbors | None) ->
         if first in by_row:  # a copy goes where the first of its text goes
             removed.append(replace(by_row[first], row=row))
         elif row != first:
-            removed.append(Removed(row, first, 1.0, "exact"))
+            same = queries.texts[row] == queries.texts[first]
+            removed.append(Removed(row, first, 1.0 if same else math.nan, "exact"))
     return removed
 
 
@@ -414,7 +419,7 @@ def _write_rows(
                 "row": parse_object(raw, queries.source.path),
                 f"{prefix}_line": int(where.lines[reason.kept_row]),
                 f"{prefix}_query": where.texts[reason.kept_row],
-                "cosine": reason.score,
+                "cosine": None if math.isnan(reason.score) else reason.score,
                 "reason": reason.reason,
                 "answer_lost": bool(lost.rows[row]),
             }
