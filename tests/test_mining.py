@@ -10,7 +10,7 @@ from conftest import make_rows, make_tiny_bert, read_jsonl, run_script, write_js
 from thread_ranks import on_ranks
 
 from mining_negative_samples import MiningNegativeSamples
-from utils import arguments, candidates, embedding, mining, mining_search, reranker, runtime, training_rows
+from utils import arguments, candidates, embedding, encoder, mining, mining_search, reranker, runtime, training_rows
 from utils.arguments import ArgumentError, MiningArguments
 from utils.distributed import Ranks
 from utils.encoder import Cut
@@ -937,6 +937,35 @@ def test_a_killed_reranking_goes_on_where_it_stopped(mine, tmp_path, monkeypatch
     other, _ = mine(**options, reranker_margin=1.0)  # the same pairs are looked at
     assert other.report["counts"]["reranked"] == 0
     assert other.drops_by_reason["reranker_margin"] > fresh.drops_by_reason["reranker_margin"]
+
+
+def test_what_is_cut_of_a_cross_encoders_pairs_is_counted(mine, tmp_path, caplog, monkeypatch):
+    """With a cache, and on a second run that scores nothing, too; of many pairs it is estimated."""
+    folder = make_tiny_bert(tmp_path / "reranker", labels=1)
+    options = {"reranker_path": folder, "reranker_margin": -1000.0, "reranker_max_len": 16, "num_negatives": 50}
+    options |= {"relative_margin": None, "positive_similarity": None, "negative_similarity": None}
+    result, out = mine(**options)
+    lengths = [
+        len(f"{row['query']} {t}".split()) + 3
+        for row in read_jsonl(out)
+        for t in row["pos_passage"] + row["neg_passage"]
+    ]
+    assert max(lengths) > 16  # of all rows; pairs of a query that several rows ask are asked about once
+    found = result.report["cut"]["pairs"]
+    assert 0 < found["texts"] <= sum(n > 16 for n in lengths) and found["limit"] == 16
+    assert "pairs are longer than 16 tokens" in caplog.text and "See reranker_max_len" in caplog.text
+    again, _ = mine(**options)
+    assert again.report["counts"]["reranked"] == 0 and again.report["cut"] == result.report["cut"]
+    scorer = reranker.Reranker(folder, 16)
+    pairs = [("loan " * n, "card " * 3) for n in range(1, 31)]
+    assert scorer.cut(pairs) == (
+        sum(n + 6 > 16 for n in range(1, 31)),
+        sum(max(0, n - 10) for n in range(1, 31)),
+        16,
+        False,
+    )
+    monkeypatch.setattr(encoder, "_MEASURED_TEXTS", 10)
+    assert scorer.cut(pairs).is_estimated and abs(scorer.cut(pairs).texts - 20) <= 3
 
 
 class LengthReranker:

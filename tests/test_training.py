@@ -141,6 +141,23 @@ def test_a_rows_prompt_is_its_querys_template(run, data, tmp_path, caplog):
     assert "60 rows have a prompt: it stands before the query" in caplog.text
 
 
+def test_what_is_cut_of_rows_and_dev_rows_is_counted(run, data, tmp_path, caplog):
+    rows, dev = (read_jsonl(Path(data) / name) for name in ("train.json", "dev.json"))
+    longest = "how " * 30
+    (tmp_path / "long").mkdir()
+    write_jsonl(tmp_path / "long" / "train.json", [*rows, {"query": longest, "pos_passage": ["loan"]}])
+    more = [{"query": f"{longest} {i}", "pos_passage": [f"card {i}"]} for i in range(3)]
+    write_jsonl(tmp_path / "long" / "dev.json", [*dev, *more])
+    options = {"evaluation_strategy": "epoch", "max_steps": 2, "max_query_len": 20}
+    report = run(dataset_name_or_path=str(tmp_path / "long"), **options).report
+    assert (report["preflight"]["queries_cut_texts"], report["preflight"]["queries_cut_tokens"]) == (1, 12)
+    assert "1 of the" in caplog.text and "are longer than max_query_len = 20 tokens" in caplog.text
+    found = report["dev_cut"]
+    assert found["query"] == {"texts": 3, "tokens": 3 * 13, "limit": 20, "is_estimated": False}
+    assert found["passage"]["texts"] == 0
+    assert caplog.text.count("dev queries are longer than 20 tokens; their other 39 tokens are not encoded") == 1
+
+
 def test_xlm_roberta_too(run, tiny_model, tmp_path):
     """PaddleNLP gives its weights Hugging Face's names, but not their layout."""
     base = tmp_path / "xlmr"

@@ -418,7 +418,9 @@ def test_preflight_says_what_is_wrong(tmp_path):
         return preflight(plan, (Words(), Words()), ("{text}", "{text}"), (8, 16), **changes)
 
     found = warnings(2)
-    assert "33% of the passages are longer than max_passage_len = 16 tokens" in found.warnings[0]
+    assert "1 of the 3 passages (33.3%) are longer than max_passage_len = 16 tokens" in found.warnings[0]
+    assert "their other 14 tokens are cut off" in found.warnings[0]
+    assert (found.facts["passages_cut_texts"], found.facts["passages_cut_tokens"]) == (1, 14)
     assert "12 of 17 rows have fewer than 1 negatives (12 have none)" in " ".join(found.warnings)
     assert "1 negatives are named elsewhere as positives of the same query" in " ".join(found.warnings)
     assert found.facts["masked_pairs_a_batch"] > 0
@@ -517,6 +519,17 @@ class Texts:
 
     def __call__(self, texts):
         return list(texts)
+
+
+def test_a_single_long_text_is_counted_and_many_are_estimated(tmp_path, monkeypatch):
+    made = [row(f"q{i}", [f"p{i} " + "word " * (40 if i % 8 == 1 else 2)]) for i in range(64)]
+    rows = read([write_jsonl(tmp_path / "a.jsonl", made)], None, "error", False)
+    plan = Plan(rows, 8, 1, seed=0)
+    (found,) = preflight(plan, (Words(), Words()), ("{text}", "{text}"), (8, 16)).warnings
+    assert found.startswith("8 of the 64 passages (12.5%) are longer") and "other 200 tokens" in found
+    monkeypatch.setattr(training_data, "_SAMPLE_TEXTS", 22)
+    (found,) = preflight(plan, (Words(), Words()), ("{text}", "{text}"), (8, 16)).warnings
+    assert found.startswith("about ")
 
 
 def test_a_rows_prompt_stands_in_for_the_template(tmp_path):

@@ -11,7 +11,7 @@ import numpy as np
 from utils import engines, metrics
 from utils.collection import read_corpus_file
 from utils.distributed import Ranks
-from utils.encoder import Encoder, TextEncoder
+from utils.encoder import Cut, Encoder, TextEncoder
 from utils.records import Source
 from utils.row_keys import KeyCounts, prompt_of
 from utils.search import ShardedIndex
@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 METRICS = ("ndcg@10", "mrr@10", "hit_rate@1", "hit_rate@10", "recall@10")
 _DEEPEST = 10
+_PLURALS = {"query": "queries", "passage": "passages"}
 
 
 def judging_metric(name: str | None) -> str:
@@ -32,7 +33,8 @@ class DevSet:
     """Queries, the corpus, and each query's relevant passages, by number.
 
     Equal texts are one text, as in ``collection``; a query's positives are those of all its rows.
-    Rows of one query with different prompts are different queries. ``digests`` are of the files' contents, by path.
+    Rows of one query with different prompts are different queries. ``digests`` are of the files' contents, by path;
+    ``cut`` is what the length limits leave out of the queries and the passages, known once they are encoded.
     """
 
     queries: list[str]
@@ -41,6 +43,7 @@ class DevSet:
     prompts: list[str | None] = field(default_factory=list)
     keys: KeyCounts = field(default_factory=KeyCounts)
     digests: dict[str, str] = field(default_factory=dict)
+    cut: dict[str, Cut] = field(default_factory=dict)
 
     @classmethod
     def read(cls, paths: Sequence[str], corpus_path: str | None, on_bad_row: str) -> "DevSet":
@@ -81,8 +84,8 @@ class DevSet:
 
     def evaluate(self, encoders: tuple[Encoder, TextEncoder], ranks: Ranks) -> dict[str, float]:
         """Means of ``METRICS`` over the queries, on every rank; the ranks share the encoding and the search."""
-        queries = _encode(*encoders[0].prompted(self.queries, self.prompts), ranks)
-        passages = _encode(encoders[1], self.corpus, ranks)
+        queries = self._encoded("query", *encoders[0].prompted(self.queries, self.prompts), ranks)
+        passages = self._encoded("passage", encoders[1], self.corpus, ranks)
         n_corpus, dim = passages.shape
         index = ShardedIndex.of(ranks, passages if ranks.is_first else None, n_corpus, dim, engines.device())
         depth = min(_DEEPEST, n_corpus)
@@ -91,10 +94,18 @@ class DevSet:
         relevance = metrics.Relevance.of_hits(hits, np.array([len(own) for own in self.positives]), _DEEPEST)
         return ranks.broadcast_object(metrics.compute(relevance, METRICS))
 
+    def _encoded(self, side: str, encoder: TextEncoder, texts: Sequence[str], ranks: Ranks) -> np.ndarray:
+        """All vectors of a side; the first time, what is cut of its texts is logged."""
+        lengths = encoder.token_lengths(texts)
+        if side not in self.cut:
+            self.cut[side] = ranks.broadcast_object(ranks.on_first(lambda: encoder.cut(texts, lengths)))
+            ranks.on_first(lambda: self.cut[side].log(f"of the {len(texts):,} dev {_PLURALS[side]}", f"max_{side}_len"))
+        return _encode(encoder, texts, lengths, ranks)
 
-def _encode(encoder: TextEncoder, texts: Sequence[str], ranks: Ranks) -> np.ndarray:
+
+def _encode(encoder: TextEncoder, texts: Sequence[str], lengths: np.ndarray, ranks: Ranks) -> np.ndarray:
     """All vectors, float32 [n, dim], on every rank, each having encoded its share of the batches."""
-    plan = encoder.plan(encoder.token_lengths(texts))
+    plan = encoder.plan(lengths)
     mine = plan[ranks.rank :: ranks.size]
     blocks = list(encoder.encode_batches(texts, mine))
     own = np.concatenate(blocks) if blocks else np.zeros((0, encoder.dim), np.float32)

@@ -163,11 +163,7 @@ def _cut(store: EmbeddingStore | None, what: str) -> Cut | None:
     if found is None:
         return None
     cut = Cut(*found)
-    if cut.texts:
-        logger.warning(
-            "warning: %s%s %s are longer than %d tokens; their other %s tokens are not encoded. See max_src_len",
-            "about " if cut.is_estimated else "", f"{cut.texts:,}", what, cut.limit, f"{cut.tokens:,}",
-        )  # fmt: skip
+    cut.log(what, "max_src_len")
     return cut
 
 

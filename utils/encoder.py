@@ -50,6 +50,26 @@ class Cut(NamedTuple):
     limit: int
     is_estimated: bool = False
 
+    @classmethod
+    def measured(cls, lengths: np.ndarray, n: int, limit: int) -> "Cut":
+        """Of ``n`` texts, from the whole token counts (int [m]) of some of them, evenly taken."""
+        beyond, scale = np.maximum(lengths - limit, 0), n / max(1, len(lengths))
+        return cls(int((beyond > 0).sum() * scale), int(beyond.sum() * scale), limit, len(lengths) < n)
+
+    def log(self, what: str, argument: str, left_out: str = "not encoded") -> None:
+        """One line, if there are any; ``argument`` sets the limit."""
+        if self.texts:
+            logger.warning(
+                "warning: %s%s %s are longer than %d tokens; their other %s tokens are %s. See %s",
+                "about " if self.is_estimated else "", f"{self.texts:,}", what, self.limit, f"{self.tokens:,}",
+                left_out, argument,
+            )  # fmt: skip
+
+
+def evenly(n: int) -> np.ndarray:
+    """Which of ``n`` texts are measured whole, int64."""
+    return np.linspace(0, n - 1, min(n, _MEASURED_TEXTS)).astype(int)
+
 
 class TextEncoder(Protocol):
     """What the algorithms need of an encoder; tests replace it with one that has no model."""
@@ -143,12 +163,10 @@ class Encoder:
         full = np.flatnonzero(lengths >= self.max_length)
         if not len(full):
             return Cut(0, 0, self.max_length)
-        measured = full[np.linspace(0, len(full) - 1, min(len(full), _MEASURED_TEXTS)).astype(int)]
+        measured = full[evenly(len(full))]
         uncut = tokenizing.load(self.model.tokenizer_folder, UNCUT, self.model.is_torch)
-        beyond = np.array([len(ids) for ids in uncut([self._filled(texts[row]) for row in measured])]) - self.max_length
-        scale = len(full) / len(measured)
-        n_texts, n_tokens = int((beyond > 0).sum() * scale), int(beyond.sum() * scale)
-        return Cut(n_texts, n_tokens, self.max_length, len(measured) < len(full))
+        whole = np.array([len(ids) for ids in uncut([self._filled(texts[row]) for row in measured])])
+        return Cut.measured(whole, len(full), self.max_length)
 
     def plan(self, lengths: np.ndarray) -> list[np.ndarray]:
         """Rows of each batch, int64: longest texts first, each batch within the token budget."""

@@ -254,6 +254,7 @@ def _rerank(
         *_pairs(job, left.owners(), left.values) if job is not None and left is not None else (None, None)
     )
     run.counts["reranked"] = known.n_scored
+    note_cut(run, "pairs", known.cut)
     if job is not None and left is not None and logits is not None:
         run.results["reranker"] = {"digest": reranker.model.digest, "margin": given.reranker_margin}
         n_left = len(left.values)
@@ -279,6 +280,7 @@ def _teacher_scores(
         pairs = _pairs(job, job.criteria.problem.query_of_row[mined.owners()], mined.values)
     logits = known.of(*pairs)
     run.counts["reranked"] = known.n_scored
+    note_cut(run, "pairs", known.cut)
     if logits is None or result is None:
         return None
     logger.info("pos_scores and neg_scores are the cross-encoder's logits")

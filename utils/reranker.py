@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,7 @@ from utils import checkpoint, engines, runtime
 from utils.checkpoint import Checkpoint
 from utils.distributed import Ranks
 from utils.embedding_store import EmbeddingStore, fingerprint
+from utils.encoder import Cut, evenly
 from utils.paddlenlp_models import first_output, import_paddlenlp, load_tokenizer, one_line
 from utils.report import Progress
 from utils.weight_files import read_weights
@@ -54,14 +55,21 @@ class Reranker:
             "batch_pairs": _BATCH_PAIRS,
         }  # fmt: skip
 
+    def cut(self, pairs: Sequence[tuple[str, str]]) -> Cut:
+        """What ``max_length`` leaves out of these pairs; of more than 1,000, as 1,000 of them say."""
+        some = [pairs[i] for i in evenly(len(pairs))]
+        queries, passages = zip(*some, strict=True)
+        whole = self._tokenizer(list(queries), list(passages), truncation=False)["input_ids"]
+        return Cut.measured(np.array(list(map(len, whole))), len(pairs), self.max_length)
+
     def score(self, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
         """One logit for each pair, float32 [n]; a single batch."""
         if self._loaded is None:
             self._loaded = self._load()
         import paddle
 
-        tokenizer, model = self._loaded
-        batch = tokenizer(
+        model = self._loaded
+        batch = self._tokenizer(
             [query for query, _ in pairs], [passage for _, passage in pairs], max_length=self.max_length,
             truncation=True, padding=True, return_attention_mask=True,
         )  # fmt: skip
@@ -70,12 +78,16 @@ class Reranker:
             logits = first_output(model(**inputs))
         return logits.astype("float32").numpy().reshape(-1)
 
-    def _load(self) -> tuple:
+    @cached_property
+    def _tokenizer(self):
+        return load_tokenizer(self.model.tokenizer_folder)
+
+    def _load(self):
         runtime.import_paddle().set_device(engines.device())
         with one_line(f"{self.model.folder}: PaddleNLP cannot load this reranker"):
             model = _with_weights(self.model)
         model.eval()
-        return load_tokenizer(self.model.tokenizer_folder), model
+        return model
 
 
 def _with_weights(reranker: Checkpoint):
@@ -118,6 +130,7 @@ class PairLogits:
         self.reranker, self._ranks, self._folder, self._texts = reranker, ranks, folder, texts
         self._keys, self._logits = np.zeros(0, np.int64), np.zeros(0, np.float32)
         self.n_scored = 0
+        self.cut = Cut(0, 0, reranker.max_length)
 
     def of(self, queries: np.ndarray | None, passages: np.ndarray | None) -> np.ndarray | None:
         """The logits of pairs (int [n] and int [n], on rank 0), float32 [n]; those that are not known are scored."""
@@ -132,11 +145,19 @@ class PairLogits:
         if self._ranks.broadcast_object(len(pairs) if pairs is not None else None):
             logits, n_scored = rerank(self.reranker, pairs, self._ranks, self._folder)
             self.n_scored += n_scored
+            self._ranks.on_first(lambda: self._note_cut(pairs))
             if new is not None:
                 self._keys, self._logits = np.concatenate([self._keys, new]), np.concatenate([self._logits, logits])
                 order = np.argsort(self._keys)
                 self._keys, self._logits = self._keys[order], self._logits[order]
         return self._logits[np.searchsorted(self._keys, keys)] if keys is not None else None
+
+    def _note_cut(self, pairs: list[tuple[str, str]] | None) -> None:
+        assert pairs is not None
+        new, old = self.reranker.cut(pairs), self.cut
+        new.log("pairs", "reranker_max_len", "not read by the cross-encoder")
+        estimated = new.is_estimated or old.is_estimated
+        self.cut = Cut(old.texts + new.texts, old.tokens + new.tokens, new.limit, estimated)
 
 
 def rerank(

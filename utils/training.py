@@ -185,6 +185,7 @@ def _train(given: TrainArguments, promise: resuming.Promise) -> TrainingResult:
             "loss": loss,
             "metrics_before": before,
             "metrics": metrics,
+            "dev_cut": {side: cut._asdict() for side, cut in inputs.dev.cut.items()} if inputs.dev else {},
         }
         about = run.as_dict()
         ranks.on_first(lambda: write_whole(Path(given.output_dir) / "report.json", as_json(about)))

@@ -16,10 +16,8 @@ from utils.row_keys import LIKE_QUERIES
 from utils.tokenizing import Tokenizer
 from utils.training_rows import TrainingRows
 
-# Texts of each side whose lengths the preflight measures, and batches that it looks through.
+# Texts of each side whose lengths the preflight measures, at most, and batches that it looks through.
 _SAMPLE_TEXTS, _SAMPLE_BATCHES = 2000, 50
-# Warn when more than this share of the passages is cut.
-_MUCH_CUT = 0.1
 
 
 @dataclass
@@ -155,9 +153,10 @@ def preflight(
     _, first_rows = np.unique(rows.query_ids, return_index=True)
     queries = [as_query(rows, row, rows.queries[rows.query_ids[row]], templates[0]) for row in _sample(first_rows)]
     passages = [templates[1].replace("{text}", text) for text in _sample(rows.passages)]
-    for side, (name, texts) in enumerate((("queries", queries), ("passages", passages))):
+    sides = ("queries", queries, len(rows.queries)), ("passages", passages, len(rows.passages))
+    for side, (name, texts, n) in enumerate(sides):
         lengths = np.array([len(ids) for ids in tokenizers[side](texts)])
-        found.append(_cut_texts(name, lengths, limits[side], f"max_{('query', 'passage')[side]}_len"))
+        found.append(_cut_texts(name, lengths, n, limits[side], f"max_{('query', 'passage')[side]}_len"))
     found.append(_short_rows(plan, loss_takes_batch))
     if not len(plan):
         raise ValueError(_too_few(plan))
@@ -169,14 +168,18 @@ def _sample(everything: Sequence) -> Sequence:
     return everything[:: -(-len(everything) // _SAMPLE_TEXTS)]
 
 
-def _cut_texts(name: str, lengths: np.ndarray, limit: int, argument: str) -> Preflight:
-    """How many of the texts of a side are longer than ``argument`` lets through."""
-    median, cut = float(np.median(lengths)), float((lengths > limit).mean())
-    found = Preflight({f"{name}_median_tokens": median, f"{name}_cut_share": round(cut, 4)}, [])
-    if cut > _MUCH_CUT:
+def _cut_texts(name: str, lengths: np.ndarray, n: int, limit: int, argument: str) -> Preflight:
+    """How many of the ``n`` texts of a side are longer than ``argument`` lets through, from the lengths of some."""
+    median, share = float(np.median(lengths)), float((lengths > limit).mean())
+    beyond, scale = np.maximum(lengths - limit, 0), n / len(lengths)
+    n_cut, n_tokens = round(float((beyond > 0).sum() * scale)), round(float(beyond.sum() * scale))
+    facts = {"median_tokens": median, "cut_share": round(share, 4), "cut_texts": n_cut, "cut_tokens": n_tokens}
+    found = Preflight({f"{name}_{fact}": value for fact, value in facts.items()}, [])
+    if n_cut:
+        about = "about " if len(lengths) < n else ""
         found.warnings.append(
-            f"{cut:.0%} of the {name} are longer than {argument} = {limit} tokens (half are longer than "
-            f"{median:.0f}); what is cut off cannot be learnt"
+            f"{about}{n_cut:,} of the {n:,} {name} ({share:.1%}) are longer than {argument} = {limit} tokens (half are"
+            f" longer than {median:.0f}); their other {n_tokens:,} tokens are cut off and cannot be learnt"
         )
     return found
 
