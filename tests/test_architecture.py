@@ -60,7 +60,7 @@ AREAS = {
         " evaluated",
     ),
     "cleaning": (
-        "cleaning_examples cleaning",
+        "cleaning_examples cleaning_result cleaning_rows holdout cleaning",
         "arguments machine ranks rows files stores reports scores search encoding embedding",
     ),
     "mining": (

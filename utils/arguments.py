@@ -104,12 +104,19 @@ class CleanArguments(ModelArguments, InputArguments):
         None, "give a removed row's positives to the row that was kept for it, so that no answer is lost; default: only"
         " those of equal queries, and only where neither similarity_threshold nor target_size is given",
     )  # fmt: skip
+    holdout: float | None = option(
+        None, "set kept rows aside as a dev set, in <output>.holdout.jsonl: a share of them below 1, or how many; rows "
+        "that are near duplicates or have an answer in common stay together", above=0.0,
+    )  # fmt: skip
+    seed: int = option(0, "of the draw of holdout", at_least=0, at_most=LARGEST_SEED)
     embeddings_path: str | None = option(
         None, "a .npy file of your own vectors, float [rows of the input, dim], instead of a model"
     )
 
     def check(self) -> None:
         """Rules that tie fields together."""
+        if self.holdout is not None and self.holdout >= 1 and not self.holdout.is_integer():
+            raise ArgumentError(f"holdout is {self.holdout:g}; expected a share below 1, or a whole number of rows")
         if self.embeddings_path and self.reference_data_path:
             raise ArgumentError("embeddings_path and reference_data_path are both given; a reference needs a model")
 

@@ -3,73 +3,39 @@
 import logging
 import math
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from utils import answers, cleaning_examples, dedup, engines, interruption, merged_positives, report, thresholds
+from utils import (
+    answers,
+    cleaning_examples,
+    dedup,
+    engines,
+    holdout,
+    interruption,
+    merged_positives,
+    report,
+    thresholds,
+)
 from utils.arguments import CleanArguments, input_paths
+from utils.cleaning_result import HOLDOUT, REASONS, CleaningResult, Removed
+from utils.cleaning_rows import QueryRows
 from utils.dedup import DedupResult
 from utils.distributed import Ranks
 from utils.embedding import build_encoders, embed, note_cut
 from utils.embedding_store import derive, read_user_vectors
 from utils.outputs import Outputs, write_rejected
-from utils.ragged import Ragged
-from utils.records import RawLine, RecordError, Source, fold, parse_object, to_line
-from utils.row_keys import KeyCounts
+from utils.records import RawLine, fold, parse_object, to_line
 from utils.search import Neighbors, ShardedIndex
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(slots=True)
-class Removed:
-    """A removed row: ``row`` and ``kept_row`` count from 0 among the good rows of their files.
-
-    ``score`` is NaN for an exact copy in other letters (width, white space), which is not compared by the model.
-    """
-
-    row: int
-    kept_row: int
-    score: float
-    reason: str  # "exact", "similar" or "leakage" (then kept_row is a row of the reference file)
-
-
-@dataclass
-class CleaningResult:
-    """What a cleaning run decided. Rows count from 0 among the input's good rows."""
-
-    kept_rows: np.ndarray
-    removed: list[Removed]
-    rejected: list[RecordError]
-    threshold: float
-    report: dict = field(repr=False)
-
-    def summary(self) -> str:
-        """A short table for a person."""
-        counts = self.report["counts"]
-        rows = [("rows in", f"{counts['input']:,}"), ("kept", f"{counts['kept']:,}")]
-        has_reference = self.report["arguments"]["reference_data_path"] is not None
-        checked = [reason for reason in _REASONS if reason != "leakage" or has_reference]
-        rows += [(f"removed, {reason}", f"{counts['removed_' + reason]:,}") for reason in checked]
-        rows += [("rejected", f"{counts['rejected']:,}")] if counts["rejected"] else []
-        found = self.report["answers"]
-        if found["different"]:
-            rows += [("answers in no kept row", f"{found['in_no_kept_row']:,} of {found['different']:,}")]
-        rows += [("threshold", f"{self.threshold:g}")]
-        if "threshold_of_other_answers" in self.report:
-            rows += [("threshold, other answers", f"{self.report['threshold_of_other_answers']:g}")]
-        rows += [("seconds", f"{self.report['seconds']['total']:.1f}")]
-        title = f"{self.report['arguments']['input_data_path']} -> {self.report['arguments']['output_data_path']}"
-        lines = [report.table(rows, title)]
-        lines += cleaning_examples.lines(self.report["closest_removals"], self.report["nearest_kept"])
-        return "\n".join(lines)
-
-
-_REASONS = ("exact", "similar", "leakage")
-_SUFFIXES = (".removed.jsonl", ".rejected.jsonl", ".report.json")
+_SUFFIXES = (HOLDOUT, ".removed.jsonl", ".rejected.jsonl", ".report.json")
 # Of the different answers, those that may be lost at the default threshold.
 _MOST_LOST = 0.02
 
@@ -91,6 +57,8 @@ def clean(given: CleanArguments) -> CleaningResult:
             interruption.promising(lambda: f"the same command {kept}compares from the first row on"),
         ):
             decision = _decide(given, ranks, run, inputs, vectors, reference)
+            if given.holdout is not None:
+                decision.split = _split(given, ranks, inputs, decision, vectors, outputs)
         del vectors, reference  # memory maps of files that are removed next
         with run.stage("write"):
             cleaned = ranks.on_first(lambda: _write(given, outputs, inputs, decision, run))
@@ -98,72 +66,26 @@ def clean(given: CleanArguments) -> CleaningResult:
 
 
 @dataclass
-class _Queries:
-    """A file's queries. ``first`` gives, for each row, the first row whose text is equal after folding; ``n_bare`` rows
-    have no positive; ``answers`` are each row's positives.
-    """
-
-    source: Source
-    lines: np.ndarray
-    texts: list[str]
-    first: np.ndarray
-    folded: dict[str, int]
-    n_bare: int
-    keys: KeyCounts
-    answers: Ragged
-
-    @classmethod
-    def read(cls, path: str, on_bad_row: str) -> "_Queries":
-        source = Source(path, ("query",), on_bad_row)
-        lines, texts, first, folded, n_bare, keys = [], [], [], {}, 0, KeyCounts()
-        passages = answers.AnswersRead()
-        for record in source:
-            n_bare += not record.pos_passage
-            passages.add(record.pos_passage)
-            keys.add(record.row)
-            first.append(folded.setdefault(fold(record.query), len(texts)))
-            lines.append(record.line)
-            texts.append(record.query)
-        rows = np.array(lines, np.int64), texts, np.array(first, np.int64)
-        return cls(source, *rows, folded, n_bare, keys, passages.of_rows())
-
-    @property
-    def unique(self) -> np.ndarray:
-        """The rows that are the first of their text, int64, ascending."""
-        return np.flatnonzero(self.first == np.arange(len(self.texts)))
-
-    def unique_texts(self) -> list[str]:
-        return [self.texts[row] for row in self.unique]
-
-    def answer_groups(self) -> np.ndarray:
-        """A number for each unique query, the same for those whose rows have the same answers together; int64."""
-        return answers.groups(answers.joined(self.answers, self.first), self.unique)
-
-    def file_rows(self) -> np.ndarray:
-        """Each good row's number among all rows of the file, bad ones included."""
-        bad = np.sort(np.array([error.line for error in self.source.rejected], np.int64))
-        return np.arange(len(self.lines)) + np.searchsorted(bad, self.lines)
-
-
-@dataclass
 class _Inputs:
     """What rank 0 reads and checks before any model is loaded."""
 
-    queries: _Queries
-    reference: _Queries | None
+    queries: QueryRows
+    reference: QueryRows | None
     vectors: np.ndarray | None
 
     @classmethod
     def read(cls, given: CleanArguments, outputs: Outputs) -> "_Inputs":
-        queries = _Queries.read(given.input_data_path, given.on_bad_row)
+        queries = QueryRows.read(given.input_data_path, given.on_bad_row, given.holdout is not None)
         if 0 < queries.n_bare < len(queries.texts):
             logger.warning("warning: %s: %d of %d rows have no positive, and mining and training will refuse those",
                            given.input_data_path, queries.n_bare, len(queries.texts))  # fmt: skip
+        if given.holdout is not None:
+            holdout.asked(given.holdout, len(queries.unique))
         queries.keys.log_prompts("queries are compared without it")
         queries.keys.log_unused_types()
         reference, vectors = None, None
         if given.reference_data_path:
-            reference = _Queries.read(given.reference_data_path, given.on_bad_row)
+            reference = QueryRows.read(given.reference_data_path, given.on_bad_row)
         if given.embeddings_path:
             vectors = read_user_vectors(given.embeddings_path, queries.source.n_rows, "row of input", normalize=True)
         else:
@@ -188,7 +110,7 @@ def _vectors(
     encoder, _ = ranks.all_agree(lambda: build_encoders(given))
     folder = Path(given.embedding_cache) if given.embedding_cache else outputs.work
 
-    def encode(queries: _Queries | None, what: str) -> np.ndarray | None:
+    def encode(queries: QueryRows | None, what: str) -> np.ndarray | None:
         vectors, encoded, cut = embed(encoder, queries.unique_texts() if queries else None, ranks, folder, what)
         note_cut(run, what, cut)
         run.counts["encoded"] += encoded
@@ -210,7 +132,7 @@ def _vectors(
 
 @dataclass
 class _Decision:
-    """What is removed, on every rank; ``examples`` on rank 0.
+    """What is removed, on every rank; ``examples`` on rank 0, and ``split`` if rows are to be set aside.
 
     usual: the threshold for queries whose answers differ, if it is another one.
     """
@@ -219,6 +141,7 @@ class _Decision:
     nearest: Neighbors | None
     usual: float | None = None
     examples: list[dict] = field(default_factory=list)
+    split: holdout.Split | None = None
 
 
 def _decide(
@@ -285,6 +208,30 @@ def _protecting(
         if ranks.broadcast_object(share) <= _MOST_LOST:
             break
     return _Decision(result, nearest, usual)
+
+
+def _split(
+    given: CleanArguments,
+    ranks: Ranks,
+    inputs: _Inputs | None,
+    decision: _Decision,
+    vectors: np.ndarray | None,
+    outputs: Outputs,
+) -> holdout.Split | None:
+    """Which of the kept rows are set aside; on rank 0."""
+    result = decision.result
+
+    def kept() -> holdout.Kept:
+        assert inputs is not None and vectors is not None
+        queries = inputs.queries
+        kept_for, gives = _givers(given, inputs, _account(inputs, result, decision.nearest))
+        final = answers.joined(queries.folded_answers, np.where(gives, kept_for, np.arange(len(gives))))
+        chosen = derive(vectors, outputs.scratch("kept"), result.kept_rows, normalize=False)
+        return holdout.Kept(chosen, final.take(queries.unique[result.kept_rows]))
+
+    is_apart = decision.usual is None  # then no two kept queries reach the threshold
+    drawing = holdout.Drawing(given.holdout, given.seed, result.threshold, is_apart)
+    return holdout.split(ranks, ranks.on_first(kept), drawing, outputs.scratch("held"), engines.device())
 
 
 def _threshold(given: CleanArguments, unrelated: thresholds.Unrelated, run: report.RunReport) -> float | None:
@@ -358,11 +305,16 @@ def _write(
     lost = _losses(given, inputs, removed)
     gone = np.zeros(len(queries.texts), bool)
     gone[[r.row for r in removed]] = True
-    kept = np.flatnonzero(~gone)
+    held = np.zeros(0, np.int64)
+    if decision.split is not None:
+        held = queries.unique[result.kept_rows[decision.split.held]]
+        run.results["holdout"] = decision.split.described()
+    kept = np.setdiff1d(np.flatnonzero(~gone), held)
     counts = {
         "input": queries.source.n_rows,
         "kept": len(kept),
-        **{f"removed_{reason}": sum(r.reason == reason for r in removed) for reason in _REASONS},
+        "held_out": len(held),
+        **{f"removed_{reason}": sum(r.reason == reason for r in removed) for reason in REASONS},
         "rejected": len(queries.source.rejected),
     }
     if counts["input"] != sum(counts.values()) - counts["input"]:
@@ -375,42 +327,58 @@ def _write(
         "different": lost.n_answers, "in_no_kept_row": lost.n_lost,
         "rows_removed_for_one_without_their_answer": int(lost.rows.sum()),
     }  # fmt: skip
-    _write_rows(given, outputs, inputs, {r.row: r for r in removed}, lost)
+    _write_rows(given, outputs, inputs, {r.row: r for r in removed}, lost, held)
     run.results["closest_removals"] = cleaning_examples.removed(queries.texts, queries.first, removed)
     run.results["nearest_kept"] = decision.examples
     if given.on_bad_row == "skip":
         rejected = queries.source.rejected + (inputs.reference.source.rejected if inputs.reference else [])
         write_rejected(outputs, rejected)
-    return CleaningResult(kept, removed, queries.source.rejected, result.threshold, {})
+    return CleaningResult(kept, removed, queries.source.rejected, result.threshold, {}, held)
 
 
 def _losses(given: CleanArguments, inputs: _Inputs, removed: list[Removed]) -> answers.Losses:
-    """What the kept rows no longer say; a leak is kept in the reference file, whose answers are not read."""
+    """What the kept rows no longer say."""
+    return answers.losses(inputs.queries.answers, *_givers(given, inputs, removed))
+
+
+def _givers(given: CleanArguments, inputs: _Inputs, removed: list[Removed]) -> tuple[np.ndarray, np.ndarray]:
+    """The row that was kept for each one, and whether that gets its answers: as ``answers.losses`` takes them.
+
+    A leak is kept in the reference file, whose answers are not read.
+    """
     n = len(inputs.queries.texts)
     kept_for, gives = np.arange(n), np.zeros(n, bool)
     for r in removed:
         kept_for[r.row] = -1 if r.reason == "leakage" else r.kept_row
         gives[r.row] = r.reason in given.merged_reasons
-    return answers.losses(inputs.queries.answers, kept_for, gives)
+    return kept_for, gives
 
 
 def _write_rows(
-    given: CleanArguments, outputs: Outputs, inputs: _Inputs, removed: dict[int, Removed], lost: answers.Losses
+    given: CleanArguments,
+    outputs: Outputs,
+    inputs: _Inputs,
+    removed: dict[int, Removed],
+    lost: answers.Losses,
+    held: np.ndarray,
 ) -> None:
-    """The kept rows byte for byte, and the removed ones with their explanation."""
+    """The kept rows byte for byte, ``held`` of them apart, and the removed ones with their explanation."""
     queries = inputs.queries
     gained = {}
     kept_for = {row: r.kept_row for row, r in removed.items() if r.reason in given.merged_reasons}
     if kept_for:
         gained = merged_positives.gather(_good_lines(queries), queries.source.path, kept_for)
-    with outputs.stage() as kept_stream, outputs.stage(".removed.jsonl") as removed_stream:
+    set_aside = {*held.tolist()}
+    with ExitStack() as open_files:
+        kept_stream, removed_stream = map(open_files.enter_context, (outputs.stage(), outputs.stage(".removed.jsonl")))
+        held_stream = open_files.enter_context(outputs.stage(HOLDOUT)) if given.holdout is not None else None
         for row, raw in _good_lines(queries):
             reason = removed.get(row)
             if reason is None:
                 content = raw.content + b"\n"
                 if row in gained:
                     content = merged_positives.added_to(raw, queries.source.path, gained[row])
-                kept_stream.write(content)
+                (held_stream if row in set_aside else kept_stream).write(content)
                 continue
             where, prefix = (inputs.reference, "reference") if reason.reason == "leakage" else (queries, "kept")
             assert where is not None
@@ -426,7 +394,7 @@ def _write_rows(
             removed_stream.write(to_line(entry))
 
 
-def _good_lines(queries: _Queries) -> Iterator[tuple[int, RawLine]]:
+def _good_lines(queries: QueryRows) -> Iterator[tuple[int, RawLine]]:
     """The good rows' numbers and lines, from a second pass over the file."""
     bad = {error.line for error in queries.source.rejected}
     return enumerate(raw for raw in queries.source.raw_lines() if raw.number not in bad)
