@@ -14,7 +14,7 @@ AREAS = {
     "machine": ("interruption runtime mapped shared_memory threads compiled", "own_files"),
     "products": ("avx512 amx matmul amx_matmul amx_attention amx_attention_gradients kernel_maths", "machine"),
     "ranks": ("meeting distributed", "machine"),
-    "rows": ("records row_keys ragged merged_positives beir mining_formats", ""),
+    "rows": ("records row_keys run_ids ragged merged_positives beir mining_formats", ""),
     "files": ("outputs json_files", "own_files records"),
     "stores": ("embedding_store", "own_files files"),
     "reports": ("report", "runtime files"),

@@ -45,7 +45,10 @@ def test_an_unknown_split_names_those_that_are_there(folder):
     ("line", "message"),
     [
         ("q1\ta", ":2: 2 columns; expected 3"),
-        ("q1 a 1", ":2: 1 columns; expected 3"),
+        ("q1", ":2: 1 columns; expected 3 .* or 4"),
+        ("q1 my own id 1", ":2: 5 columns; expected 3 .query-id, corpus-id, score. or 4"),
+        ("q1 0 a more", ":2: the score is 'more'"),
+        ("q1 a b 1", ":2: the second of 4 columns is 'a'; expected TREC's 0"),
         ("q1\ta\tmuch", ":2: the score is 'much'; expected a whole number"),
         ("q1\ta\t1.5", ":2: the score is '1.5'; expected a whole number"),
         ("q1\t\t1", ":2: an id is empty"),
@@ -55,9 +58,23 @@ def test_an_unknown_split_names_those_that_are_there(folder):
 )
 def test_bad_judgments(folder, line, message):
     (folder / "qrels" / "test.tsv").write_text(f"query-id\tcorpus-id\tscore\n{line}\n")
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=message):
         list(beir.read_qrels(str(folder), "test"))
-    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("between", ["\t", " ", "  \t ", "    "])
+@pytest.mark.parametrize("iteration", [None, "0", "Q0"])
+@pytest.mark.parametrize("header", [None, "query-id it corpus-id score", "qid 0 docno rel"])
+def test_judgments_in_three_or_four_columns(folder, between, iteration, header):
+    rows = [row for row in (header and header.split(), ["q1", "", "a", "2"], ["q2", "", "b", "-1"]) if row]
+    lines = [between.join([row[0], iteration or "", *row[2:]] if iteration else [row[0], *row[2:]]) for row in rows]
+    (folder / "qrels" / "test.tsv").write_text("\n".join(lines) + "\n")
+    assert [row[:3] for row in beir.read_qrels(str(folder), "test")] == [("q1", "a", 2), ("q2", "b", -1)]
+
+
+def test_an_id_may_hold_spaces_between_tabs(folder):
+    (folder / "qrels" / "test.tsv").write_text("q1\t0\tmy own id\t2\nq2\tmy own id\t1\n")
+    assert [row[:3] for row in beir.read_qrels(str(folder), "test")] == [("q1", "my own id", 2), ("q2", "my own id", 1)]
 
 
 @pytest.mark.parametrize("header", ["query-id\tcorpus-id\tscore", "QID\tDocID\tgrad", "Frage\tText\tRelevance"])

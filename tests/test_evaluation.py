@@ -550,3 +550,8 @@ def test_judged_passages_that_the_corpus_lacks_stay_in_the_denominators(tmp_path
         assert found["recall@3"] == pytest.approx((1 + 0.5 + 0) / 3)
         assert found.report["counts"]["positives_not_in_corpus"] == 2 and found.report["counts"]["passages"] == 3
     assert "2 of 4 positives are not in the corpus; they stay in the denominators" in caplog.text
+    # A run that finds one has found it, as in trec_eval, which knows no corpus.
+    (tmp_path / "run").write_text("q0 Q0 p0 1 3 t\nq1 Q0 gone 1 3 t\nq1 Q0 p1 2 2 t\nq2 Q0 p0 1 1 t\n")
+    options = {"run_path": str(tmp_path / "run"), "metrics": ["recall", "ndcg"]}
+    found = evaluation("no such model", tmp_path, dev_path=folder, **options).evaluate()
+    assert (found["recall@3"], found["ndcg@3"]) == pytest.approx((2 / 3, 2 / 3))

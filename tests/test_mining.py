@@ -10,10 +10,22 @@ from conftest import make_rows, make_tiny_bert, read_jsonl, run_script, write_js
 from thread_ranks import on_ranks
 
 from mining_negative_samples import MiningNegativeSamples
-from utils import arguments, candidates, embedding, encoder, mining, mining_search, reranker, runtime, training_rows
-from utils.arguments import ArgumentError, MiningArguments
+from utils import (
+    arguments,
+    candidates,
+    collection,
+    embedding,
+    encoder,
+    mining,
+    mining_search,
+    reranker,
+    runtime,
+    training_rows,
+)  # fmt: skip
+from utils.arguments import ArgumentError, EvaluateArguments, MiningArguments
 from utils.distributed import Ranks
 from utils.encoder import Cut
+from utils.evaluation_rankings import GivenRankings
 from utils.mapped import is_mapped
 from utils.mining_inputs import Inputs
 from utils.mining_problem import Problem
@@ -615,11 +627,11 @@ def test_rows_that_one_run_cannot_use_can_be_set_aside(mine, tmp_path):
 
 
 def test_passages_without_an_id_get_one_that_no_other_has(mine, tmp_path):
-    pool = [{"_id": str(i), "text": f"river card {i}"} for i in range(3)]
+    pool = [{"_id": f"d{i}", "text": f"river card {i}"} for i in range(3)]
     _, out = mine(candidate_pool=write_jsonl(tmp_path / "pool.jsonl", pool), write_corpus=True)
     passages = ids_of(out)[1]
     assert all(passages[row["_id"]] == row["text"] for row in pool)
-    assert passages["row-0"] == mining_rows()[0]["pos_passage"][0]
+    assert passages["row-d1"] == mining_rows()[0]["pos_passage"][0]
 
 
 def ids_of(out: str) -> tuple[dict[str, str], dict[str, str]]:
@@ -633,7 +645,7 @@ def test_candidates_of_a_run_file(mine, tmp_path):
     _, out = mine(write_corpus=True)
     queries, passages = ids_of(out)
     rows = mining_rows()
-    assert queries["0"] == rows[0]["query"] and passages["0"] == rows[0]["pos_passage"][0]
+    assert queries["0"] == rows[0]["query"] and passages["d1"] == rows[0]["pos_passage"][0]
     wanted = list(passages)[::7]
     lines = [f"{q} Q0 {p} {i} {i / 10} bm25" for q in queries for i, p in enumerate(wanted)]
     run = tmp_path / "run.trec"
@@ -650,9 +662,49 @@ def test_candidates_of_a_run_file(mine, tmp_path):
     assert fused.report["counts"]["negatives"] > 0
 
 
+@pytest.mark.parametrize("pooled", [None, "candidate_pool", "candidate_pool_only"])
+def test_a_run_file_names_the_same_texts_in_mining_and_evaluation(tmp_path, pooled, caplog):
+    """Also where only one of the two knows a text, as evaluation does a row's negatives."""
+    rows = [row | {"neg_passage": [f"own {i % 7}", f"river {i}"]} for i, row in enumerate(mining_rows()[:30])]
+    for row in rows:
+        del row["id"]
+    source = write_jsonl(tmp_path / "rows.jsonl", rows)
+    pool = write_jsonl(
+        tmp_path / "pool.jsonl",
+        [{"text": f"pooled {i}"} for i in range(5)] + [{"text": text} for text in ("own 3", rows[4]["pos_passage"][0])],
+    )
+    mined = {"candidate_pool": pool} if pooled else {}
+    mined |= {"candidate_pool_only": True} if pooled == "candidate_pool_only" else {}
+    kept = {None: {}, "candidate_pool": {"neg_path": pool}, "candidate_pool_only": {"corpus_path": pool}}[pooled]
+    (tmp_path / "run").write_text("q1 Q0 d1 1 1.0 t\n")
+    run = {"run_path": str(tmp_path / "run")}
+    judged = collection.read(arguments.build(EvaluateArguments, dev_path=source, **kept, **run))
+    names = {judged.passage_id(row): text for row, text in enumerate(judged.passages)}
+    found = Inputs.read(arguments.build(MiningArguments, input_data_path=source, **mined, **run))
+    for name, number in found.passage_ids.items():
+        assert names[name] == found.passages[number]
+    assert {name: judged.queries[n] for n, name in enumerate(judged.query_ids)} == {
+        name: found.queries[number] for name, number in found.query_ids.items()
+    }
+    every = [f"{query} Q0 {name} 1 {n} t" for query in judged.query_ids for n, name in enumerate(names)]
+    (tmp_path / "run").write_text("\n".join(every))
+    found = Inputs.read(arguments.build(MiningArguments, input_data_path=source, **mined, **run))
+    assert {*found.run_lists[0]} == {*range(found.n_candidates)} and "now they are" not in caplog.text
+    # Numbers from 0, as mining once counted, mean the same to both.
+    older = [f"{i} Q0 {n} 1 {n} t" for i in range(len(judged.queries)) for n in range(found.n_candidates)]
+    (tmp_path / "run").write_text("\n".join(older))
+    found = Inputs.read(arguments.build(MiningArguments, input_data_path=source, **mined, **run))
+    assert found.run_lists[0] == [*range(found.n_candidates)][::-1]
+    assert caplog.text.count("name queries or passages by their numbers from 0") == 1
+    ranked = GivenRankings(arguments.build(EvaluateArguments, dev_path=source, **kept, **run), judged).search(0, 1, 99)
+    texts = [judged.passages[row] for row in ranked.rows[0] if row >= 0]
+    assert texts == [found.passages[number] for number in found.run_lists[0]]
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
+        ("q1 Q0 my own id 1 0.5 t", "run.trec:2: 8 columns; expected 6: .*; 'my own id' cannot be a passage id, as"),
         ("nobody Q0 0 1 0.5 t", "run.trec:2: unknown query id 'nobody'"),
         ("0 Q0 nothing 1 0.5 t", "run.trec:2: unknown passage id 'nothing'"),
         ("0 Q0 1 2 0.4 t", "run.trec:2: passage '1' is named twice for query '0'"),
@@ -663,9 +715,8 @@ def test_candidates_of_a_run_file(mine, tmp_path):
 def test_bad_run_files(mine, tmp_path, line, message):
     run = tmp_path / "run.trec"
     run.write_text(f"0 Q0 1 1 0.5 t\n{line}\n")
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=message):
         mine(run_path=str(run))
-    assert message in str(caught.value)
     result, out = mine(run_path=str(run), on_bad_row="skip")
     assert [row["line"] for row in read_jsonl(out + ".rejected.jsonl")] == [2]
     assert result.report["counts"]["rejected"] == 0  # no row of the input was lost
@@ -700,7 +751,8 @@ def write_beir(folder: Path) -> dict[str, set[str]]:
     return {f"q{i}": banned[fold(row["query"])] for i, row in enumerate(rows)}
 
 
-def test_a_beir_folder(mine, tmp_path):
+def test_a_beir_folder(mine, tmp_path, caplog):
+    caplog.set_level("INFO")
     banned = write_beir(tmp_path / "beir")
     result, out = mine(input_data_path=str(tmp_path / "beir"), num_negatives=4)
     rows = read_jsonl(out)
@@ -711,9 +763,14 @@ def test_a_beir_folder(mine, tmp_path):
     with pytest.raises(FileNotFoundError, match="the splits there are test"):
         mine(input_data_path=str(tmp_path / "beir"), split="dev")
     with open(tmp_path / "beir" / "qrels" / "test.tsv", "a") as stream:
-        stream.write("\nq0\td9999\t1\n")
-    with pytest.raises(ValueError, match=r"passage 'd9999' is not in the corpus"):
-        mine(input_data_path=str(tmp_path / "beir"))
+        stream.write("\nq0\tgone\t1\nq90\tmissing\t2\n")
+    (tmp_path / "run.trec").write_text("q0 Q0 gone 1 0.5 t\nq0 Q0 d7 2 0.4 t\n")
+    run = {"run_path": str(tmp_path / "run.trec")}
+    result, out = mine(input_data_path=str(tmp_path / "beir"), num_negatives=4)
+    assert read_jsonl(out) == rows and result.report["counts"]["input"] == 90
+    assert "2 relevant passages are not in the corpus, and 1 queries have no other and are left out" in caplog.text
+    mine(input_data_path=str(tmp_path / "beir"), num_negatives=4, **run)
+    assert "run.trec: 1 of 2 lines name passages that are not searched; left out" in caplog.text
 
 
 def test_own_vectors(mine, tmp_path, tiny_model):

@@ -20,7 +20,7 @@ from tokenizers import models, pre_tokenizers
 from utils import records, tokenizing
 from utils.arguments import ModelArguments, build
 from utils.embedding import build_encoders
-from utils.mining_inputs import _PASSAGE_IDS, _QUERY_IDS
+from utils.run_ids import PASSAGE_IDS, QUERY_IDS
 
 TEXT = "lost CARD Löst 信用 [MASK] <q> [SEP] card lost card phone lost"
 BERT, DECODER = "bert", "decoder"
@@ -295,7 +295,7 @@ def test_the_page_lists_the_keys_of_a_row():
         if line.startswith("| `"):
             listed |= set(re.findall(r"`(\w+)`", line.split("|")[1]))
     known = {"query", "prompt", "type", "pos_scores", "neg_scores", "text", "title"}
-    assert listed == known | {*records._ALIASES, *records._ALIASES.values()} | {*_QUERY_IDS, *_PASSAGE_IDS}
+    assert listed == known | {*records._ALIASES, *records._ALIASES.values()} | {*QUERY_IDS, *PASSAGE_IDS}
 
 
 @pytest.mark.parametrize(

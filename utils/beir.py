@@ -12,6 +12,8 @@ from utils.records import RawLine, Record, RecordError, parse_object, passages_k
 
 # A grade; programs that write tables make 1.0 of 1.
 _WHOLE = re.compile(r"-?[0-9]{1,9}(\.0+)?", re.ASCII)
+# TREC's second column, which means nothing.
+_ITERATION = re.compile(r"[Qq]?[0-9]+(\.0+)?", re.ASCII)
 # What a header calls the columns, but for case and whatever is no letter.
 _QUERY = {"queryid", "query", "qid", "topicid", "topic", "questionid"}
 _PASSAGE = {
@@ -63,7 +65,7 @@ def read_qrels(folder: str, split: str, rejected: list[RecordError] | None = Non
 
     Raises:
         FileNotFoundError: no such split; names those that are there.
-        ValueError: an empty file, or a line that is not query id, passage id and grade, tab between them.
+        ValueError: an empty file, or a line that is not query id, passage id and grade, or TREC's four columns.
     """
     path = qrels_path(folder, split)
     seen: dict[tuple[str, str], int] = {}
@@ -84,7 +86,7 @@ def read_qrels(folder: str, split: str, rejected: list[RecordError] | None = Non
             continue
         yield row
     if n_rows == 0:
-        raise ValueError(f"{path}: the file has no judgments; expected query-id, corpus-id and score, tabs between")
+        raise ValueError(f"{path}: the file has no judgments; expected query-id, corpus-id and score")
 
 
 def qrels_path(folder: str, split: str) -> str:
@@ -194,15 +196,22 @@ def _is_unicode(text: str) -> bool:
 def _judgment(raw: RawLine, path: str) -> Judgment | None:
     """A qrels line, or None for the header."""
     try:
-        columns = raw.content.decode().split("\t")
+        line = raw.content.decode().strip("\r\n")
     except UnicodeDecodeError:
         raise RecordError(path, raw.number, "the line is not UTF-8; expected UTF-8 text") from None
-    if len(columns) != 3:
-        reason = f"{len(columns)} columns; expected 3, query-id, corpus-id and score, with tabs between"
+    columns = [column.strip() for column in line.split("\t")] if "\t" in line else line.split()
+    if len(columns) not in (3, 4):
+        reason = (
+            f"{len(columns)} columns; expected 3 (query-id, corpus-id, score) or 4 (query-id, 0, corpus-id, score),"
+            " with tabs or spaces between"
+        )
         raise RecordError(path, raw.number, reason)
-    query_id, passage_id, grade = (column.strip() for column in columns)
+    query_id, passage_id, grade = columns[0], *columns[-2:]
     if raw.number == 1 and _is_header(query_id, passage_id, grade):
         return None
+    if len(columns) == 4 and not _ITERATION.fullmatch(columns[1]):
+        reason = f"the second of 4 columns is {columns[1]!r:.40}; expected TREC's 0: query-id, 0, corpus-id, score"
+        raise RecordError(path, raw.number, reason)
     if not _WHOLE.fullmatch(grade):
         header = "" if raw.number > 1 else ", or query-id, corpus-id and score as the header"
         raise RecordError(path, raw.number, f"the score is {grade!r:.40}; expected a whole number{header}")

@@ -18,6 +18,7 @@ from utils.arguments import EvaluateArguments
 from utils.ragged import Ragged
 from utils.records import RecordError, Source, fold, parse_record, read_lines, set_aside
 from utils.row_keys import KeyCounts, prompt_of
+from utils.run_ids import passage_name, query_name
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +76,8 @@ class Collection:
     passages holds the corpus, ``n_corpus`` texts, and then judged passages that are not in the corpus.
     query_rows and passage_rows give each one's number in reading order, before equal ones became one;
     n_query_rows and n_passage_rows count them there. ``prompts``, of rows of our own, stand before their queries in
-    place of a template. ``ignored`` are the rows that a query must not find.
+    place of a template. other_names are what mining once called queries and passages. ``ignored`` are the rows that a
+    query must not find.
     """
 
     queries: list[str]
@@ -88,14 +90,15 @@ class Collection:
     n_passage_rows: int
     query_ids: list[str]
     passage_ids: list[str] | None
+    other_names: tuple[dict[str, int], dict[str, int]] = field(default_factory=lambda: ({}, {}))
     prompts: list[str | None] = field(default_factory=list)
     ignored: dict[int, list[int]] = field(default_factory=dict)
     rejected: list[RecordError] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
 
     def passage_id(self, row: int) -> str:
-        """A name without white space: BEIR's, or ``d`` and the number from 1."""
-        return f"d{row + 1}" if self.passage_ids is None else self.passage_ids[row]
+        """A name without white space: BEIR's, or as ``run_ids`` says."""
+        return passage_name(row) if self.passage_ids is None else self.passage_ids[row]
 
     @property
     def corpus(self) -> list[str]:
@@ -165,6 +168,10 @@ class _Numbered:
         self.n_read += 1
         return number
 
+    def number(self, text: str) -> int:
+        """Of a text that has been read, without a prompt."""
+        return self._first[self._key(text)]
+
     def n_different(self) -> int:
         """How many texts there are, each counted once."""
         return len(self._first)
@@ -176,9 +183,11 @@ def _read_rows(given: EvaluateArguments) -> Collection:
     corpus, queries = _Numbered(), _Numbered(key=fold)  # as in cleaning and mining
     rejected: list[RecordError] = []
     bad = rejected if given.on_bad_row == "skip" else None
+    mined: list[str] = []  # what mining would mine from: positives, then a pool; or the pool alone
     if given.corpus_path is not None:
         for text in read_corpus_file(given.corpus_path, bad):
             corpus.add(text)
+            mined += [text] * bool(given.run_path)
     lines: list[int] = []
     prompts: list[str | None] = []
     keys = KeyCounts()
@@ -193,12 +202,14 @@ def _read_rows(given: EvaluateArguments) -> Collection:
             lines.append(record.line)
             positives.append({})
         positives[query] |= dict.fromkeys(record.pos_passage)
+        mined += record.pos_passage if given.run_path and given.corpus_path is None else ()
         for text in (*(record.pos_passage if given.corpus_path is None else ()), *record.neg_passage):
             corpus.add(text)
     rejected += source.rejected
     if given.neg_path is not None:
         for text in read_corpus_file(given.neg_path, bad):
             corpus.add(text)
+            mined += [text] * bool(given.run_path)
     encodes = given.query_embeddings_path is None and not given.judges_rankings
     keys.log_prompts(None if encodes else "no query is encoded")
     keys.log_unused_types()
@@ -214,8 +225,9 @@ def _read_rows(given: EvaluateArguments) -> Collection:
         passage_rows=passage_rows,
         n_query_rows=source.n_rows,
         n_passage_rows=n_read,
-        query_ids=[f"q{line}" for line in lines],
+        query_ids=[query_name(line) for line in lines],
         passage_ids=None,
+        other_names=_older_names(len(positives), corpus, mined) if given.run_path else ({}, {}),
         prompts=prompts,
         rejected=rejected,
         counts={
@@ -228,6 +240,12 @@ def _read_rows(given: EvaluateArguments) -> Collection:
             "passages_merged": n_read - n_corpus,
         },
     )
+
+
+def _older_names(n_queries: int, corpus: _Numbered, mined: list[str]) -> tuple[dict[str, int], dict[str, int]]:
+    """Mining counted queries, and what it mines from, from 0."""
+    passages = {str(place): corpus.number(text) for place, text in enumerate(dict.fromkeys(mined))}
+    return {str(query): query for query in range(n_queries)}, passages
 
 
 def read_corpus_file(

@@ -26,11 +26,13 @@ class GivenRankings:
             self._bm25 = candidates.Bm25(collection.corpus)
             return
         assert given.run_path is not None
-        passages = {collection.passage_id(row): row for row in range(collection.n_corpus)}
+        # Judged passages that the corpus lacks count where a run finds them, as in trec_eval.
+        passages = {collection.passage_id(row): row for row in range(len(collection.passages))}
         queries = {name: number for number, name in enumerate(collection.query_ids)}
         run = candidates.read_run(
-            given.run_path, queries, passages, collection.n_corpus,
+            given.run_path, queries, passages, len(collection.passages),
             collection.rejected if given.on_bad_row == "skip" else None, passes_unknown_queries=True,
+            older=collection.other_names,
         )  # fmt: skip
         if not any(run):
             example = next(iter(queries))

@@ -115,6 +115,11 @@ def _read(given: MiningArguments, outputs: Outputs) -> Inputs:
         logger.warning("%d passages to mine from, but %d negatives a row wanted", inputs.n_candidates, wanted)
     if inputs.n_unjudged:
         logger.info("%d queries of the folder have no relevant passage and are left out", inputs.n_unjudged)
+    if inputs.n_unreachable:
+        logger.warning(
+            "warning: %s relevant passages are not in the corpus, and %s queries have no other and are left out",
+            f"{inputs.n_unreachable:,}", f"{inputs.n_unreachable_queries:,}",
+        )  # fmt: skip
     inputs.keys.log_prompts(None if inputs.query_vectors is None else "vectors are given")
     inputs.keys.log_unused_types()
     if given.keep_negatives:

@@ -6,17 +6,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from utils import beir, candidates
+from utils import beir, candidates, run_ids
 from utils.arguments import MiningArguments
 from utils.embedding_store import read_user_vectors
 from utils.mining_formats import answer_of
 from utils.ragged import Ragged
 from utils.records import Record, RecordError, Source, fold, parse_record, set_aside
 from utils.row_keys import KeyCounts, prompt_of
-
-# Under which keys a row may carry its own id.
-_QUERY_IDS = ("_id", "query_id", "id")
-_PASSAGE_IDS = ("_id", "id", "docid")
 
 
 @dataclass
@@ -32,7 +28,9 @@ class Inputs:
         number_of: each passage's position in ``passages``.
         positives: for each query, the union of positives over all rows with the same query text.
         forbidden: those, passages whose text equals one of them or the query's own text.
-        query_ids, passage_ids: what run files call them; numbers where the input has no ids of its own.
+        query_ids, passage_ids: what run files call them; as ``run_ids`` says where the input has no ids of its own.
+        n_unreachable, n_unreachable_queries: positives of a folder's qrels that its corpus lacks, and queries that have
+            no other.
         kept, repeats: with keep_negatives, as in ``Problem``; they come last in ``passages``. n_kept_forbidden of the
             rows' own negatives are not kept, as they must not be negatives of their query.
         rejected: bad rows of every file.
@@ -60,6 +58,8 @@ class Inputs:
     repeats: Ragged | None = None
     n_kept_forbidden: int = 0
     n_unjudged: int = 0
+    n_unreachable: int = 0
+    n_unreachable_queries: int = 0
     rejected: list[RecordError] = field(default_factory=list)
     run_lists: list[list[int]] | None = None
     query_vectors: np.ndarray | None = None
@@ -78,6 +78,7 @@ class Inputs:
         self._beir_rows: list[Record] = []
         self._negatives: list[tuple[str, ...]] = []
         self._query_of_id: dict[str, tuple[str, str | None]] = {}
+        self._read_order, self._first_lines, self._absent = run_ids.ReadingOrder(), [], {}
         if given.candidate_pool_only:
             self._read_pool()
             self.n_candidates = len(self.passages)
@@ -94,13 +95,7 @@ class Inputs:
         if given.keep_negatives:
             self._keep(negatives, equal)
         self._negatives.clear()
-        self._number_the_rest()
-        if given.run_path:
-            rejected = self.rejected if given.on_bad_row == "skip" else None
-            self.run_lists = candidates.read_run(
-                given.run_path, self.query_ids, self.passage_ids, self.n_candidates, rejected
-            )
-            self.run_lists += [[]] * (len(self.queries) - len(self.run_lists))
+        self._name_all(positives_of)
         self._read_vectors()
         return self
 
@@ -141,7 +136,7 @@ class Inputs:
                 f"{len(record.neg_passage)} negatives; keep_negatives with output_format n-tuple expects at most"
                 f" {most}, as num_negatives says",
             )  # fmt: skip
-        own_id = _own_id(record.row, _QUERY_IDS)
+        own_id = run_ids.own_id(record.row, run_ids.QUERY_IDS)
         if not given.run_path or own_id is None:
             return
         query = _folded(record.query), prompt_of(record.row)
@@ -170,15 +165,11 @@ class Inputs:
         path = beir.qrels_path(folder, split)
         for key, query in beir.read_queries(folder, rejected):
             passages = judged.pop(key, {})
-            positives = []
-            for passage, line in passages.items():
-                if passage in texts:
-                    positives.append(texts[passage])
-                else:
-                    reason = f"passage {passage!r} is not in the corpus; expected one of its ids"
-                    set_aside(RecordError(path, line, reason), rejected)
+            positives = [texts[passage] for passage in passages if passage in texts]
+            self.n_unreachable += len(passages) - len(positives)
             if not positives:
-                self.n_unjudged += 1
+                self.n_unreachable_queries += bool(passages)
+                self.n_unjudged += not passages
                 continue
             row = {"_id": key, "query": query, "pos_passage": positives}
             self._beir_rows.append(Record(query, tuple(positives), (), len(self._beir_rows) + 1, row))
@@ -186,7 +177,11 @@ class Inputs:
             reason = f"query {key!r} is not in queries.jsonl"
             set_aside(RecordError(path, min(passages.values()), reason), rejected)
         if not self._beir_rows:
-            raise ValueError(f"{path}: no query has a relevant passage; expected grades above 0")
+            raise ValueError(
+                f"{path}: no query has a relevant passage in the corpus; expected grades above 0, and ids of"
+                " corpus.jsonl"
+            )
+        self._absent = dict.fromkeys(relevant - texts.keys())
         self.n_rows = len(self._beir_rows)
         self.rejected += rejected or []
         yield from self._beir_rows
@@ -208,8 +203,12 @@ class Inputs:
                 positives_of.append(known.setdefault(text, []))
                 self.queries.append(record.query)
                 self.prompts.append(prompt)
+                self._first_lines.append(record.line)
             positives_of[number] += [self._number(text) for text in record.pos_passage]
-            own_id = _own_id(record.row, _QUERY_IDS)
+            if self._names:
+                self._read_order.add([] if self.given.candidate_pool_only else record.pos_passage)
+                self._read_order.add(record.neg_passage)
+            own_id = run_ids.own_id(record.row, run_ids.QUERY_IDS)
             if own_id is not None:
                 self.query_ids.setdefault(own_id, number)
             query_of_row.append(number)
@@ -227,7 +226,9 @@ class Inputs:
         for record in pool:
             try:
                 numbers = [self._number(passage) for passage in beir.corpus_passages(record, pool.path)]
-                own_id = _own_id(record.row, _PASSAGE_IDS)
+                if self._names:
+                    self._read_order.add(beir.corpus_passages(record, pool.path))
+                own_id = run_ids.own_id(record.row, run_ids.PASSAGE_IDS)
                 if own_id is not None and len(numbers) == 1:
                     earlier = self.passage_ids.setdefault(own_id, numbers[0])
                     if earlier != numbers[0] and self.given.run_path:
@@ -270,15 +271,33 @@ class Inputs:
             repeats.append(sorted(number for text in stay for number in equal[text]))
         self.kept, self.repeats = Ragged.of(kept), Ragged.of(repeats)
 
-    def _number_the_rest(self) -> None:
-        """Ids for what has none of its own: its number, counted from 0; or ``row-`` and that, if another has it."""
-        if not (self.given.run_path or self.given.write_corpus):
+    @property
+    def _names(self) -> bool:
+        """Whether what has no id of its own needs a name."""
+        return bool(self.given.run_path or self.given.write_corpus)
+
+    def _name_all(self, positives_of: list[list[int]]) -> None:
+        """Names for what has no id of its own; and what the run file lists, if there is one."""
+        given, order = self.given, self._read_order
+        if not self._names:
             return
-        for ids, n in ((self.query_ids, len(self.queries)), (self.passage_ids, len(self.passages))):
-            named = set(ids.values())
-            for number in range(n):
-                if number not in named:
-                    ids[_free_id(ids, number)] = number
+        for numbers in positives_of:  # of those outside the pool, in evaluation's order
+            order.add(self.passages[number] for number in numbers)
+        order.add(self.passages)
+        older = (
+            run_ids.complete(self.query_ids, [run_ids.query_name(line) for line in self._first_lines]),
+            run_ids.complete(self.passage_ids, [run_ids.passage_name(order.numbers[text]) for text in self.passages]),
+        )
+        if not given.run_path:
+            return
+        # Other passages that a run may name: rows' negatives, and judged ones that the corpus lacks.
+        others = [run_ids.passage_name(n) for text, n in order.numbers.items() if text not in self.number_of]
+        others = {name: len(self.passages) + n for n, name in enumerate([*self._absent, *others])}
+        self.run_lists = candidates.read_run(
+            given.run_path, self.query_ids, others | self.passage_ids, self.n_candidates,
+            self.rejected if given.on_bad_row == "skip" else None, older=older,
+        )  # fmt: skip
+        self.run_lists += [[]] * (len(self.queries) - len(self.run_lists))
 
     def _read_vectors(self) -> None:
         given = self.given
@@ -305,23 +324,6 @@ class Inputs:
             rows = np.flatnonzero(~np.isin(good, bad))
         _, first = np.unique(self.query_of_row, return_index=True)
         self.query_vectors, self.passage_vectors, self.query_rows = by_row, passages, rows[first]
-
-
-def _free_id(ids: dict[str, int], number: int) -> str:
-    name = str(number)
-    while name in ids:
-        name = f"row-{name}"
-    return name
-
-
-def _own_id(row: dict, keys: tuple[str, ...]) -> str | None:
-    for key in keys:
-        value = row.get(key)
-        if isinstance(value, int) and not isinstance(value, bool):
-            return str(value)
-        if isinstance(value, str) and value.strip():
-            return value.strip()
-    return None
 
 
 def _only_split(folder: str) -> str:
