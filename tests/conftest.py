@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -16,6 +17,8 @@ sys.path.insert(0, str(ROOT))
 from utils import runtime  # noqa: E402
 
 runtime.prepare()
+# Tests that were started in the background ignore it otherwise, and so would what they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TOPICS = ("loan", "card", "river", "list", "train", "visa", "soup", "phone", "star", "shirt", "fever", "wage")
 FILLERS = (

@@ -25,7 +25,8 @@ def test_one_process_is_the_identity():
 
 
 def test_the_interface_is_the_one_that_the_launcher_knows(monkeypatch):
-    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "")  # so that it is undone, whatever is set below
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME")
     monkeypatch.setenv("PADDLE_CURRENT_ENDPOINT", "127.0.0.1:6170")
     distributed._name_the_network_interface()
     assert os.environ["GLOO_SOCKET_IFNAME"] == "lo"
