@@ -31,7 +31,7 @@ AREAS = {
     "texts": ("word_cache wordpiece tokenizer_settings tokenizing", "json_files paddlenlp_models"),
     "encoding": ("encoder_kernels onednn engines encoder", "machine products models texts"),
     "embedding": ("embedding reranker", "arguments machine ranks stores reports models encoding"),
-    "collections": ("collection trec comparison", "arguments rows files statistics"),
+    "collections": ("collection trec comparison", "arguments rows files formulae"),
     "negatives": ("mining_problem rankings margins negatives sampling", "machine ragged scores"),
     "candidates": ("candidates mining_inputs", "own_files arguments runtime rows files stores mining_problem"),
     "mined": ("mining_outputs", "arguments machine rows files reports negatives candidates"),

@@ -368,6 +368,26 @@ def test_compare_with_a_model_or_its_file(tiny_model, tmp_path, dev):
     assert {test["p_value"] for test in same.report["comparison"]["metrics"].values()} == {1.0}
 
 
+def test_metrics_that_both_runs_have_are_compared_and_the_others_named(tiny_model, tmp_path, dev):
+    earlier = str(tmp_path / "a.jsonl")
+    options = {"metrics": ["recall", "ndcg", "mrr"], "k_values": [3, 7]}
+    evaluation(tiny_model, tmp_path, output_data_path=earlier, **paths(dev) | options).evaluate()
+    options = {"metrics": ["mrr", "ndcg", "map"], "k_values": [5, 3], "dimension": 3}
+    full = evaluation(tiny_model, tmp_path, compare_with=tiny_model, **paths(dev) | options).evaluate()
+    found = evaluation(tiny_model, tmp_path, compare_with=earlier, **paths(dev) | options).evaluate()
+    assert found == full
+    compared, whole = found.report["comparison"], full.report["comparison"]
+    assert whole["not_compared"] == {"this": [], "other": []} and "not compared" not in full.summary()
+    assert compared["metrics"].keys() == {"mrr@3", "ndcg@3"} and compared["changes_by"] == "ndcg@3"
+    rows, theirs = read_jsonl(tmp_path / "out" / "eval.jsonl"), {row["query"]: row for row in read_jsonl(earlier)}
+    for name, test in compared["metrics"].items():
+        assert test["other"] == pytest.approx(np.mean([row[name] for row in theirs.values()]))
+        differences = [row[name] - theirs[row["query"]][name] for row in rows]
+        assert test["difference"] == pytest.approx(np.mean(differences))
+    line = "not compared: only this has mrr@5, ndcg@5, map@5, map@3; only other has recall@3, recall@7, ndcg@7, mrr@7"
+    assert line in found.summary()
+
+
 def test_a_comparison_names_the_settings_in_which_the_runs_encode_differently(tiny_model, tmp_path, dev):
     earlier = str(tmp_path / "short.jsonl")
     evaluation(
@@ -475,7 +495,9 @@ def test_no_positive_in_the_corpus(tmp_path):
     ("line", "message"),
     [
         ('{"query": "other", "ndcg@3": 1}', "query 'other' is not among this run's"),
-        ('{"query": "a", "ndcg@5": 1}', '"ndcg@3" is missing; expected a number from 0 to 1'),
+        ('{"query": "a", "ndcg@5": 1}', "1: has ndcg@5; expected one of this run's: ndcg@3"),
+        ('{"query": "a"}', "1: has no metric; expected one of this run's: ndcg@3"),
+        ('{"query": "b", "ndcg@3": 1}\n{"query": "a"}', '2: "ndcg@3" is missing; expected a number from 0 to 1'),
         ('{"query": "a", "ndcg@3": 2}', '"ndcg@3" is 2; expected a number'),
         ('{"query": "a", "ndcg@3": 1, "collection": "x"}', "made from another corpus"),
         ('{"query": "a", "ndcg@3": 1}', "lacks 1 of the 2 queries, such as 'b'"),
@@ -524,6 +546,14 @@ def test_a_mistake_is_one_line(tmp_path):
     assert done.stderr.splitlines() == [
         f"embedding_evaluate.py: error: {tmp_path}/none.jsonl: no such file; expected a JSONL file"
     ]
+
+
+def test_queries_of_a_beir_folder_that_repeat_another_are_counted(tmp_path, caplog):
+    passages = [(f"p{i}", text) for i, text in enumerate(("card lost", "loan rate"))]
+    queries = [("q0", "card"), ("q1", " ｃard"), ("q2", "loan"), ("q3", "loan")]  # q3 is not judged
+    folder = beir_folder(tmp_path, passages, queries, [("q0", "p0", 1), ("q1", "p1", 1), ("q2", "p1", 1)])
+    evaluation("no such model", tmp_path, dev_path=str(folder), lexical=True).evaluate()
+    assert "1 of 3 queries have the text of an earlier one" in caplog.text
 
 
 def test_scores_that_float32_cannot_tell_apart_keep_their_order():

@@ -170,7 +170,9 @@ class EvaluateArguments(ModelArguments, InputArguments):
     top_passages: int = option(3, "passages to write for each query, best first", at_least=0, at_most=_DEEPEST)
     write_trec: bool = option(False, "write a TREC run and qrels too, for trec_eval and its like")
     compare_with: str | None = option(
-        None, "a second model, or the per-query file of an earlier evaluation: differences with p-values"
+        None,
+        "a second model, or the per-query file of an earlier evaluation: differences with p-values, by the metrics that "
+        "both have",
     )
     lexical: bool = option(False, "judge BM25 instead of a model, Chinese split into words")
     run_path: str | None = option(None, "judge the rankings of a TREC run file instead of a model's")

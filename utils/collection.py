@@ -289,6 +289,12 @@ def _read_beir(given: EvaluateArguments) -> Collection:
             "%s of %s passages have the text of an earlier one; each counts by its own id (merge_equal_texts: as one)",
             f"{n_equal:,}", f"{n_read:,}",
         )  # fmt: skip
+    n_repeated = len(query_ids) - len({fold(texts[query_id]) for query_id in query_ids})
+    if n_repeated:
+        logger.warning(
+            "%s of %s queries have the text of an earlier one but for width, composition and white space; each counts "
+            "by its own id, with its own judgments", f"{n_repeated:,}", f"{len(query_ids):,}",
+        )  # fmt: skip
     first_ids: dict[int, str] = {}
     for passage_id, row in (passage_ids | absent).items():
         first_ids.setdefault(row, passage_id)

@@ -1,12 +1,13 @@
 """Two systems on the same queries: differences, how sure they are, and where they come from."""
 
 import os
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from utils import json_files, statistics
+from utils import json_files, metrics, statistics
 from utils.collection import Collection
 from utils.outputs import REPORT
 from utils.records import RecordError, parse_object, read_lines
@@ -14,6 +15,21 @@ from utils.row_keys import prompt_of
 
 # What two encoders may do differently with one text. Pooling and dimensions differ by model, and are not named.
 _SETTINGS = ("template", "max_src_len", "dtype", "own_prompts")
+
+
+@dataclass
+class Others:
+    """Another run's values, by the metrics that both runs have.
+
+    Attributes:
+        names: these metrics.
+        values: float64 [queries, names].
+        only_there: metrics that this run lacks.
+    """
+
+    names: list[str]
+    values: np.ndarray
+    only_there: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -92,18 +108,18 @@ def _short(value: object) -> str:
     return f"{value!r:.60}"
 
 
-def read_earlier(path: str, collection: Collection, names: list[str], digest: str) -> np.ndarray:
-    """An earlier run's values of this run's queries: float64 [queries, len(names)].
+def read_earlier(path: str, collection: Collection, names: list[str], digest: str) -> Others:
+    """An earlier run's values of this run's queries, by those of the metrics ``names`` that its first row has.
 
     Queries are told apart by their text and prompt, or by their id where the collection comes with ids.
 
     Raises:
-        ValueError: a row that cannot be used, other queries or judgments, or a metric that is not there.
+        ValueError: a row that cannot be used, other queries or judgments, or no metric in common.
     """
     by_id = collection.passage_ids is not None
     keys = collection.query_ids if by_id else zip(collection.queries, collection.prompts, strict=True)
     numbers: dict = {key: row for row, key in enumerate(keys)}
-    values = np.full((len(numbers), len(names)), np.nan)
+    found: Others | None = None
     for raw in read_lines(path):
         row = parse_object(raw, path)
 
@@ -116,14 +132,27 @@ def read_earlier(path: str, collection: Collection, names: list[str], digest: st
             raise bad(f"query {name!r:.80} is not among this run's; expected a file made from the same queries")
         if row.get("collection", digest) != digest:
             raise bad("made from another corpus, queries or judgments; expected an evaluation on the same ones")
-        for column, name in enumerate(names):
+        if found is None:
+            found = _in_common(row, names, len(numbers), bad)
+        for column, name in enumerate(found.names):
             value = row.get(name)
             if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 1:
-                found = "missing" if name not in row else f"{value!r:.40}"
-                raise bad(f'"{name}" is {found}; expected a number from 0 to 1 (the same metrics and k_values)')
-            values[numbers[key], column] = value
-    missing = np.flatnonzero(np.isnan(values).any(axis=1))
+                there = "missing" if name not in row else f"{value!r:.40}"
+                raise bad(f'"{name}" is {there}; expected a number from 0 to 1, as in every row')
+            found.values[numbers[key], column] = value
+    assert found is not None  # a file without rows is refused
+    missing = np.flatnonzero(np.isnan(found.values).any(axis=1))
     if len(missing):
         query = collection.queries[missing[0]]
         raise ValueError(f"{path}: lacks {len(missing)} of the {len(numbers)} queries, such as {query!r:.80}")
-    return values
+    return found
+
+
+def _in_common(row: dict, names: list[str], n: int, bad: Callable[[str], RecordError]) -> Others:
+    """The metrics that both runs have, without values yet; ``row`` is one of the other's."""
+    theirs = [name for name in row if metrics.is_name(name)]
+    both = [name for name in names if name in theirs]
+    if not both:
+        has = f"has {', '.join(theirs)}" if theirs else "has no metric"
+        raise bad(f"{has:.200}; expected one of this run's: {', '.join(names)}")
+    return Others(both, np.full((n, len(both)), np.nan), [name for name in theirs if name not in both])

@@ -12,7 +12,7 @@ from utils import beir, comparison, engines, interruption, metrics, report, runt
 from utils import collection as collections
 from utils.arguments import EvaluateArguments, ModelArguments, input_paths
 from utils.collection import Collection
-from utils.comparison import Comparison
+from utils.comparison import Comparison, Others
 from utils.distributed import Ranks
 from utils.embedding import build_encoders, description, embed, note_cut, with_prompts
 from utils.embedding_store import derive, read_user_vectors
@@ -63,7 +63,7 @@ def evaluate(given: EvaluateArguments) -> EvaluationResult:
         other = None
         if ranks.broadcast_object(inputs.other_model if inputs else None) is not None:
             values = _evaluate_model(given, _other_model(given), ranks, run, inputs, outputs, is_other=True)
-            (other,) = values.values()
+            other = Others(given.metric_names(), *values.values())
         elif inputs is not None:
             other = inputs.earlier
         with run.stage("write"), interruption.promising(lambda: _begins_again(given)):
@@ -90,7 +90,7 @@ class _Inputs:
     collection: Collection
     query_vectors: np.ndarray | None = None
     passage_vectors: np.ndarray | None = None
-    earlier: np.ndarray | None = None
+    earlier: Others | None = None
     earlier_encoder: dict | None = None
     other_model: ModelArguments | None = None
     rankings: GivenRankings | None = None
@@ -362,7 +362,7 @@ def _summarize(
     outputs: Outputs,
     inputs: _Inputs | None,
     by_dimension: dict[int | None, np.ndarray | None],
-    other: np.ndarray | None,
+    other: Others | None,
     run: report.RunReport,
 ) -> dict[str, float]:
     """Means, intervals and the comparison, for the report; the rejected rows. Returns the largest dimension's means."""
@@ -385,7 +385,11 @@ def _summarize(
     if other is not None:
         values = by_dimension[largest]
         assert values is not None and given.compare_with is not None
-        run.results["comparison"] = _compare(given, inputs, Comparison(given.compare_with, values, other), names)
+        values = values[:, [names.index(name) for name in other.names]]
+        compared = Comparison(given.compare_with, values, other.values)
+        run.results["comparison"] = _compare(given, inputs, compared, other.names)
+        only_here = [name for name in names if name not in other.names]
+        run.results["comparison"]["not_compared"] = {"this": only_here, "other": other.only_there}
         others = run.results.get("other_encoder", inputs.earlier_encoder)
         apart = comparison.settings_apart(run.results.get("encoder"), others)
         run.results["comparison"]["settings_apart"] = apart

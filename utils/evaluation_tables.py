@@ -41,6 +41,9 @@ def _comparison_tables(done: dict) -> list[str]:
         )
     counts = f"{compared['n_won']} queries won, {compared['n_lost']} lost, {compared['n_equal']} equal"
     lines = [table(rows, f"compared with {compared['with']}; by {compared['changes_by']}, {counts}")]
+    lacking = [(compared["not_compared"][side], f"only {side} has") for side in ("this", "other")]
+    if any(names for names, _ in lacking):
+        lines.append("not compared: " + "; ".join(f"{why} {', '.join(names)}" for names, why in lacking if names))
     if compared["settings_apart"]:
         lines.append(
             "\n  ".join(

@@ -107,6 +107,12 @@ def split_name(name: str) -> tuple[str, int]:
     return metric, int(k)
 
 
+def is_name(name: str) -> bool:
+    """Whether this is what a metric is called, such as ``ndcg@10``."""
+    metric, _, k = name.rpartition("@")
+    return metric in FORMULAE and k.isdecimal()
+
+
 def per_query(relevance: Relevance, names: Sequence[str]) -> np.ndarray:
     """The named metrics of each query: float64 [q, len(names)]."""
     values = np.empty((len(relevance.grades), len(names)), np.float64)
