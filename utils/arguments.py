@@ -171,8 +171,8 @@ class EvaluateArguments(ModelArguments, InputArguments):
     write_trec: bool = option(False, "write a TREC run and qrels too, for trec_eval and its like")
     compare_with: str | None = option(
         None,
-        "a second model, or the per-query file of an earlier evaluation: differences with p-values, by the metrics that "
-        "both have",
+        "a second model, or the per-query file of an earlier evaluation: differences with p-values, by the "
+        "metrics that both have",
     )
     lexical: bool = option(False, "judge BM25 instead of a model, Chinese split into words")
     run_path: str | None = option(None, "judge the rankings of a TREC run file instead of a model's")
