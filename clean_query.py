@@ -21,19 +21,46 @@ class Clean_Query:
     Args:
         model_path: the bundled model's name, a local folder, or a hub name.
         tokenizer_path: the tokenizer's folder or hub name, if it differs.
-        options: any field of ``utils.arguments.CleanArguments``.
+        input_data_path, output_data_path: what to read and write; None for toy_data.
+        template, dimension, max_src_len, normalize, dtype, similarity_threshold: options, in the order of PaddleNLP's
+            example.
+        options: any other field of ``utils.arguments.CleanArguments``.
 
     Raises:
         utils.arguments.ArgumentError: an unknown option, or a value out of range.
     """
 
-    def __init__(self, model_path: str = arguments.DEFAULT_MODEL, tokenizer_path: str | None = None, **options) -> None:
+    def __init__(
+        self,
+        model_path: str = arguments.DEFAULT_MODEL,
+        tokenizer_path: str | None = None,
+        input_data_path: str | None = None,
+        output_data_path: str | None = None,
+        template: str | None = None,
+        dimension: int | None = None,
+        max_src_len: int | None = None,
+        normalize: bool | None = None,
+        dtype: str | None = None,
+        similarity_threshold: float | None = None,
+        **options,
+    ) -> None:
         self.arguments = arguments.build(
-            CleanArguments, model_path=model_path, tokenizer_path=tokenizer_path, **options
+            CleanArguments,
+            model_path=model_path,
+            tokenizer_path=tokenizer_path,
+            input_data_path=input_data_path,
+            output_data_path=output_data_path,
+            template=template,
+            dimension=dimension,
+            max_src_len=max_src_len,
+            normalize=normalize,
+            dtype=dtype,
+            similarity_threshold=similarity_threshold,
+            **options,
         )
 
     def clean(self):
-        """Clean, write the outputs, and return a ``utils.cleaning.CleaningResult`` (on every rank).
+        """Clean, write the outputs, print the summary, and return a ``utils.cleaning.CleaningResult`` (on every rank).
 
         Raises:
             OSError, ValueError: an input or output that cannot be used; nothing is written then.
@@ -41,7 +68,10 @@ class Clean_Query:
         runtime.prepare()
         from utils import cleaning
 
-        return cleaning.clean(self.arguments)
+        result = cleaning.clean(self.arguments)
+        if runtime.rank() == 0:
+            runtime.tell(result.summary())
+        return result
 
 
 def main() -> None:

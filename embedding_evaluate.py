@@ -24,6 +24,8 @@ class Embedding_Evaluation:
         tokenizer_path: the tokenizer's folder or hub name, if it differs.
         dev_path: JSONL rows of ``query`` and ``pos_passage``, or a BEIR folder; default: toy_data.
         neg_path: JSONL rows of ``neg_passage``, more passages for the corpus.
+        template, dimension, max_src_len, normalize, dtype: options, in the order of PaddleNLP's example, which calls
+            the two paths ``query_pos_passage_path`` and ``neg_passage_path``; those names are taken, too.
         options: any other field of ``utils.arguments.EvaluateArguments``.
 
     Raises:
@@ -36,6 +38,11 @@ class Embedding_Evaluation:
         tokenizer_path: str | None = None,
         dev_path: str | None = None,
         neg_path: str | None = None,
+        template: str | None = None,
+        dimension: int | list[int] | None = None,
+        max_src_len: int | None = None,
+        normalize: bool | None = None,
+        dtype: str | None = None,
         **options,
     ) -> None:
         self.arguments = arguments.build(
@@ -44,11 +51,16 @@ class Embedding_Evaluation:
             tokenizer_path=tokenizer_path,
             dev_path=dev_path,
             neg_path=neg_path,
+            template=template,
+            dimension=dimension,
+            max_src_len=max_src_len,
+            normalize=normalize,
+            dtype=dtype,
             **options,
         )
 
     def evaluate(self):
-        """Evaluate, write the outputs, and return ``{"hit_rate@10": ..., ...}``, the same on every rank.
+        """Evaluate, write the outputs, print the summary, and return ``{"hit_rate@10": ...}``, the same on every rank.
 
         The dictionary is a ``utils.evaluation.EvaluationResult``, whose ``report`` holds the intervals and
         all else. With several dimensions it holds the values at the largest one.
@@ -59,7 +71,10 @@ class Embedding_Evaluation:
         runtime.prepare()
         from utils import evaluation
 
-        return evaluation.evaluate(self.arguments)
+        result = evaluation.evaluate(self.arguments)
+        if runtime.rank() == 0:
+            runtime.tell(result.summary())
+        return result
 
 
 def main() -> None:

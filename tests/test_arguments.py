@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
+from clean_query import Clean_Query
+from embedding_evaluate import Embedding_Evaluation
+from mining_negative_samples import MiningNegativeSamples
 from utils import bundled_model, other_names
 from utils.argument_parsing import check, option
 from utils.arguments import (
@@ -363,3 +366,41 @@ def test_help_and_refusals_import_neither_numpy_nor_paddle(flags):
         "assert not {'numpy', 'paddle', 'faiss'} & set(sys.modules), 'heavy import'"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
+
+
+def test_the_classes_take_paddlenlps_arguments_in_its_order():
+    usual = ("m", "t", "in", "out", "q {text}", 16, 128, False, "float32")
+    cleaned = Clean_Query(*usual, 0.7).arguments
+    assert cleaned.similarity_threshold == 0.7
+    evaluated = Embedding_Evaluation(*usual).arguments
+    assert (evaluated.dev_path, evaluated.neg_path, evaluated.dimension) == ("in", "out", [16])
+    mined = MiningNegativeSamples(*usual).arguments
+    for given in (cleaned, mined):
+        assert (given.input_data_path, given.output_data_path, given.dimension) == ("in", "out", 16)
+    for given in (cleaned, mined, evaluated):
+        found = (
+            given.model_path,
+            given.tokenizer_path,
+            given.template,
+            given.max_src_len,
+            given.normalize,
+            given.dtype,
+        )
+        assert found == ("m", "t", "q {text}", 128, False, "float32")
+    assert Clean_Query("m", None, None, None).arguments == build(CleanArguments, model_path="m")
+
+
+def test_paddlenlps_names_of_the_dev_files_are_taken(tmp_path):
+    names = {"query_pos_passage_path": "dev", "neg_passage_path": "neg"}
+    expected = build(EvaluateArguments, dev_path="dev", neg_path="neg")
+    assert Embedding_Evaluation(**names).arguments == expected
+    for flags in (
+        [f"--{name}={value}" for name, value in names.items()],
+        [f"--{name.replace('_', '-')}={value}" for name, value in names.items()],
+    ):
+        assert parse(EvaluateArguments, flags, "") == expected
+    (tmp_path / "a.json").write_text(json.dumps(names))
+    assert parse(EvaluateArguments, [str(tmp_path / "a.json")], "").dev_path == "dev"
+    assert parse(EvaluateArguments, [str(tmp_path / "a.json"), "--dev_path", "other"], "").dev_path == "other"
+    with pytest.raises(ArgumentError, match="query_pos_passage_path and dev_path are both given; they are one"):
+        Embedding_Evaluation(dev_path="x", **names)

@@ -81,7 +81,8 @@ def parse(
         default = _default(f) if f.name not in elsewhere else None
         if default is not None:
             text += f" (default: {default})"
-        names = [f"--{f.name}"] + ([f"--{f.name.replace('_', '-')}"] if "_" in f.name else [])
+        spellings = [f.name, *(other for other, name in _other_names(cls).items() if name == f.name)]
+        names = list(dict.fromkeys(f"--{given}" for name in spellings for given in (name, name.replace("_", "-"))))
         choices = f.metadata["choices"]
         metavar = "{" + ",".join(map(str, choices)) + "}" if choices else _metavar(cls, f.name)
         # A flag alone is a yes.
@@ -95,7 +96,7 @@ def parse(
     path = values.pop("config")
     if path is None and values.get(unless) in (None, getattr(cls, unless, None)):
         path = config
-    merged = _read_json(path, cls) if path is not None else {}
+    merged = _by_field(_read_json(path, cls), cls) if path is not None else {}
     for name in _TEMPLATES:
         if name in values:
             values[name] = values[name].replace("\\n", "\n")  # shells pass the two characters on
@@ -111,12 +112,32 @@ def build(cls: type[Arguments], **values) -> Arguments:
     Raises:
         ArgumentError: an unknown name, a wrong type, or a value out of range.
     """
+    values = _by_field(values, cls)
     known = {f.name for f in dataclasses.fields(cls)}
     _refuse([name for name in values if name not in known], cls)
     types_ = typing.get_type_hints(cls)
     arguments = cls(**{name: v for name, v in values.items() if v is not None or _takes_none(types_[name])})
     check(arguments)
     return arguments
+
+
+def _other_names(cls: type) -> dict[str, str]:
+    """Second names of arguments, which PaddleNLP's examples give them, and the arguments' own."""
+    return getattr(cls, "OTHER_NAMES", {})
+
+
+def _by_field(values: dict[str, Any], cls: type) -> dict[str, Any]:
+    """The values by the arguments' own names.
+
+    Raises:
+        ArgumentError: an argument is given by both of its names.
+    """
+    others = _other_names(cls)
+    for other, name in others.items():
+        if values.get(other) is not None and values.get(name) is not None:
+            raise ArgumentError(f"{other} and {name} are both given; they are one argument")
+    own = {name: value for name, value in values.items() if name not in others}
+    return own | {name: values[other] for other, name in others.items() if values.get(other) is not None}
 
 
 def check(arguments) -> None:
@@ -275,7 +296,7 @@ def _read_json(path: str, cls: type) -> dict:
         raise ArgumentError(f"{path}: holds a number of more than {digits:,} digits; expected a shorter one") from None
     if not isinstance(values, dict):
         raise ArgumentError(f"{path}: expected one JSON object of arguments")
-    known = {f.name for f in dataclasses.fields(cls)}
+    known = {f.name for f in dataclasses.fields(cls)} | _other_names(cls).keys()
     _refuse([name for name in values if name not in known], cls, f"{path}: ")
     return values
 

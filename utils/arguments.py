@@ -4,7 +4,7 @@ Training's is in ``training_arguments``.
 """
 
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import ClassVar, Literal
 
 from utils.argument_parsing import ArgumentError, build, nearest, option, parse
 
@@ -142,7 +142,9 @@ _TOY_DEV, _TOY_NEG = "./toy_data/toy_dev.json", "./toy_data/toy_dev_neg.json"
 
 @dataclass
 class EvaluateArguments(ModelArguments, InputArguments):
-    """Arguments of embedding_evaluate.py."""
+    """Arguments of embedding_evaluate.py. OTHER_NAMES are what PaddleNLP's example calls some of them."""
+
+    OTHER_NAMES: ClassVar[dict[str, str]] = {"query_pos_passage_path": "dev_path", "neg_passage_path": "neg_path"}
 
     dimension: list[int] | None = option(  # type: ignore[assignment]
         None, "leading dimensions to keep (Matryoshka); several give a curve from one encoding; default: the "
