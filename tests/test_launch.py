@@ -4,11 +4,14 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
-from conftest import make_rows, run_script, script_command, script_env, write_jsonl
+from conftest import ROOT, make_rows, run_script, script_command, script_env, write_jsonl
+
+from utils import engines
 
 OUTPUTS = ("clean.json", "clean.json.removed.jsonl")
 
@@ -129,3 +132,16 @@ def is_alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+@pytest.mark.skipif(engines.device() == "gpu", reason="devices are there")
+def test_the_readme_names_what_paddles_launcher_says_without_devices(tmp_path):
+    command = [sys.executable, "-m", "paddle.distributed.launch", "--devices", "0,1", "--log_dir", str(tmp_path)]
+    done = subprocess.run(
+        [*command, str(ROOT / "clean_query.py"), "--help"],
+        cwd=tmp_path, env=script_env(), capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+    last = (done.stdout + done.stderr).strip().splitlines()[-1]
+    assert done.returncode != 0
+    for name in ("README.md", "README.zh-CN.md", "docs/training.md"):
+        assert f"`{last}`" in (ROOT / name).read_text(encoding="utf-8")
