@@ -14,7 +14,7 @@ AREAS = {
     "machine": ("interruption runtime mapped shared_memory threads compiled", "own_files"),
     "products": ("avx512 amx matmul amx_matmul amx_attention amx_attention_gradients kernel_maths", "machine"),
     "ranks": ("meeting distributed", "machine"),
-    "rows": ("records row_keys run_ids ragged merged_positives beir mining_formats", ""),
+    "rows": ("trec records row_keys run_ids ragged merged_positives beir mining_formats", ""),
     "files": ("outputs json_files", "own_files records"),
     "stores": ("embedding_store", "own_files files"),
     "reports": ("report", "runtime files"),
@@ -31,12 +31,13 @@ AREAS = {
     "texts": ("word_cache wordpiece tokenizer_settings tokenizing", "json_files paddlenlp_models"),
     "encoding": ("encoder_kernels onednn engines encoder", "machine products models texts"),
     "embedding": ("embedding reranker", "arguments machine ranks stores reports models encoding"),
-    "collections": ("collection trec comparison", "arguments rows files formulae"),
+    "collections": ("collection comparison", "arguments rows files formulae"),
     "negatives": ("mining_problem rankings margins negatives sampling", "machine ragged scores"),
-    "candidates": ("candidates mining_inputs", "own_files arguments runtime rows files stores mining_problem"),
+    "retrievers": ("bm25 fusion", "own_files runtime"),
+    "candidates": ("mining_inputs", "arguments rows files stores mining_problem"),
     "mined": ("mining_outputs", "arguments machine rows files reports negatives candidates"),
     "mining_search": (
-        "mining_search", "arguments machine ranks stores reports scores search engines rankings candidates",
+        "mining_search", "arguments machine ranks stores reports scores search engines rankings retrievers candidates",
     ),
     "batches": ("training_rows hard_batches batch_plan training_data", "rows tokenizing"),
     "cpu": ("cpu_kernels cpu_blocks cpu_attention cpu_pylayers cpu_layers", "machine products"),
@@ -52,7 +53,7 @@ AREAS = {
     ),
     "evaluated": (
         "evaluation_outputs evaluation_rankings evaluation_tables",
-        "arguments machine rows files reports formulae scores collections candidates",
+        "arguments machine rows files reports formulae scores collections retrievers",
     ),
     "evaluation": (
         "evaluation",
@@ -76,8 +77,9 @@ AREAS = {
 }  # fmt: skip
 # The packages that are not Python's own, and who may import them.
 PACKAGES = {
-    "numpy": "mapped shared_memory products ranks ragged stores metrics statistics scores screens search"
-    " bundled_model weight_files pdparams torch_files weights tokenizing encoding embedding collections negatives"
+    "numpy": "trec retrievers mapped shared_memory products ranks ragged stores metrics statistics scores screens"
+    " search bundled_model weight_files pdparams torch_files weights tokenizing encoding embedding"
+    " collections negatives"
     " candidates mining_search batches cpu trainable gradients dev evaluated evaluation cleaning mined mining",
     "paddle": "runtime ranks losses qwen3 paddlenlp_models weights engines reranker cpu_pylayers trainable gradients"
     " trainer training",
@@ -85,7 +87,7 @@ PACKAGES = {
     "faiss": "search faiss_search", "numba": "compiled amx avx512", "llvmlite": "amx avx512",
     "threadpoolctl": "threads", "tqdm": "report", "safetensors": "weight_files",
     "tokenizers": "wordpiece tokenizer_settings tokenizing bundled_model", "sentencepiece": "bundled_model",
-    "bm25s": "candidates", "jieba": "candidates",
+    "bm25s": "bm25", "jieba": "bm25",
 }  # fmt: skip
 # These cost seconds: they import at the top what others import only where they need it.
 SLOW = (

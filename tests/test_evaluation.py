@@ -63,7 +63,7 @@ def expected_ranking(tiny_model, queries, corpus, **options):
 @pytest.mark.parametrize("nproc", [1, 2])
 def test_bm25_is_judged_instead_of_a_model(tiny_model, tmp_path, dev, nproc):
     """And its own run file, read again, gives the same values; also of queries in another order, and of others."""
-    from utils.candidates import Bm25
+    from utils.bm25 import Bm25
 
     options = {**paths(dev), "ignore_identical": True}
     names = [f"--{name}={value}" for name, value in {**options, "lexical": True, "write_trec": True}.items()]

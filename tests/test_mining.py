@@ -12,10 +12,11 @@ from thread_ranks import on_ranks
 from mining_negative_samples import MiningNegativeSamples
 from utils import (
     arguments,
-    candidates,
+    bm25,
     collection,
     embedding,
     encoder,
+    fusion,
     mining,
     mining_search,
     reranker,
@@ -724,15 +725,15 @@ def test_bad_run_files(mine, tmp_path, line, message):
 
 def test_bm25_finds_shared_words_in_both_languages():
     passages = ["the river is old", "长江发源于青藏高原", "visa card for students", "黄河流经黄土高原", "..."]
-    rows = candidates.Bm25(passages).search(["RIVER　water", "长江从哪里发源", "unknown", "?"], 3)
+    rows = bm25.Bm25(passages).search(["RIVER　water", "长江从哪里发源", "unknown", "?"], 3)
     assert rows[:, 0].tolist() == [0, 1, -1, -1]
-    assert (candidates.Bm25(["?", "!"]).search(["a"], 2) == -1).all()
+    assert (bm25.Bm25(["?", "!"]).search(["a"], 2) == -1).all()
 
 
 def test_reciprocal_rank_fusion():
-    fused = candidates.fuse([np.array([[5, 3, 1]]), np.array([[3, 9, -1]])], 5)
+    fused = fusion.fuse([np.array([[5, 3, 1]]), np.array([[3, 9, -1]])], 5)
     assert fused.tolist() == [[3, 5, 9, 1, -1]]
-    fused = candidates.fuse([np.array([[7, 2]]), np.array([[2, 7]])], 1)
+    fused = fusion.fuse([np.array([[7, 2]]), np.array([[2, 7]])], 1)
     assert fused.tolist() == [[2]]  # a tie goes to the lower row
 
 
@@ -1076,18 +1077,18 @@ def test_jiebas_dictionary_is_read_from_a_private_folder_only(tmp_path, monkeypa
     monkeypatch.setattr("tempfile.tempdir", str(common))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     own = runtime.cache_root() / "jieba"
-    with candidates._private_folder() as folder:
+    with bm25._private_folder() as folder:
         assert folder == str(own) and own.stat().st_mode & 0o777 == 0o700
     own.chmod(0o777)
-    with candidates._private_folder() as folder:
+    with bm25._private_folder() as folder:
         assert Path(folder).parent == common
     own.rmdir()
     (tmp_path / "planted").mkdir()
     own.symlink_to(tmp_path / "planted")
-    with candidates._private_folder() as folder:
+    with bm25._private_folder() as folder:
         assert Path(folder).parent == common
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    with candidates._private_folder() as folder:
+    with bm25._private_folder() as folder:
         assert Path(folder).parent == common
     assert not list(common.iterdir())

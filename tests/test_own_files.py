@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from utils import candidates, embedding_store, own_files, runtime
+from utils import bm25, embedding_store, own_files, runtime
 from utils.embedding_store import EmbeddingStore
 from utils.outputs import Outputs, write_whole
 from utils.training_folder import Journal
@@ -205,7 +205,7 @@ def test_a_cache_that_is_run_must_be_private(tmp_path, monkeypatch, mode):
     else:
         folder.chmod(mode)
     assert not own_files.is_private(folder)
-    with candidates._private_folder() as used:
+    with bm25._private_folder() as used:
         assert used != str(folder)
 
 

@@ -96,6 +96,12 @@ class Collection:
     rejected: list[RecordError] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
 
+    def named_judgments(self) -> Iterator[tuple[str, str, int]]:
+        """Each query's id, and of each of its judgments the passage's id and the grade."""
+        for query, query_id in enumerate(self.query_ids):
+            for row, grade in self.judgments.of_query(query):
+                yield query_id, self.passage_id(row), grade
+
     def passage_id(self, row: int) -> str:
         """A name without white space: BEIR's, or as ``run_ids`` says."""
         return passage_name(row) if self.passage_ids is None else self.passage_ids[row]

@@ -101,7 +101,7 @@ class _Inputs:
         _describe(collection, given)
         inputs = cls(collection)
         if given.write_trec:
-            trec.check_ids(collection)
+            trec.check_ids(collection.query_ids, collection.passage_ids or ())
         if given.compare_with is not None:
             if comparison.is_file(given.compare_with):
                 names = given.metric_names()

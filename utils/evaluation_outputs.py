@@ -27,7 +27,7 @@ class QueryWriter:
         if given.write_trec:
             self.run = stack.enter_context(outputs.stage(".run.trec"))
             qrels = stack.enter_context(outputs.stage(".qrels.trec"))
-            qrels.writelines(line.encode() for line in trec.qrels_lines(collection))
+            qrels.writelines(line.encode() for line in trec.qrels_lines(collection.named_judgments()))
 
     def write(self, start: int, found: Neighbors, relevance: Relevance, values: np.ndarray, names: list[str]) -> None:
         """A block of queries, the first of them number ``start``."""

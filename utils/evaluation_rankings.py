@@ -4,7 +4,7 @@ import logging
 
 import numpy as np
 
-from utils import candidates
+from utils import bm25, fusion, trec
 from utils.arguments import EvaluateArguments
 from utils.collection import Collection
 from utils.scores import Neighbors
@@ -23,13 +23,13 @@ class GivenRankings:
         self._queries = collection.queries
         self._bm25, self._lists = None, []
         if given.lexical:
-            self._bm25 = candidates.Bm25(collection.corpus)
+            self._bm25 = bm25.Bm25(collection.corpus)
             return
         assert given.run_path is not None
         # Judged passages that the corpus lacks count where a run finds them, as in trec_eval.
         passages = {collection.passage_id(row): row for row in range(len(collection.passages))}
         queries = {name: number for number, name in enumerate(collection.query_ids)}
-        run = candidates.read_run(
+        run = trec.read_run(
             given.run_path, queries, passages, len(collection.passages),
             collection.rejected if given.on_bad_row == "skip" else None, passes_unknown_queries=True,
             older=collection.other_names,
@@ -48,5 +48,5 @@ class GivenRankings:
         if self._bm25 is not None:
             rows = self._bm25.search(self._queries[start:stop], depth)
         else:
-            rows = candidates.padded(self._lists[start:stop], depth)
+            rows = fusion.padded(self._lists[start:stop], depth)
         return Neighbors(np.where(rows >= 0, 1.0 / np.arange(1, depth + 1), -np.inf), rows)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from utils import beir, candidates, run_ids
+from utils import beir, run_ids, trec
 from utils.arguments import MiningArguments
 from utils.embedding_store import read_user_vectors
 from utils.mining_formats import answer_of
@@ -293,7 +293,7 @@ class Inputs:
         # Other passages that a run may name: rows' negatives, and judged ones that the corpus lacks.
         others = [run_ids.passage_name(n) for text, n in order.numbers.items() if text not in self.number_of]
         others = {name: len(self.passages) + n for n, name in enumerate([*self._absent, *others])}
-        self.run_lists = candidates.read_run(
+        self.run_lists = trec.read_run(
             given.run_path, self.query_ids, others | self.passage_ids, self.n_candidates,
             self.rejected if given.on_bad_row == "skip" else None, older=older,
         )  # fmt: skip

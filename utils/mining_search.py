@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from utils import candidates, engines, report, runtime
+from utils import bm25, engines, fusion, report, runtime
 from utils.arguments import MiningArguments
 from utils.distributed import Ranks
 from utils.embedding_store import EmbeddingStore, fingerprint
@@ -63,7 +63,7 @@ class CandidateSearch:
         run.counts["searched"] = 0
         self._given, self._ranks, self._inputs, self._vectors = given, ranks, inputs, vectors
         self._dense = _DenseSearch(given, ranks, run, inputs, vectors, folder) if given.dense else None
-        self._lexical: candidates.Bm25 | None = None
+        self._lexical: bm25.Bm25 | None = None
 
     def find(self, stop: int, asked: np.ndarray | None = None) -> list[tuple[np.ndarray, Neighbors]] | None:
         """On rank 0 lists of candidates as ``Rankings`` takes them, best first, which reach to the window's end.
@@ -94,14 +94,14 @@ class CandidateSearch:
             own.append(neighbors.rows[:, :depth].astype(np.int64))
         if self._given.lexical:
             with report.Progress("lexical search", sum(len(tier.queries) for tier in tiers), "queries") as progress:
-                self._lexical = self._lexical or candidates.Bm25(inputs.passages[: inputs.n_candidates])
+                self._lexical = self._lexical or bm25.Bm25(inputs.passages[: inputs.n_candidates])
                 for own, tier, depth in zip(lists, tiers, depths, strict=True):
                     texts = [inputs.queries[query] for query in tier.queries]
                     own.append(self._lexical.search(texts, depth, progress.update))
         if inputs.run_lists is not None:
             for own, tier, depth in zip(lists, tiers, depths, strict=True):
-                own.append(candidates.padded([inputs.run_lists[query] for query in tier.queries], depth))
-        fused = (candidates.fuse(own, depth) for own, depth in zip(lists, depths, strict=True))
+                own.append(fusion.padded([inputs.run_lists[query] for query in tier.queries], depth))
+        fused = (fusion.fuse(own, depth) for own, depth in zip(lists, depths, strict=True))
         return [_scored(vectors, tier.queries, rows) for tier, rows in zip(tiers, fused, strict=True)]
 
 
