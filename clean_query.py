@@ -60,7 +60,7 @@ class Clean_Query:
         )
 
     def clean(self):
-        """Clean, write the outputs, print the summary, and return a ``utils.cleaning.CleaningResult`` (on every rank).
+        """Clean, write the outputs, print the summary; returns a ``cleaning_result.CleaningResult`` on every rank.
 
         Raises:
             OSError, ValueError: an input or output that cannot be used; nothing is written then.

@@ -58,7 +58,7 @@ class MiningNegativeSamples:
         )
 
     def mining(self):
-        """Mine, write the outputs, print the summary, and return a ``utils.negatives.MiningResult`` (on every rank).
+        """Mine, write the outputs, print the summary; returns a ``utils.mining_result.MiningResult`` on every rank.
 
         Raises:
             OSError, ValueError: an input or output that cannot be used; nothing is written then.
@@ -68,7 +68,7 @@ class MiningNegativeSamples:
 
         result = mining.mine(self.arguments)
         if runtime.rank() == 0:
-            runtime.tell(mining.summary(result))
+            runtime.tell(result.summary())
         return result
 
 
@@ -80,7 +80,7 @@ def main() -> None:
     report.set_up_logging()
     result = mining.mine(given)
     if runtime.rank() == 0:
-        runtime.tell(mining.summary(result))
+        runtime.tell(result.summary())
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ AREAS = {
     "rows": ("trec records row_keys run_ids ragged merged_positives beir mining_formats", ""),
     "files": ("outputs json_files", "own_files records"),
     "stores": ("embedding_store", "own_files files"),
-    "reports": ("report", "runtime files"),
+    "reports": ("report written", "runtime records files"),
     "formulae": ("metrics statistics losses standing", ""),
     "scores": ("scores search_kernels", "machine"),
     "screens": ("search_screens screening", "machine products scores"),
@@ -35,7 +35,7 @@ AREAS = {
     "negatives": ("mining_problem rankings margins negatives sampling", "machine ragged scores"),
     "retrievers": ("bm25 fusion", "own_files runtime"),
     "candidates": ("mining_inputs", "arguments rows files stores mining_problem"),
-    "mined": ("mining_outputs", "arguments machine rows files reports negatives candidates"),
+    "mined": ("mining_result mining_outputs", "arguments machine rows files reports negatives candidates"),
     "mining_search": (
         "mining_search", "arguments machine ranks stores reports scores search engines rankings retrievers candidates",
     ),
@@ -52,7 +52,7 @@ AREAS = {
         "arguments machine ranks files reports formulae models encoding batches trainable gradients folders",
     ),
     "evaluated": (
-        "evaluation_outputs evaluation_rankings evaluation_tables",
+        "evaluation_outputs evaluation_rankings evaluation_tables evaluation_result",
         "arguments machine rows files reports formulae scores collections retrievers",
     ),
     "evaluation": (

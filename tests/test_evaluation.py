@@ -590,11 +590,10 @@ def test_judged_passages_that_the_corpus_lacks_stay_in_the_denominators(tmp_path
 def test_the_methods_print_what_the_scripts_print(tiny_model, tmp_path, dev, capsys):
     from clean_query import Clean_Query
     from mining_negative_samples import MiningNegativeSamples
-    from utils import mining
 
     result = evaluation(tiny_model, tmp_path, **paths(dev)).evaluate()
     assert capsys.readouterr().out == result.summary() + "\n"
     cleaned = Clean_Query(tiny_model, None, dev["dev_path"], str(tmp_path / "clean.jsonl")).clean()
     assert capsys.readouterr().out == cleaned.summary() + "\n"
     mined = MiningNegativeSamples(tiny_model, None, dev["dev_path"], str(tmp_path / "mined.jsonl"), "{text}").mining()
-    assert capsys.readouterr().out == mining.summary(mined) + "\n"
+    assert capsys.readouterr().out == mined.summary() + "\n"

@@ -22,7 +22,7 @@ from utils import (
     thresholds,
 )
 from utils.arguments import CleanArguments, input_paths
-from utils.cleaning_result import HOLDOUT, REASONS, CleaningResult, Removed
+from utils.cleaning_result import HOLDOUT, REASONS, REMOVED, CleaningResult, Removed
 from utils.cleaning_rows import QueryRows
 from utils.dedup import DedupResult
 from utils.distributed import Ranks
@@ -35,7 +35,7 @@ from utils.search import Neighbors, ShardedIndex
 logger = logging.getLogger(__name__)
 
 
-_SUFFIXES = (HOLDOUT, ".removed.jsonl", ".rejected.jsonl", ".report.json")
+_SUFFIXES = (HOLDOUT, REMOVED, ".rejected.jsonl", ".report.json")
 # Of the different answers, those that may be lost at the default threshold.
 _MOST_LOST = 0.02
 
@@ -333,7 +333,7 @@ def _write(
     if given.on_bad_row == "skip":
         rejected = queries.source.rejected + (inputs.reference.source.rejected if inputs.reference else [])
         write_rejected(outputs, rejected)
-    return CleaningResult(kept, removed, queries.source.rejected, result.threshold, {}, held)
+    return CleaningResult(kept, removed, queries.source.rejected, result.threshold, {}, held, outputs.main)
 
 
 def _losses(given: CleanArguments, inputs: _Inputs, removed: list[Removed]) -> answers.Losses:
@@ -370,7 +370,7 @@ def _write_rows(
         gained = merged_positives.gather(_good_lines(queries), queries.source.path, kept_for)
     set_aside = {*held.tolist()}
     with ExitStack() as open_files:
-        kept_stream, removed_stream = map(open_files.enter_context, (outputs.stage(), outputs.stage(".removed.jsonl")))
+        kept_stream, removed_stream = map(open_files.enter_context, (outputs.stage(), outputs.stage(REMOVED)))
         held_stream = open_files.enter_context(outputs.stage(HOLDOUT)) if given.holdout is not None else None
         for row, raw in _good_lines(queries):
             reason = removed.get(row)

@@ -1,15 +1,20 @@
 """What a cleaning decided, and how a person reads it."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from utils import cleaning_examples, report
 from utils.records import RecordError
+from utils.written import Written
 
 REASONS = ("exact", "similar", "leakage")
-# What the name of the file with the rows that are set aside adds to the main output's.
+# What the names of the files with the rows that are set aside, and that are removed, add to the main output's.
 HOLDOUT = ".holdout.jsonl"
+REMOVED = ".removed.jsonl"
 
 
 @dataclass(slots=True)
@@ -25,6 +30,18 @@ class Removed:
     reason: str  # "exact", "similar" or "leakage" (then kept_row is a row of the reference file)
 
 
+class RemovedPair(NamedTuple):
+    """A removed row's query, and that of the row that was kept for it (for a leak, in the reference file).
+
+    score, reason: as of ``Removed``, but None for NaN.
+    """
+
+    query: str
+    kept_query: str
+    score: float | None
+    reason: str
+
+
 @dataclass
 class CleaningResult:
     """What a cleaning run decided. Rows count from 0 among the input's good rows.
@@ -38,6 +55,15 @@ class CleaningResult:
     threshold: float
     report: dict = field(repr=False)
     held_rows: np.ndarray
+    output: Path
+
+    def removed_pairs(self) -> Iterator[RemovedPair]:
+        """The texts of the rows ``removed``, one by one, read from ``<output>.removed.jsonl``.
+
+        Raises:
+            FileNotFoundError, ValueError: that is gone, or has been replaced.
+        """
+        return map(_pair, Written(self.output, self.report).rows(REMOVED))
 
     def summary(self) -> str:
         """A short table for a person."""
@@ -63,3 +89,11 @@ class CleaningResult:
         lines = [report.table(rows, title)]
         lines += cleaning_examples.lines(self.report["closest_removals"], self.report["nearest_kept"])
         return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        return self.summary()
+
+
+def _pair(entry: dict) -> RemovedPair:
+    kept = entry["reference_query" if entry["reason"] == "leakage" else "kept_query"]
+    return RemovedPair(entry["row"]["query"], kept, entry["cosine"], entry["reason"])

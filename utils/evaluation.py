@@ -18,7 +18,7 @@ from utils.embedding import build_encoders, description, embed, note_cut, with_p
 from utils.embedding_store import derive, read_user_vectors
 from utils.evaluation_outputs import SUFFIXES, QueryWriter
 from utils.evaluation_rankings import GivenRankings
-from utils.evaluation_tables import tables
+from utils.evaluation_result import EvaluationResult
 from utils.metrics import Relevance
 from utils.outputs import Outputs, write_rejected
 from utils.scores import Neighbors
@@ -32,18 +32,6 @@ _QUERY_BLOCK, _BLOCK_NEIGHBORS = 16384, 1 << 22
 _RANKED = 256
 # What a text costs beside itself: its places in lists and tables, its id and its judgments.
 _OVERHEAD = 300
-
-
-class EvaluationResult(dict[str, float]):
-    """Each metric's mean over the queries, at the largest dimension; ``report`` is what the report file holds."""
-
-    def __init__(self, values: dict[str, float], report: dict):
-        super().__init__(values)
-        self.report = report
-
-    def summary(self) -> str:
-        """Tables for a person: values with intervals, the comparison, and the curve over dimensions."""
-        return tables(self.report)
 
 
 def evaluate(given: EvaluateArguments) -> EvaluationResult:
@@ -68,7 +56,9 @@ def evaluate(given: EvaluateArguments) -> EvaluationResult:
             other = inputs.earlier
         with run.stage("write"), interruption.promising(lambda: _begins_again(given)):
             means = ranks.on_first(lambda: _summarize(given, outputs, inputs, by_dimension, other, run))
-        return ranks.broadcast_object(ranks.on_first(lambda: EvaluationResult(means, run.publish(outputs))))
+        return ranks.broadcast_object(
+            ranks.on_first(lambda: EvaluationResult(means, run.publish(outputs), outputs.main))
+        )
 
 
 def _model(given: EvaluateArguments) -> ModelArguments:

@@ -42,6 +42,9 @@ class QueryWriter:
                 self.run.write(trec.run_lines(query_id, ids, scores[:n_found]).encode())
             shown = min(self.given.top_passages, n_found)
             top = zip(scores[:shown].tolist(), rows[:shown].tolist(), relevance.grades[place], strict=False)
+            rest = slice(shown, n_found)
+            grades = relevance.grades[place, rest].tolist()
+            below = range(shown + 1, n_found + 1), scores[rest].tolist(), rows[rest].tolist(), grades
             judged = dict(collection.judgments.of_query(query))
             seen = set(rows.tolist())
             missed = [row for row, grade in judged.items() if grade >= 1 and row not in seen]
@@ -52,6 +55,11 @@ class QueryWriter:
                 "relevant": int(relevance.n_relevant[place]),
                 **dict(zip(names, values[place].tolist(), strict=True)),
                 "passages": [self._passage(row, rank, score, grade) for rank, (score, row, grade) in enumerate(top, 1)],
+                "right_below": [
+                    self._passage(row, rank, score, grade)
+                    for rank, score, row, grade in zip(*below, strict=True)
+                    if grade >= 1
+                ],
                 "not_found": [
                     {"id": collection.passage_id(row), "grade": judged[row], "text": collection.passages[row]}
                     for row in missed

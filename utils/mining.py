@@ -18,12 +18,13 @@ from utils.margins import Background
 from utils.mining_inputs import Inputs
 from utils.mining_outputs import WrittenScores
 from utils.mining_problem import FURTHEST, Problem
+from utils.mining_result import MiningResult
 from utils.mining_search import CandidateSearch, Vectors
 from utils.negatives import Criteria, Rules, Screened
 from utils.outputs import Outputs
 from utils.rankings import Rankings
 from utils.reranker import PairLogits, Reranker
-from utils.sampling import MiningResult, choose
+from utils.sampling import Choice, choose
 from utils.scores import Neighbors
 
 logger = logging.getLogger(__name__)
@@ -61,30 +62,6 @@ def mine(given: MiningArguments) -> MiningResult:
                 scores = _teacher_scores(run, reranked, job, result)
         result = ranks.on_first(lambda: _write(outputs, run, inputs, job, result, scores))
         return ranks.broadcast_object(result)
-
-
-def summary(result: MiningResult) -> str:
-    """A short table for a person."""
-    counts, about = result.report["counts"], result.report["arguments"]
-    rows = [("rows in", f"{counts['input']:,}"), ("written", f"{counts['written']:,}")]
-    rows += [(name, f"{counts[key]:,}") for key, name in _RARE.items() if counts[key]]
-    rows += [("passages to mine from", f"{counts['candidates']:,}"), ("negatives", f"{counts['negatives']:,}")]
-    rows += [(f"dropped, {reason}", f"{count:,}") for reason, count in result.drops_by_reason.items() if count]
-    further = result.report.get("queries_searched_further")
-    if further:
-        rows += [("queries searched further", f"{max(further.values()):,}")]
-    if about["relative_margin"] == "auto":
-        rows += [("relative margin, measured", f"{result.report['relative_margin']['measured']:.2f}")]
-    rows += [("background, query and passage", f"{result.report['background']['query_passage']['mean']:.3f}")]
-    rows += [("seconds", f"{result.report['seconds']['total']:.1f}")]
-    return report.table(rows, f"{about['input_data_path']} -> {about['output_data_path']}")
-
-
-_RARE = {
-    "rejected": "rejected", "short": "short of negatives", "without_negatives": "without any negative",
-    "dropped_short": "set aside as short", "backfilled": "random negatives (backfill)",
-    "kept": "negatives of the rows' own",
-}  # fmt: skip
 
 
 def _read(given: MiningArguments, outputs: Outputs) -> Inputs:
@@ -276,7 +253,7 @@ def _pairs(job: _Job, queries: np.ndarray, passages: np.ndarray) -> tuple[np.nda
 
 
 def _teacher_scores(
-    run: report.RunReport, known: PairLogits, job: _Job | None, result: MiningResult | None
+    run: report.RunReport, known: PairLogits, job: _Job | None, result: Choice | None
 ) -> WrittenScores | None:
     """The cross-encoder's logits of all that is written; backfilled negatives are scored only now."""
     pairs: tuple[np.ndarray | None, np.ndarray | None] = (None, None)
@@ -293,7 +270,7 @@ def _teacher_scores(
     return WrittenScores("logits of the cross-encoder", logits[n:], logits[:n])
 
 
-def _choose(run: report.RunReport, job: _Job | None) -> MiningResult:
+def _choose(run: report.RunReport, job: _Job | None) -> Choice:
     assert job is not None
     n_rows = len(job.criteria.problem.query_of_row)
     with run.stage("choose"), report.Progress("choose", n_rows, "rows") as progress:
@@ -305,15 +282,16 @@ def _write(
     run: report.RunReport,
     inputs: Inputs | None,
     job: _Job | None,
-    result: MiningResult | None,
+    result: Choice | None,
     scores: WrittenScores | None,
 ) -> MiningResult:
     assert inputs is not None and job is not None and result is not None
     own = WrittenScores("scores of the model", job.criteria.positives, result.negatives.scores)
     with run.stage("write"):
-        mining_outputs.write(job.given, outputs, run, inputs, job.screened, result, own, scores or own)
-    result.report = run.publish(outputs)
-    return result
+        places = mining_outputs.write(job.given, outputs, run, inputs, job.screened, result, own, scores or own)
+    return MiningResult(
+        result.negatives, result.short_queries, result.drops_by_reason, run.publish(outputs), outputs.main, places
+    )
 
 
 def _criteria(given: MiningArguments, run: report.RunReport, problem: Problem, rankings: Rankings) -> Criteria:

@@ -98,3 +98,18 @@ def _context_qa(mined: MinedRow, answer_key: str, no_answer_text: str) -> list[d
     answer = answer_of(mined.row, answer_key)
     rows = [{"context": text, "question": mined.query, "answer": answer} for text in mined.positives]
     return rows + [{"context": text, "question": mined.query, "answer": no_answer_text} for text in mined.negatives]
+
+
+def negatives_in(rows: list[dict], n: int, name: str) -> list[str]:
+    """The ``n`` negatives that the output rows of one mined row have; ``name`` is one of arguments.FORMATS."""
+    if n == 0:
+        return []
+    if name == "triplet":
+        return [row["negative"] for row in rows[:n]]  # of the first positive
+    if name == "n-tuple":
+        return [rows[0][f"negative_{i}"] for i in range(1, n + 1)]
+    if name == "labeled-list":
+        return rows[0]["docs"][-n:]
+    if name == "context_qa":
+        return [row["context"] for row in rows[-n:]]
+    return rows[0][passages_key(rows[0], "neg_passage")]

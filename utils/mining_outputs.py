@@ -1,8 +1,8 @@
 """What mining writes: the mined rows, the side files, the counts that must add up, and advice on short rows."""
 
 import logging
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import IO, NamedTuple
 
 import numpy as np
 
@@ -11,17 +11,18 @@ from utils.arguments import MiningArguments
 from utils.mining_formats import MinedRow
 from utils.mining_inputs import Inputs
 from utils.mining_problem import FURTHEST
+from utils.mining_result import SHORT, Places
 from utils.negatives import Screened
 from utils.outputs import Outputs, write_rejected
 from utils.records import to_line
-from utils.sampling import BACKFILLED, KEPT, MiningResult
+from utils.sampling import BACKFILLED, KEPT, Choice
 
 logger = logging.getLogger(__name__)
 
 # How much larger a window to advise where rows are left without negatives.
 _LARGER = 8
 
-SUFFIXES = (".short.jsonl", ".rejected.jsonl", ".corpus.jsonl", ".queries.jsonl", ".report.json")
+SUFFIXES = (SHORT, ".rejected.jsonl", ".corpus.jsonl", ".queries.jsonl", ".report.json")
 # How each test drops fewer candidates.
 _LOOSER = {
     "relative_margin": "a smaller", "absolute_margin": "a smaller", "reranker_margin": "a smaller",
@@ -45,27 +46,34 @@ def write(
     run: report.RunReport,
     inputs: Inputs,
     screened: Screened,
-    result: MiningResult,
+    result: Choice,
     own: WrittenScores,
     written: WrittenScores,
-) -> None:
-    """The mined rows and the side files, and what the report says of them.
+) -> Places:
+    """The mined rows and the side files, and what the report says of them; returns where each row is.
 
     Args:
         own: the model's scores; ``written`` are those that output_scores writes.
     """
     dropped = result.negatives.rows.sizes() < given.negatives_needed
     shape = mining_formats.writer(given.output_format, given.output_scores, given.answer_key, given.no_answer_text)
+    ends, n_lines = np.zeros(len(dropped), np.int64), 0
+
+    def put(stream: IO[bytes], wanted: np.ndarray, shape: Callable[[MinedRow], list[dict]]) -> None:
+        nonlocal n_lines
+        end = 0
+        for row, mined in zip(np.flatnonzero(wanted), _mined_rows(inputs, written, result, wanted), strict=True):
+            lines = list(map(to_line, shape(mined)))
+            stream.writelines(lines)
+            end += sum(map(len, lines))
+            ends[row], n_lines = end, n_lines + len(lines)
+
+    if given.short_rows == "drop" or dropped.any():
+        with outputs.stage(SHORT) as stream:
+            put(stream, dropped, lambda mined: [mining_formats.as_list(mined)])
     n_lines = 0
     with outputs.stage() as stream:
-        for mined in _mined_rows(inputs, written, result, ~dropped):
-            for row in shape(mined):
-                stream.write(to_line(row))
-                n_lines += 1
-    if given.short_rows == "drop" or dropped.any():
-        with outputs.stage(".short.jsonl") as stream:
-            for mined in _mined_rows(inputs, written, result, dropped):
-                stream.write(to_line(mining_formats.as_list(mined)))
+        put(stream, ~dropped, shape)
     if given.on_bad_row == "skip":
         write_rejected(outputs, inputs.rejected)
     if given.write_corpus:
@@ -79,10 +87,11 @@ def write(
     run.results["scores"] = _distributions(own, mined)
     if given.output_scores:
         run.results["output_scores"] = {"kind": written.kind, **_distributions(written, mined)}
+    return Places(ends, dropped)
 
 
 def _warn_of_short_rows(
-    given: MiningArguments, inputs: Inputs, counts: dict[str, int], screened: Screened, result: MiningResult
+    given: MiningArguments, inputs: Inputs, counts: dict[str, int], screened: Screened, result: Choice
 ) -> None:
     """One line on the rows without negatives, or on those that were set aside; and which test to look at."""
     set_aside = counts["dropped_short"] > 0
@@ -112,7 +121,7 @@ def _warn_of_short_rows(
     )  # fmt: skip
 
 
-def _advice_on_positives(given: MiningArguments, inputs: Inputs, screened: Screened, result: MiningResult) -> str:
+def _advice_on_positives(given: MiningArguments, inputs: Inputs, screened: Screened, result: Choice) -> str:
     """Names margin_positive if margins leave nothing to over a third of the rows, and some have several positives."""
     bare = (result.negatives.rows.sizes() == 0) & screened.by_margin[inputs.query_of_row]
     several = int((inputs.positives.sizes()[inputs.query_of_row[bare]] > 1).sum())
@@ -132,7 +141,7 @@ def _write_ids(outputs: Outputs, suffix: str, ids: dict[str, int], texts: list[s
             stream.write(to_line({"_id": name_of[number], "text": text}))
 
 
-def _mined_rows(inputs: Inputs, scores: WrittenScores, result: MiningResult, wanted: np.ndarray) -> Iterator[MinedRow]:
+def _mined_rows(inputs: Inputs, scores: WrittenScores, result: Choice, wanted: np.ndarray) -> Iterator[MinedRow]:
     """The wanted rows with what was mined for them, in input order, from a second pass over the file."""
     groups = inputs.positives
     for i, record in enumerate(inputs.rows_again()):
@@ -154,9 +163,7 @@ def _mined_rows(inputs: Inputs, scores: WrittenScores, result: MiningResult, wan
         )
 
 
-def _counts(
-    inputs: Inputs, screened: Screened, result: MiningResult, dropped: np.ndarray, n_lines: int
-) -> dict[str, int]:
+def _counts(inputs: Inputs, screened: Screened, result: Choice, dropped: np.ndarray, n_lines: int) -> dict[str, int]:
     """What went where. Rows and candidates must add up."""
     n_rows = len(inputs.query_of_row)
     total = len(result.negatives.rows.values)

@@ -4,7 +4,7 @@ What is drawn depends on the seed and the row's number, never on the other rows.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -58,18 +58,15 @@ class Negatives(Candidates, Sequence):
 
 
 @dataclass
-class MiningResult:
+class Choice:
     """``negatives[i]`` belongs to row i. short_queries: the rows with fewer than asked for, before any backfill."""
 
     negatives: Negatives
     short_queries: np.ndarray
     drops_by_reason: dict[str, int]
-    report: dict = field(default_factory=dict, repr=False)
 
 
-def choose(
-    criteria: Criteria, screened: Screened, progress: Callable[[int], None] = lambda count: None
-) -> MiningResult:
+def choose(criteria: Criteria, screened: Screened, progress: Callable[[int], None] = lambda count: None) -> Choice:
     """Draw each row's negatives from the candidates that passed, and fill up short rows if asked to.
 
     A row's own negatives, if they are to be kept, come first, and take the first places of the strategies.
@@ -106,7 +103,7 @@ def choose(
             progress(_BLOCK_ROWS)
     progress(n_rows % _BLOCK_ROWS)
     rows, columns = chosen.finish()
-    return MiningResult(Negatives(rows, *columns), np.array(short, np.int64), drops)
+    return Choice(Negatives(rows, *columns), np.array(short, np.int64), drops)
 
 
 def _draw(

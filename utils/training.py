@@ -61,6 +61,9 @@ class TrainingResult:
         exported = ", and for sentence-transformers in huggingface/" if is_exported else ""
         return report.table(rows, f"-> {self.folder}{exported}")
 
+    def __repr__(self) -> str:
+        return self.summary()
+
 
 @dataclass
 class _Inputs:
