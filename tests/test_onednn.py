@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from utils import checkpoint, matmul, onednn
+from utils import checkpoint, matmul, onednn, runtime
 from utils.weight_files import read_weights
 
 HEADS, INNER, LAYERS, WORDS, POSITIONS = 3, 40, 2, 60, 150
@@ -135,6 +135,23 @@ def test_vectors_are_those_of_an_encoder_spelt_out(model, hidden, kind, dtype):
     else:
         cosines = (vectors * expected).sum(1) / np.linalg.norm(vectors, axis=1) / np.linalg.norm(expected, axis=1)
         assert cosines.min() > 0.999
+
+
+@needs_onednn
+@pytest.mark.skipif(not runtime.cpu_has("avx512f"), reason="oneDNN's other products round by the number of rows")
+@pytest.mark.parametrize("dtype", dtypes)
+@pytest.mark.parametrize("hidden", [NARROW, WIDE])
+def test_a_text_has_the_same_bits_in_any_batch(model, hidden, dtype):
+    engine = onednn.OneDNNEngine(model(hidden=hidden)[0], dtype)
+    rng = np.random.default_rng(5)
+    lengths = rng.integers(1, 145, 60)
+    ids, _, pooling = a_batch([*lengths, 144])
+    together = engine.forward(ids[:-1], lengths, pooling[:-1])
+    for size in (1, 1, 2, 3, 7, 20):
+        rows = rng.permutation(len(lengths))[:size]
+        width = -(-lengths[rows].max() // 8) * 8
+        alone = engine.forward(ids[rows, :width], lengths[rows], pooling[rows, :width])
+        np.testing.assert_array_equal(alone, together[rows])
 
 
 @needs_onednn

@@ -1,8 +1,9 @@
 """Texts to vectors: tokenise, batch by length, forward, pool, cut, normalise, input order back.
 
 A text's vector can differ in its last bits with the other texts of its batch, because the shape of the
-matrix products decides how they round. Batches are therefore planned over the whole input, from token
-lengths alone, and are never split: whoever encodes a batch, on whichever rank, gets the same bits.
+matrix products decides how they round. (The CPU engine on processors with AVX-512 is the exception: a text has
+the same bits in any batch.) Batches are therefore planned over the whole input, from token lengths alone, and
+are never split: whoever encodes a batch, on whichever rank, gets the same bits.
 """
 
 import logging
@@ -30,7 +31,7 @@ DEFAULT_LENGTH = 512
 _MAX_BATCH_ROWS = 1024
 # Part of every fingerprint: raise it when ``plan`` changes, or stores would hold batches of another plan; and when
 # an engine rounds or a tokenizer cuts differently, or they would hold vectors of both kinds.
-_PLAN = 6
+_PLAN = 7
 # Tokens that are kept from counting them to encoding them: 16 MiB.
 _REMEMBERED_TOKENS = 4 << 20
 # Texts tokenised at a time when they are counted, so that memory stays bounded.

@@ -176,7 +176,9 @@ class OneDNNEngine:
             layer.up.multiply(taken, up, layer.up_bias)
             layer.down.multiply(up, z, layer.down_bias)
             self._add_and_norm(x, z, layer.norm2, low)
-        return np.matmul(weights[:, None, :], x[:n].reshape(b, t, width))[:, 0]
+        # Padding adds nothing, but as a part of the sum it would change how that rounds.
+        x = x[:n].reshape(b, t, width)
+        return np.stack([own[:length] @ text[:length] for own, text, length in zip(weights, x, lengths, strict=True)])
 
     def _add_and_norm(self, x: np.ndarray, z: np.ndarray, norm: tuple[np.ndarray, np.ndarray], low: np.ndarray) -> None:
         from utils import encoder_kernels
