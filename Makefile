@@ -18,7 +18,7 @@ help:
 	@echo "make bench  compare with sentence-transformers, SemHash and FAISS, installed into $(RIVALS)"
 
 setup: $(VENV)/.installed
-	@$(RUN) -m utils.bundled_model >/dev/null
+	@$(RUN) -m utils.models.bundled >/dev/null
 
 $(VENV)/.installed: requirements.lock
 	@test -n "$(PYTHON)" || { echo "error: Python 3.10, 3.11 or 3.12 is needed; found $$(python3 --version 2>&1). Install one, or name it: make PYTHON=/path/to/python3.11" >&2; exit 2; }

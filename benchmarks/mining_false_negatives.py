@@ -24,22 +24,23 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from utils import runtime  # noqa: E402
+from utils.process import runtime  # noqa: E402
 
 runtime.prepare()
 
 import numpy as np  # noqa: E402
 
-from utils import margins, negatives  # noqa: E402
-from utils.arguments import MiningArguments, build  # noqa: E402
-from utils.distributed import Ranks  # noqa: E402
-from utils.embedding import build_encoders, embed  # noqa: E402
-from utils.mining_inputs import Inputs  # noqa: E402
-from utils.mining_problem import Problem  # noqa: E402
-from utils.ragged import Ragged  # noqa: E402
-from utils.rankings import Rankings  # noqa: E402
-from utils.sampling import choose  # noqa: E402
-from utils.search import ExactIndex  # noqa: E402
+from utils.arguments.scripts import MiningArguments, build  # noqa: E402
+from utils.encoding.embed import build_encoders, embed  # noqa: E402
+from utils.files.ragged import Ragged  # noqa: E402
+from utils.mining import margins  # noqa: E402
+from utils.mining import rules as negatives  # noqa: E402
+from utils.mining.inputs import Inputs  # noqa: E402
+from utils.mining.problem import Problem  # noqa: E402
+from utils.mining.sampling import choose  # noqa: E402
+from utils.mining.tiers import Rankings  # noqa: E402
+from utils.ranks.group import Ranks  # noqa: E402
+from utils.search.exact import ExactIndex  # noqa: E402
 
 _SENTENCE = re.compile(r"[^。！？；!?;.\n]+[。！？；!?;.\n]*\s*")
 # Words of much the same meaning, Chinese (both scripts) and English.

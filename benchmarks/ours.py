@@ -14,24 +14,25 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from utils import runtime  # noqa: E402
+from utils.process import runtime  # noqa: E402
 
 runtime.prepare()
 
 import numpy as np  # noqa: E402
 from compare import WARM_UP, serve  # noqa: E402
 
-from utils import margins, negatives  # noqa: E402
-from utils.arguments import ModelArguments, build  # noqa: E402
-from utils.dedup import remove_near_duplicates  # noqa: E402
-from utils.distributed import Ranks  # noqa: E402
-from utils.embedding import build_encoders  # noqa: E402
-from utils.encoder import Encoder  # noqa: E402
-from utils.mining_problem import Problem  # noqa: E402
-from utils.ragged import Ragged  # noqa: E402
-from utils.rankings import Rankings  # noqa: E402
-from utils.sampling import choose  # noqa: E402
-from utils.search import ShardedIndex  # noqa: E402
+from utils.arguments.scripts import ModelArguments, build  # noqa: E402
+from utils.cleaning.greedy import remove_near_duplicates  # noqa: E402
+from utils.encoding.embed import build_encoders  # noqa: E402
+from utils.encoding.encoder import Encoder  # noqa: E402
+from utils.files.ragged import Ragged  # noqa: E402
+from utils.mining import margins  # noqa: E402
+from utils.mining import rules as negatives  # noqa: E402
+from utils.mining.problem import Problem  # noqa: E402
+from utils.mining.sampling import choose  # noqa: E402
+from utils.mining.tiers import Rankings  # noqa: E402
+from utils.ranks.group import Ranks  # noqa: E402
+from utils.search.exact import ShardedIndex  # noqa: E402
 
 
 def encode(model: str, texts: str, length: int, dtype: str, output: str) -> dict:

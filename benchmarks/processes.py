@@ -26,7 +26,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from utils import runtime  # noqa: E402
+from utils.process import runtime  # noqa: E402
 
 # What the runs get: this process's own number of threads is not theirs.
 ENVIRONMENT = dict(os.environ)
@@ -35,12 +35,12 @@ runtime.prepare()
 import numpy as np  # noqa: E402
 from compare import DEPTH, DIM, THRESHOLD, made_up_queries, made_up_texts, made_up_vectors  # noqa: E402
 
-from utils import matmul  # noqa: E402
-from utils.arguments import ModelArguments, build  # noqa: E402
-from utils.dedup import remove_near_duplicates  # noqa: E402
-from utils.distributed import Ranks  # noqa: E402
-from utils.embedding import build_encoders, embed  # noqa: E402
-from utils.search import ShardedIndex  # noqa: E402
+from utils.arguments.scripts import ModelArguments, build  # noqa: E402
+from utils.cleaning.greedy import remove_near_duplicates  # noqa: E402
+from utils.encoding.embed import build_encoders, embed  # noqa: E402
+from utils.kernels import onednn  # noqa: E402
+from utils.ranks.group import Ranks  # noqa: E402
+from utils.search.exact import ShardedIndex  # noqa: E402
 
 # A smaller job of the same kind comes first, of a fifth: it compiles the loops and opens the connections.
 WARM_UP = 5
@@ -88,13 +88,13 @@ def clean(folder: Path, ranks: Ranks) -> Callable[[int], np.ndarray]:
 
 def limit(folder: Path, ranks: Ranks) -> Callable[[int], np.ndarray]:
     """Makes matrix products that the processes share out and tell nobody of: what the cores give side by side."""
-    kind = np.uint16 if matmul.bfloat16_is_fast() else np.float32
-    left, result = matmul.empty((_SIZE, _SIZE), kind), matmul.empty((_SIZE, _SIZE), np.float32)
+    kind = np.uint16 if onednn.bfloat16_is_fast() else np.float32
+    left, result = onednn.empty((_SIZE, _SIZE), kind), onednn.empty((_SIZE, _SIZE), np.float32)
     left[:] = 0
 
     def work(share: int) -> np.ndarray:
         for _ in range(_PRODUCTS // share // ranks.size):
-            matmul.matmul(left, left, result)
+            onednn.matmul(left, left, result)
         ranks.gather_object(None)
         return result
 

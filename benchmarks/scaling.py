@@ -15,17 +15,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils import runtime
+from utils.process import runtime
 
 runtime.prepare()
 
 import numpy as np  # noqa: E402
 
-from utils.arguments import ModelArguments, build  # noqa: E402
-from utils.dedup import remove_near_duplicates  # noqa: E402
-from utils.distributed import Ranks  # noqa: E402
-from utils.embedding import build_encoders  # noqa: E402
-from utils.search import ExactIndex  # noqa: E402
+from utils.arguments.scripts import ModelArguments, build  # noqa: E402
+from utils.cleaning.greedy import remove_near_duplicates  # noqa: E402
+from utils.encoding.embed import build_encoders  # noqa: E402
+from utils.ranks.group import Ranks  # noqa: E402
+from utils.search.exact import ExactIndex  # noqa: E402
 
 DIM = 384
 

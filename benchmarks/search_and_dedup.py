@@ -16,15 +16,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils import runtime
+from utils.process import runtime
 
 runtime.prepare()
 
 import numpy as np  # noqa: E402
 
-from utils.dedup import remove_near_duplicates  # noqa: E402
-from utils.distributed import Ranks  # noqa: E402
-from utils.search import ExactIndex  # noqa: E402
+from utils.cleaning.greedy import remove_near_duplicates  # noqa: E402
+from utils.ranks.group import Ranks  # noqa: E402
+from utils.search.exact import ExactIndex  # noqa: E402
 
 THRESHOLD = 0.75
 

@@ -17,7 +17,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils import runtime, statistics
+from utils.evaluation import intervals
+from utils.process import runtime
 
 RESAMPLES = 1000
 SIZES = (30, 50, 200, 1000)
@@ -54,10 +55,10 @@ def coverage(kind, n: int, trials: int, rng: np.random.Generator) -> tuple[float
     width = 0.0
     for trial in range(trials):
         values = kind(rng.random(n))[:, None]
-        low, high = statistics.metric_interval(values, 0.95, RESAMPLES, seed=trial)
+        low, high = intervals.metric_interval(values, 0.95, RESAMPLES, seed=trial)
         ours += bool(low[0] <= mean + 1e-12 and mean - 1e-12 <= high[0])
         width += float(high[0] - low[0])
-        low, high = np.quantile(statistics.resampled_means(values, RESAMPLES, seed=trial), (0.025, 0.975))
+        low, high = np.quantile(intervals.resampled_means(values, RESAMPLES, seed=trial), (0.025, 0.975))
         plain += bool(low <= mean <= high)
     return plain / trials, ours / trials, width / trials
 
@@ -69,7 +70,7 @@ def alarms(kind, n: int, trials: int, shift: float, rng: np.random.Generator) ->
         first, second = rng.random(n), rng.random(n)
         second = np.where(rng.random(n) < 2 / 3, first, second)
         differences = kind(np.clip(first + shift, 0, 1 - 1e-9)) - kind(second)
-        count += bool(statistics.randomization_test(differences[:, None], RESAMPLES, seed=trial)[0] <= 0.05)
+        count += bool(intervals.randomization_test(differences[:, None], RESAMPLES, seed=trial)[0] <= 0.05)
     return count / trials
 
 

@@ -15,15 +15,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from utils import runtime  # noqa: E402
+from utils.process import runtime  # noqa: E402
 
 runtime.prepare()
 
 from compare import WARM_UP, made_up_texts, passages_of  # noqa: E402
 
-from utils import tokenizing  # noqa: E402
-from utils.arguments import ModelArguments, build  # noqa: E402
-from utils.embedding import build_encoders  # noqa: E402
+from utils.arguments.scripts import ModelArguments, build  # noqa: E402
+from utils.encoding.embed import build_encoders  # noqa: E402
+from utils.models.tokenizers import tokenizer as tokenizing  # noqa: E402
 
 _BLOCK = 256
 

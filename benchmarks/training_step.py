@@ -28,17 +28,18 @@ STEPS = 5
 def our_step(model: str, dropout: float | None, bfloat16: bool) -> Callable[[], None]:
     """A function that makes one step of ours."""
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    from utils import runtime
+    from utils.process import runtime
 
     runtime.prepare(trains=True)
     paddle = runtime.import_paddle()
     import numpy as np
 
-    from utils import checkpoint, losses
-    from utils.gradients import GradientStep
-    from utils.losses import Targets
-    from utils.trainable import TrainableEncoder
-    from utils.training_data import TrainingBatch
+    from utils.models import checkpoint
+    from utils.training import losses
+    from utils.training.batches import TrainingBatch
+    from utils.training.encoder import TrainableEncoder
+    from utils.training.gradients import GradientStep
+    from utils.training.losses import Targets
 
     base = checkpoint.resolve(model)
     encoder = TrainableEncoder(base, "mean", dropout=dropout, bfloat16=bfloat16)

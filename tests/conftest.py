@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from utils import runtime  # noqa: E402
+from utils.process import runtime  # noqa: E402
 
 runtime.prepare()
 # Tests that were started in the background ignore it otherwise, and so would what they start.
@@ -160,15 +160,16 @@ def script_env() -> dict[str, str]:
 @pytest.fixture(params=["float32", "bfloat16", "amx"])
 def arithmetic(request, monkeypatch) -> str:
     """What the screening products are made in, and by."""
-    from utils import amx, matmul
+    from utils.kernels import onednn
+    from utils.kernels.amx import tiles
 
-    if request.param != "float32" and not matmul.bfloat16_is_fast():
+    if request.param != "float32" and not onednn.bfloat16_is_fast():
         pytest.skip("this processor has no bfloat16 products")
-    if request.param == "amx" and not amx.is_usable():
+    if request.param == "amx" and not tiles.is_usable():
         pytest.skip("this processor has no AMX")
-    monkeypatch.setattr(matmul, "bfloat16_is_fast", lambda: request.param != "float32")
+    monkeypatch.setattr(onednn, "bfloat16_is_fast", lambda: request.param != "float32")
     if request.param != "amx":
-        monkeypatch.setattr(amx, "is_usable", lambda: False)
+        monkeypatch.setattr(tiles, "is_usable", lambda: False)
     return request.param
 
 

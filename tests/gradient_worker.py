@@ -11,9 +11,13 @@ from pathlib import Path
 
 import numpy as np
 
-from utils import checkpoint, losses, runtime, tokenizing, training_data, training_rows
-from utils.batch_plan import Plan
-from utils.distributed import Ranks
+from utils.models import checkpoint
+from utils.models.tokenizers import tokenizer as tokenizing
+from utils.process import runtime
+from utils.ranks.group import Ranks
+from utils.training import batches, losses
+from utils.training import rows as training_rows
+from utils.training.plan import Plan
 
 BATCH, GROUP = 12, 3
 
@@ -43,16 +47,16 @@ def gradients(model_folder: str, rows_path: str, case: Case, ranks: Ranks, drop_
     """Gradients by parameter name, and the loss."""
     import paddle
 
-    from utils.gradients import GradientStep, reduce
-    from utils.losses import Targets
-    from utils.trainable import TrainableEncoder
+    from utils.training.encoder import TrainableEncoder
+    from utils.training.gradients import GradientStep, reduce
+    from utils.training.losses import Targets
 
     base = checkpoint.resolve(model_folder)
     rows = training_rows.read([rows_path], None, "error", False)
     tokenizer = tokenizing.load(base.tokenizer_folder, 32, base.is_torch)
     plan = Plan(rows, BATCH, GROUP, seed=3)
     templates = ("{text}", "{text}")
-    collate = training_data.Collator(
+    collate = batches.Collator(
         rows, GROUP, (tokenizer, tokenizer), templates, ranks.rank, ranks.size, shared=case.shared
     )
     encoder = TrainableEncoder(base, "mean", bfloat16=case.bfloat16)

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
-from utils import amx, amx_attention, amx_attention_gradients, matmul
+from utils.kernels import onednn
+from utils.kernels.amx import attention, attention_gradients, tiles
 
-pytestmark = pytest.mark.skipif(not amx.is_usable(), reason="the processor has no AMX")
+pytestmark = pytest.mark.skipif(not tiles.is_usable(), reason="the processor has no AMX")
 
 NAN = 0x7FC0
 UNTOUCHED = 12345
@@ -35,11 +36,11 @@ def test_equals_attention_spelt_out(width, lengths):
     rng = np.random.default_rng(sum(lengths) + width)
     values = rng.standard_normal((len(lengths), t, 3 * heads * width)).astype(np.float32)
     values[..., : heads * width] *= rng.uniform(0.01, 2)  # from nearly equal weights to a few that count
-    qkv = matmul.to_bfloat16(values)
+    qkv = onednn.to_bfloat16(values)
     for text, length in zip(qkv, lengths, strict=True):
         text[length:] = NAN  # what is padding must not be looked at
     context = np.full((len(lengths), t, heads * width), UNTOUCHED, np.uint16)
-    amx_attention.attention(qkv, np.array(lengths), heads, context)
+    attention.attention(qkv, np.array(lengths), heads, context)
     for text, own, length in zip(qkv, context, lengths, strict=True):
         if length:
             sums, bounds = expected(text[:length], heads)
@@ -54,18 +55,18 @@ def test_scores_far_from_zero_make_the_same_weights(shift):
     rng = np.random.default_rng(0)
     values = rng.standard_normal((t, 3, heads, 32)).astype(np.float32)
     values[:, 0, :, 0], values[:, 1, :, 0] = np.where(np.arange(t) % 5, shift, 0)[:, None] / 16, 16
-    qkv = matmul.to_bfloat16(values.reshape(1, t, -1))
+    qkv = onednn.to_bfloat16(values.reshape(1, t, -1))
     context = np.zeros((1, t, heads * 32), np.uint16)
-    amx_attention.attention(qkv, np.array([t]), heads, context)
+    attention.attention(qkv, np.array([t]), heads, context)
     sums, bounds = expected(qkv[0], heads)
     assert (np.abs(as_float(context[0]) - sums) <= bounds).all()
 
 
 def test_a_text_that_is_not_a_number_stays_so():
-    qkv = matmul.to_bfloat16(np.random.default_rng(0).standard_normal((2, 8, 96)).astype(np.float32))
+    qkv = onednn.to_bfloat16(np.random.default_rng(0).standard_normal((2, 8, 96)).astype(np.float32))
     qkv[0, 3] = NAN
     context = np.zeros((2, 8, 32), np.uint16)
-    amx_attention.attention(qkv, np.array([8, 8]), 1, context)
+    attention.attention(qkv, np.array([8, 8]), 1, context)
     assert np.isnan(as_float(context[0])).all()
     assert np.isfinite(as_float(context[1])).all()
 
@@ -94,10 +95,10 @@ def test_gradients_equal_those_spelt_out(width, t):
     heads, rng = 2, np.random.default_rng(t + width)
     values = rng.standard_normal((t, 3 * heads * width)).astype(np.float32)
     values[:, : heads * width] *= (width**-0.5) / np.log(2)
-    qkv = matmul.to_bfloat16(values)
-    outer = matmul.to_bfloat16(rng.standard_normal((t, heads * width)).astype(np.float32))
+    qkv = onednn.to_bfloat16(values)
+    outer = onednn.to_bfloat16(rng.standard_normal((t, heads * width)).astype(np.float32))
     result = np.full(qkv.shape, np.nan, np.float32)
-    amx_attention_gradients.attention_backward(qkv, outer, heads, result)
+    attention_gradients.attention_backward(qkv, outer, heads, result)
     for found, gradient in zip(np.split(result, 3, axis=1), expected_gradients(qkv, outer, heads), strict=True):
         # Two roundings to bfloat16, of 2**-9 of a value each at most, and what the powers add.
         scale = np.sqrt((gradient**2).mean()) if t > 1 else 1.0
@@ -106,9 +107,9 @@ def test_gradients_equal_those_spelt_out(width, t):
 
 
 def test_gradients_of_what_is_no_number_are_none():
-    qkv = matmul.to_bfloat16(np.random.default_rng(0).standard_normal((8, 96)).astype(np.float32))
-    outer = matmul.to_bfloat16(np.random.default_rng(1).standard_normal((8, 32)).astype(np.float32))
+    qkv = onednn.to_bfloat16(np.random.default_rng(0).standard_normal((8, 96)).astype(np.float32))
+    outer = onednn.to_bfloat16(np.random.default_rng(1).standard_normal((8, 32)).astype(np.float32))
     outer[3, 2] = NAN
     result = np.zeros((8, 96), np.float32)
-    amx_attention_gradients.attention_backward(qkv, outer, 1, result)
+    attention_gradients.attention_backward(qkv, outer, 1, result)
     assert all(np.isnan(part).any() for part in np.split(result, 3, axis=1))

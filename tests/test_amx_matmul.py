@@ -5,9 +5,11 @@ import math
 import numpy as np
 import pytest
 
-from utils import amx, amx_matmul, matmul
+from utils.kernels import onednn
+from utils.kernels.amx import matmul as amx_matmul
+from utils.kernels.amx import tiles
 
-pytestmark = pytest.mark.skipif(not amx.is_usable(), reason="the processor has no AMX")
+pytestmark = pytest.mark.skipif(not tiles.is_usable(), reason="the processor has no AMX")
 
 
 def as_float(rounded: np.ndarray) -> np.ndarray:
@@ -15,7 +17,7 @@ def as_float(rounded: np.ndarray) -> np.ndarray:
 
 
 def random(seed: int, *shape: int) -> np.ndarray:
-    return matmul.to_bfloat16(np.random.default_rng(seed).standard_normal(shape).astype(np.float32))
+    return onednn.to_bfloat16(np.random.default_rng(seed).standard_normal(shape).astype(np.float32))
 
 
 def gelu(x: np.ndarray) -> np.ndarray:

@@ -12,9 +12,9 @@ from conftest import ROOT
 from clean_query import Clean_Query
 from embedding_evaluate import Embedding_Evaluation
 from mining_negative_samples import MiningNegativeSamples
-from utils import bundled_model, other_names
-from utils.argument_parsing import check, option
-from utils.arguments import (
+from utils.arguments import other_toolkits
+from utils.arguments.fields import check, option
+from utils.arguments.scripts import (
     DEFAULT_MODEL,
     ArgumentError,
     CleanArguments,
@@ -24,7 +24,8 @@ from utils.arguments import (
     input_paths,
     parse,
 )
-from utils.training_arguments import TrainArguments, training_arguments
+from utils.arguments.training import TrainArguments, training_arguments
+from utils.models import bundled
 
 SCRIPTS = (CleanArguments, MiningArguments, EvaluateArguments, training_arguments())
 
@@ -187,19 +188,19 @@ def test_names_without_a_counterpart_get_no_hint(cls, name):
 @pytest.mark.parametrize("cls", SCRIPTS)
 def test_names_that_need_no_argument_are_told_why(cls):
     known = {f.name for f in fields(cls)}
-    tables = {"not needed": other_names.NOT_NEEDED, "not supported": other_names.NOT_SUPPORTED}
+    tables = {"not needed": other_toolkits.NOT_NEEDED, "not supported": other_toolkits.NOT_SUPPORTED}
     for kind, table in tables.items():
         for name, why in table.items():
             if name not in known:
                 with pytest.raises(ArgumentError, match=re.escape(f"unknown argument --{name}; {kind}: {why}")):
                     parse(cls, [f"--{name}", "3"], "")
-    names = [name for table in (*tables.values(), other_names.CALLED_ELSEWHERE) for name in table]
+    names = [name for table in (*tables.values(), other_toolkits.CALLED_ELSEWHERE) for name in table]
     assert len(names) == len(set(names))
 
 
 def test_every_hint_names_an_argument_of_some_script():
     known = {f.name for cls in SCRIPTS for f in fields(cls)}
-    meant = {re.match(r"\w+", hint)[0] for hints in other_names.CALLED_ELSEWHERE.values() for hint in hints}
+    meant = {re.match(r"\w+", hint)[0] for hints in other_toolkits.CALLED_ELSEWHERE.values() for hint in hints}
     assert meant <= known
 
 
@@ -346,7 +347,7 @@ def test_numpy_scalars_are_numbers():
 
 
 def test_the_default_model_is_the_bundled_one():
-    assert bundled_model.NAME == DEFAULT_MODEL
+    assert bundled.NAME == DEFAULT_MODEL
 
 
 @pytest.mark.parametrize(("names", "cls"), [("clean*.json", CleanArguments), ("mining*.json", MiningArguments)])

@@ -4,9 +4,9 @@ import numba
 import numpy as np
 import pytest
 
-from utils import amx, avx512
+from utils.kernels.amx import tiles, vectors
 
-pytestmark = pytest.mark.skipif(not amx.is_usable(), reason="the processor has no AMX, and may lack AVX-512")
+pytestmark = pytest.mark.skipif(not tiles.is_usable(), reason="the processor has no AMX, and may lack AVX-512")
 
 SIZES = [32, 64, 96, 512]
 
@@ -27,22 +27,22 @@ def as_float(rounded: np.ndarray) -> np.ndarray:
 
 @numba.njit
 def _largest(at, n):
-    return avx512.largest(at, n)
+    return vectors.largest(at, n)
 
 
 @numba.njit
 def _powers_of_2(at, n, less, to):
-    return avx512.powers_of_2(at, n, less, to)
+    return vectors.powers_of_2(at, n, less, to)
 
 
 @numba.njit
 def _scaled(at, n, factor, to):
-    avx512.scaled(at, n, factor, to)
+    vectors.scaled(at, n, factor, to)
 
 
 @numba.njit
 def _paired(at, other, n, to, step):
-    avx512.paired(at, other, n, to, step)
+    vectors.paired(at, other, n, to, step)
 
 
 @pytest.mark.parametrize("n", SIZES)

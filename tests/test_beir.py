@@ -5,8 +5,8 @@ import json
 import pytest
 from conftest import write_jsonl
 
-from utils import beir
-from utils.records import Record, RecordError
+from utils.files import beir
+from utils.files.jsonl import Record, RecordError
 
 CORPUS = [
     {"_id": "a", "title": "Loans", "text": "how loans work"},

@@ -12,7 +12,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import compare
 import training_step
 
-from utils import matmul
+from utils.kernels import onednn
 
 
 @pytest.fixture
@@ -91,4 +91,4 @@ def test_training_steps_are_compared_in_what_the_processor_has(has_bfloat16, mon
 
 
 def test_the_processor_is_asked():
-    assert compare.has_bfloat16() == matmul.bfloat16_is_fast()
+    assert compare.has_bfloat16() == onednn.bfloat16_is_fast()

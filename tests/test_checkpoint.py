@@ -8,8 +8,9 @@ import pytest
 from conftest import ROOT
 from safetensors.numpy import save_file
 
-from utils import checkpoint, model_types, paddlenlp_models, tokenizing
-from utils.weight_files import read_weights
+from utils.models import checkpoint, families, paddlenlp
+from utils.models.tokenizers import tokenizer
+from utils.models.weight_files import read_weights
 
 DECODER = {
     "model_type": "qwen2", "architectures": ["Qwen2Model"], "hidden_size": 16, "num_hidden_layers": 1,
@@ -42,7 +43,7 @@ def folder(tmp_path):
 def test_a_decoder_rotates_its_positions_as_it_was_trained_to(folder, config):
     found = checkpoint.resolve(str(folder(**config)))
     assert found.config["rope_theta"] == 5e5
-    assert paddlenlp_models.new_model(found, "float32").config.rope_theta == 5e5
+    assert paddlenlp.new_model(found, "float32").config.rope_theta == 5e5
 
 
 @pytest.mark.parametrize(
@@ -225,7 +226,7 @@ def test_what_a_refusal_lists_as_supported_is_what_runs(folder, kind, with_torch
 def test_the_readme_lists_the_families_that_run():
     for name in ("README.md", "README.zh-CN.md"):
         text = re.sub(r"[^a-z0-9]+", " ", (ROOT / name).read_text(encoding="utf-8").lower().replace("-", ""))
-        for kind in (*model_types.TORCH, *model_types.PADDLE):
+        for kind in (*families.TORCH, *families.PADDLE):
             assert re.search(rf"\b{kind.replace('-', '')}\b", text), (name, kind)
 
 
@@ -283,11 +284,11 @@ def test_the_configuration_has_the_last_word_on_case(tmp_path, says, expected, l
     )
     built.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "BertTokenizer"} | says))
-    (found,) = tokenizing.load(tmp_path, 32, True)(["Hello Café 中文"])
+    (found,) = tokenizer.load(tmp_path, 32, True)(["Hello Café 中文"])
     assert list(found) == expected
     (tmp_path / "tokenizer_config.json").write_text('{"truncation_side": "left"}')
     with pytest.raises(ValueError, match="truncation_side is 'left'; expected 'right'"):
-        tokenizing.load(tmp_path, 32, True)
+        tokenizer.load(tmp_path, 32, True)
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "lora_config.json"])

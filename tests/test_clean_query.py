@@ -12,10 +12,13 @@ from conftest import make_rows, make_tiny_bert, read_jsonl, run_script, write_js
 from test_dedup import one_by_one
 
 from clean_query import Clean_Query
-from utils import arguments, cleaning, interruption, report
-from utils.embedding import build_encoders
-from utils.records import fold
-from utils.scores import pair_scores
+from utils.arguments import scripts
+from utils.cleaning import job as cleaning
+from utils.encoding.embed import build_encoders
+from utils.files import report
+from utils.files.jsonl import fold
+from utils.process import interruption
+from utils.search.scores import pair_scores
 
 THRESHOLD = 0.97
 
@@ -60,7 +63,7 @@ def test_an_interrupted_comparison_says_that_it_begins_again(job, rows, tmp_path
     def interrupted(*given):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cleaning.dedup, "remove_near_duplicates", interrupted)
+    monkeypatch.setattr(cleaning.greedy, "remove_near_duplicates", interrupted)
     np.save(tmp_path / "v.npy", np.random.default_rng(0).standard_normal((len(rows), 8), np.float32))
     kept = "" if own else "encodes nothing again, but "
     with pytest.raises(interruption.Interrupted, match=f"^the same command {kept}compares from the first row on"):
@@ -106,7 +109,7 @@ def test_the_closest_removals_are_shown_each_pair_once(job, rows, tmp_path):
 
 
 def vectors_of(texts, model):
-    encoder, _ = build_encoders(arguments.build(arguments.CleanArguments, model_path=model))
+    encoder, _ = build_encoders(scripts.build(scripts.CleanArguments, model_path=model))
     return encoder.encode(texts)
 
 
@@ -424,7 +427,7 @@ def test_a_failure_leaves_embeddings_for_the_next_run_and_nothing_else(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("utils.dedup.remove_near_duplicates", fail)
+        patched.setattr("utils.cleaning.greedy.remove_near_duplicates", fail)
         with pytest.raises(KeyboardInterrupt):
             job(**options)
     left = [path.name for path in job.output.parent.rglob("*") if path.is_file()]

@@ -13,11 +13,11 @@ PRODUCT = """
     import resource, sys
     import numpy as np
     resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
-    from utils import search_kernels
+    from utils.kernels import search_loops as search_kernels
     ones = np.ones((2, 8), np.float32)
     rows = np.zeros(1, np.int64)
     assert search_kernels.score_pairs(ones, rows, ones, rows)[0] == 8
-    from utils import amx
+    from utils.kernels.amx import tiles as amx
     print(amx.is_usable())
 """
 
@@ -30,7 +30,7 @@ def run(limit: str, **environment: str) -> subprocess.CompletedProcess:
 
 
 def test_loops_that_are_not_to_be_compiled_are_refused():
-    code = "from utils import runtime\nruntime.run(lambda: __import__('utils.search_kernels'))"
+    code = "from utils.process import runtime\nruntime.run(lambda: __import__('utils.kernels.search_loops'))"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
         env=os.environ | {"NUMBA_DISABLE_JIT": "1"},
@@ -61,19 +61,18 @@ def test_damaged_machine_code_is_made_again(tmp_path, kind):
 
 def test_machine_code_is_made_anew_when_any_compiled_source_changes(tmp_path, monkeypatch):
     """A function is compiled into others of other files, too."""
-    from utils import compiled
+    from utils.kernels import compiled
 
     utils = ROOT / "utils"
-    for path in utils.glob("*.py"):
-        shutil.copy(path, tmp_path)
-    monkeypatch.setattr(compiled, "__file__", str(tmp_path / "compiled.py"))
+    shutil.copytree(utils, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(compiled, "__file__", str(tmp_path / "kernels" / "compiled.py"))
     decorated = [
-        path for path in utils.glob("*.py") if re.search(r"^@_?(compiled|inlined)|njit", path.read_text(), re.M)
+        path for path in utils.rglob("*.py") if re.search(r"^@_?(compiled|inlined)|njit", path.read_text(), re.M)
     ]
     assert len(decorated) > 5
     for path in decorated:
         before = compiled._folder_for_these_sources()
-        with open(tmp_path / path.name, "a") as stream:
+        with open(tmp_path / path.relative_to(utils), "a") as stream:
             stream.write("# another\n")
         assert compiled._folder_for_these_sources() != before
 

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 from conftest import write_jsonl
 
-from utils import checkpoint, paddlenlp_models, training, weights
-from utils.argument_parsing import build
-from utils.engines import PaddleEngine
-from utils.trainable import TrainableEncoder
-from utils.training_arguments import training_arguments
+from utils.arguments.fields import build
+from utils.arguments.training import training_arguments
+from utils.encoding.engines import PaddleEngine
+from utils.models import checkpoint, loading, paddlenlp
+from utils.training import job
+from utils.training.encoder import TrainableEncoder
 
 ARCHITECTURES = {
     "qwen2": "Qwen2Model", "qwen3": "Qwen3Model", "llama": "LlamaModel", "mistral": "MistralModel",
@@ -40,7 +41,7 @@ def decoder(tmp_path):
         (tmp_path / "vocab.txt").write_text("a\n")
         kept = tmp_path / "model_state.pdparams"
         kept.touch()
-        rng, fresh = np.random.default_rng(0), paddlenlp_models.new_model(checkpoint.resolve(str(tmp_path)), "float32")
+        rng, fresh = np.random.default_rng(0), paddlenlp.new_model(checkpoint.resolve(str(tmp_path)), "float32")
         # BLOOM's fresh weights are 0.
         state = {name: w.numpy() + 0.2 * rng.normal(size=w.shape) for name, w in fresh.state_dict().items()}
         paddle.save({name: paddle.to_tensor(w, "float32") for name, w in state.items()}, str(kept))
@@ -57,7 +58,7 @@ def test_a_decoders_text_is_its_last_tokens_state(decoder, kind):
     assert model.pooling == "last"
     engine = PaddleEngine(model, "float32", "cpu")
     last = (np.arange(IDS.shape[1]) == LENGTHS[:, None] - 1).astype(np.float32)
-    alone = weights.load_model(model)
+    alone = loading.load_model(model)
     alone.eval()
     for row, own, length in zip(engine.forward(IDS, LENGTHS, last), IDS, LENGTHS, strict=True):
         output = alone(paddle.to_tensor(own[None, :length]))
@@ -102,11 +103,11 @@ def test_dropout_where_there_is_none_is_refused_before_the_model_is_loaded(decod
     model = decoder(kind)
     one, other = drawn(TrainableEncoder(model, "last", dropout=0.0))
     np.testing.assert_array_equal(one, other)
-    monkeypatch.setattr(training, "TrainableEncoder", None)
+    monkeypatch.setattr(job, "TrainableEncoder", None)
     rows = [{"query": "a", "pos_passage": [f"b{i}"]} for i in range(8)]
     given = {
         "model_name_or_path": str(tmp_path), "output_dir": str(tmp_path / "out"), "dropout": 0.1,
         "dataset_name_or_path": write_jsonl(tmp_path / "rows.json", rows),
     }  # fmt: skip
     with pytest.raises(ValueError, match=f"^dropout is 0.1; PaddleNLP has none in {kind} models"):
-        training.train(build(training_arguments(), **given))
+        job.train(build(training_arguments(), **given))

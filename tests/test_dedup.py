@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 from thread_ranks import on_ranks
 
-from utils import answers, dedup, screening
-from utils.dedup import DedupResult, Duplicate, Duplicates, remove_near_duplicates
-from utils.distributed import Ranks
-from utils.scores import pair_scores
-from utils.screening import ScreenedIndex, Sketcher
+from utils.cleaning import answers, greedy
+from utils.cleaning.greedy import DedupResult, Duplicate, Duplicates, remove_near_duplicates
+from utils.ranks.group import Ranks
+from utils.search import sketches
+from utils.search.scores import pair_scores
+from utils.search.sketches import ScreenedIndex, Sketcher
 
 
 def one_by_one(vectors, threshold):
@@ -45,8 +46,8 @@ def clean(vectors, threshold, rows=None):
 @pytest.mark.parametrize("threshold", [-1.0, 0.0, 0.5, 0.8, 0.9, 1.0])
 @pytest.mark.parametrize("block", [7, 64, 1024])
 def test_equals_one_by_one(threshold, block, monkeypatch):
-    monkeypatch.setattr(dedup._FullIndex, "block_rows", block)
-    monkeypatch.setattr(dedup, "_PART_ROWS", 50)
+    monkeypatch.setattr(greedy._FullIndex, "block_rows", block)
+    monkeypatch.setattr(greedy, "_PART_ROWS", 50)
     vectors = clustered(700, 24)
     result = clean(vectors, threshold)
     kept, removed = one_by_one(vectors, threshold)
@@ -60,13 +61,13 @@ def test_equals_one_by_one(threshold, block, monkeypatch):
 def test_rows_with_the_same_answers_go_at_a_lower_score(size, n_groups, screened, monkeypatch):
     monkeypatch.setattr(answers, "_PART_ROWS", 7)
     monkeypatch.setattr(answers, "_PART_KEPT", 5)
-    monkeypatch.setattr(dedup, "_MOST_PAIRS", 60)
-    monkeypatch.setattr(dedup._FullIndex, "block_rows", 128)
+    monkeypatch.setattr(greedy, "_MOST_PAIRS", 60)
+    monkeypatch.setattr(greedy._FullIndex, "block_rows", 128)
     monkeypatch.setattr(ScreenedIndex, "block_rows", 250)
     if screened:
-        monkeypatch.setattr(dedup, "_SCREENED_ROWS", 1)
+        monkeypatch.setattr(greedy, "_SCREENED_ROWS", 1)
         directions = np.linalg.qr(np.random.default_rng(1).standard_normal((24, 12)))[0]
-        monkeypatch.setattr(screening, "fit", lambda sample, threshold: Sketcher(directions))
+        monkeypatch.setattr(sketches, "fit", lambda sample, threshold: Sketcher(directions))
     vectors, low, high = clustered(700, 24), 0.7, 0.9
     groups = np.random.default_rng(2).integers(0, n_groups, 700)
     kept, removed = [], {}
@@ -94,14 +95,14 @@ def test_rows_with_the_same_answers_go_at_a_lower_score(size, n_groups, screened
 @pytest.mark.parametrize("screened", [True, False])
 @pytest.mark.parametrize("threshold", [0.5, 0.8])
 def test_any_number_of_ranks_decides_the_same(size, can_map, screened, threshold, tmp_path, monkeypatch):
-    monkeypatch.setattr(dedup, "_PART_ROWS", 50)
-    monkeypatch.setattr(dedup, "_MOST_PAIRS", 30)  # so that blocks must become smaller
-    monkeypatch.setattr(dedup._FullIndex, "block_rows", 128)
+    monkeypatch.setattr(greedy, "_PART_ROWS", 50)
+    monkeypatch.setattr(greedy, "_MOST_PAIRS", 30)  # so that blocks must become smaller
+    monkeypatch.setattr(greedy._FullIndex, "block_rows", 128)
     monkeypatch.setattr(ScreenedIndex, "block_rows", 250)
     if screened:
-        monkeypatch.setattr(dedup, "_SCREENED_ROWS", 1)
+        monkeypatch.setattr(greedy, "_SCREENED_ROWS", 1)
         directions = np.linalg.qr(np.random.default_rng(1).standard_normal((24, 12)))[0]
-        monkeypatch.setattr(screening, "fit", lambda sample, threshold: Sketcher(directions))
+        monkeypatch.setattr(sketches, "fit", lambda sample, threshold: Sketcher(directions))
     vectors, rows = clustered(700, 24), np.delete(np.arange(700), [5, 300])
     np.save(tmp_path / "vectors.npy", vectors)
     given = np.load(tmp_path / "vectors.npy", mmap_mode="r") if can_map else vectors
@@ -121,9 +122,9 @@ def test_any_number_of_ranks_decides_the_same(size, can_map, screened, threshold
 @pytest.mark.parametrize("can_map", [True, False])
 def test_a_last_block_may_have_fewer_rows_than_there_are_ranks(size, can_map, tmp_path, monkeypatch):
     monkeypatch.setattr(ScreenedIndex, "block_rows", 250)
-    monkeypatch.setattr(dedup, "_SCREENED_ROWS", 1)
+    monkeypatch.setattr(greedy, "_SCREENED_ROWS", 1)
     directions = np.linalg.qr(np.random.default_rng(1).standard_normal((24, 12)))[0]
-    monkeypatch.setattr(screening, "fit", lambda sample, threshold: Sketcher(directions))
+    monkeypatch.setattr(sketches, "fit", lambda sample, threshold: Sketcher(directions))
     vectors = clustered(251, 24)
     np.save(tmp_path / "vectors.npy", vectors)
     given = np.load(tmp_path / "vectors.npy", mmap_mode="r") if can_map else vectors
@@ -136,11 +137,11 @@ def test_a_last_block_may_have_fewer_rows_than_there_are_ranks(size, can_map, tm
 
 
 def test_a_block_of_nothing_but_copies_is_decided_within_bounds(monkeypatch):
-    monkeypatch.setattr(dedup, "_MOST_PAIRS", 40_000)
-    monkeypatch.setattr(dedup, "_PART_ROWS", 50)
-    monkeypatch.setattr(dedup._FullIndex, "block_rows", 1000)
-    joined, most = dedup.Pairs.joined, []
-    monkeypatch.setattr(dedup.Pairs, "joined", lambda parts: most.append(len(joined(parts)[0])) or joined(parts))
+    monkeypatch.setattr(greedy, "_MOST_PAIRS", 40_000)
+    monkeypatch.setattr(greedy, "_PART_ROWS", 50)
+    monkeypatch.setattr(greedy._FullIndex, "block_rows", 1000)
+    joined, most = greedy.Pairs.joined, []
+    monkeypatch.setattr(greedy.Pairs, "joined", lambda parts: most.append(len(joined(parts)[0])) or joined(parts))
     vectors = np.repeat(clustered(100, 8)[:1], 1000, axis=0)
     result = clean(vectors, 0.9)
     assert result.kept_rows.tolist() == [0]

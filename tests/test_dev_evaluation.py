@@ -3,7 +3,7 @@
 import pytest
 from conftest import write_jsonl
 
-from utils.dev_evaluation import DevSet
+from utils.training.dev import DevSet
 
 
 def test_the_corpus_grows_by_rows_of_either_shape(tmp_path):

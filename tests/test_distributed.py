@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from conftest import run_script
 
-from utils import distributed
-from utils.distributed import Ranks
+from utils.ranks import group
+from utils.ranks.group import Ranks
 
 
 def test_one_process_is_the_identity():
@@ -28,21 +28,22 @@ def test_the_interface_is_the_one_that_the_launcher_knows(monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "")  # so that it is undone, whatever is set below
     monkeypatch.delenv("GLOO_SOCKET_IFNAME")
     monkeypatch.setenv("PADDLE_CURRENT_ENDPOINT", "127.0.0.1:6170")
-    distributed._name_the_network_interface()
+    group._name_the_network_interface()
     assert os.environ["GLOO_SOCKET_IFNAME"] == "lo"
 
 
 def test_what_gloo_says_becomes_one_line():
-    with pytest.raises(ConnectionError, match="has ended"), distributed.through_gloo():
+    with pytest.raises(ConnectionError, match="has ended"), group.through_gloo():
         raise RuntimeError("[/paddle/third_party/gloo/gloo/transport/tcp/pair.cc:584] TIMEOUT self_rank = 0")
-    with pytest.raises(RuntimeError, match="no memory"), distributed.through_gloo():
+    with pytest.raises(RuntimeError, match="no memory"), group.through_gloo():
         raise RuntimeError("no memory")
 
 
 THREE_RANKS = """
     import sys
     import numpy as np
-    from utils import distributed, runtime, shared_memory
+    from utils.ranks import group as distributed, shared_memory
+    from utils.process import runtime
 
     def main():
         distributed._TEXTS_A_BLOCK = 2

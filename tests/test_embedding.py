@@ -8,11 +8,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from utils import embedding
-from utils.distributed import Ranks
-from utils.embedding import embed
-from utils.embedding_store import EmbeddingStore, derive, fingerprint, read_user_vectors
-from utils.encoder import Cut
+from utils.encoding import embed as embedding
+from utils.encoding.embed import embed
+from utils.encoding.encoder import Cut
+from utils.files.store import EmbeddingStore, derive, fingerprint, read_user_vectors
+from utils.ranks.group import Ranks
 
 
 class CountingEncoder:

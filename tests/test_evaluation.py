@@ -8,11 +8,13 @@ import pytest
 from conftest import FILLERS, TOPICS, read_jsonl, run_script, write_jsonl
 
 from embedding_evaluate import Embedding_Evaluation
-from utils import arguments, interruption, trec
-from utils import evaluation as evaluation_module
-from utils.arguments import EvaluateArguments
-from utils.embedding import build_encoders
-from utils.scores import pair_scores
+from utils.arguments import scripts
+from utils.arguments.scripts import EvaluateArguments
+from utils.encoding.embed import build_encoders
+from utils.evaluation import job as evaluation_module
+from utils.files import trec
+from utils.process import interruption
+from utils.search.scores import pair_scores
 
 KEYS = ["hit_rate@10", "hit_rate@5", "hit_rate@3", "hit_rate@1", "mrr@10", "mrr@5", "mrr@3", "ndcg@10", "ndcg@5"]
 KEYS += ["ndcg@3"]
@@ -52,7 +54,7 @@ def evaluation(tiny_model, tmp_path, **options) -> Embedding_Evaluation:
 
 
 def expected_ranking(tiny_model, queries, corpus, **options):
-    given = arguments.build(EvaluateArguments, model_path=tiny_model, dtype="float32", **options)
+    given = scripts.build(EvaluateArguments, model_path=tiny_model, dtype="float32", **options)
     given.dimension = given.dimension[0] if given.dimension else None
     query_encoder, passage_encoder = build_encoders(given)
     vectors, passages = query_encoder.encode(queries), passage_encoder.encode(corpus)
@@ -63,7 +65,7 @@ def expected_ranking(tiny_model, queries, corpus, **options):
 @pytest.mark.parametrize("nproc", [1, 2])
 def test_bm25_is_judged_instead_of_a_model(tiny_model, tmp_path, dev, nproc):
     """And its own run file, read again, gives the same values; also of queries in another order, and of others."""
-    from utils.bm25 import Bm25
+    from utils.search.bm25 import Bm25
 
     options = {**paths(dev), "ignore_identical": True}
     names = [f"--{name}={value}" for name, value in {**options, "lexical": True, "write_trec": True}.items()]
@@ -113,7 +115,7 @@ def test_what_stands_in_for_a_model_stands_alone(tiny_model, tmp_path):
         ({"lexical": True, "run_path": "run"}, "lexical and run_path are both given"),
         ({"lexical": True, "dimension": [8]}, "dimension is given with lexical, which has no vectors"),
     ):
-        with pytest.raises(arguments.ArgumentError, match=expected):
+        with pytest.raises(scripts.ArgumentError, match=expected):
             evaluation(tiny_model, tmp_path, dev_path="dev.json", **options)
 
 
@@ -255,7 +257,7 @@ def test_own_vectors_need_no_model_and_the_cache_encodes_once(tiny_model, tmp_pa
     first = evaluation(tiny_model, tmp_path, **cache).evaluate()
     again = evaluation(tiny_model, tmp_path, **cache).evaluate()
     assert again == first and again.report["counts"]["encoded"] == 0
-    given = arguments.build(EvaluateArguments, model_path=tiny_model, dtype="float32")
+    given = scripts.build(EvaluateArguments, model_path=tiny_model, dtype="float32")
     query_encoder, passage_encoder = build_encoders(given)
     rows = dev["rows"] + read_jsonl(dev["neg_path"])
     passages = [text for row in rows for text in (*row.get("pos_passage", []), *row.get("neg_passage", []))]
@@ -525,7 +527,7 @@ def test_an_earlier_file_that_does_not_go_with_this_run(tmp_path, line, message)
     ],
 )
 def test_bad_options(options, message):
-    with pytest.raises(arguments.ArgumentError) as caught:
+    with pytest.raises(scripts.ArgumentError) as caught:
         Embedding_Evaluation(**options)
     assert message in str(caught.value)
 
@@ -536,8 +538,8 @@ def test_toy_data_is_the_default_only_without_data_of_ones_own():
 
 
 def test_the_shipped_config_is_the_default(tmp_path):
-    shipped = arguments.parse(EvaluateArguments, ["config/embedding_evaluate.json"], "")
-    assert shipped == arguments.build(EvaluateArguments)
+    shipped = scripts.parse(EvaluateArguments, ["config/embedding_evaluate.json"], "")
+    assert shipped == scripts.build(EvaluateArguments)
 
 
 def test_a_mistake_is_one_line(tmp_path):

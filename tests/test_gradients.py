@@ -6,10 +6,14 @@ from conftest import make_rows, run_script, write_jsonl
 from gradient_worker import BATCH, CASES, GROUP, Case, gradients
 from thread_ranks import on_ranks
 
-from utils import checkpoint, losses, matmul, tokenizing, training_data, training_rows
-from utils.batch_plan import Plan
-from utils.distributed import Ranks
-from utils.gradients import Outcome
+from utils.kernels import onednn
+from utils.models import checkpoint
+from utils.models.tokenizers import tokenizer as tokenizing
+from utils.ranks.group import Ranks
+from utils.training import batches, losses
+from utils.training import rows as training_rows
+from utils.training.gradients import Outcome
+from utils.training.plan import Plan
 
 TOLERANCE = 1e-5
 
@@ -38,7 +42,7 @@ def relative_error(found: dict, expected: dict) -> float:
     return float(np.sqrt(difference / sum(np.square(g, dtype=np.float64).sum() for g in expected.values())))
 
 
-needs_bfloat16 = pytest.mark.skipif(not matmul.bfloat16_is_fast(), reason="no bfloat16 products here")
+needs_bfloat16 = pytest.mark.skipif(not onednn.bfloat16_is_fast(), reason="no bfloat16 products here")
 
 
 @pytest.mark.parametrize("short", [0, 1])
@@ -111,13 +115,13 @@ def test_the_cache_replays_dropout(tiny_model, rows_path):
 def with_one_graph(model: str, rows_path: str, chunk: int):
     import paddle
 
-    from utils.tokenizing import padded
-    from utils.trainable import TrainableEncoder
+    from utils.models.tokenizers.tokenizer import padded
+    from utils.training.encoder import TrainableEncoder
 
     base = checkpoint.resolve(model)
     rows = training_rows.read([rows_path], None, "error", False)
     tokenizer = tokenizing.load(base.tokenizer_folder, 32, base.is_torch)
-    collate = training_data.Collator(rows, GROUP, (tokenizer, tokenizer), ("{text}", "{text}"))
+    collate = batches.Collator(rows, GROUP, (tokenizer, tokenizer), ("{text}", "{text}"))
     batch = collate(Plan(rows, BATCH, GROUP, seed=3).epoch(0)[0], 0)
     encoder = TrainableEncoder(base, "mean")
     encoder.model.train()
@@ -135,7 +139,7 @@ def with_one_graph(model: str, rows_path: str, chunk: int):
 
 
 def test_the_lean_forward_pass_is_paddlenlps(tiny_model):
-    from utils.trainable import TrainableEncoder
+    from utils.training.encoder import TrainableEncoder
 
     encoder = TrainableEncoder(checkpoint.resolve(tiny_model), "mean")
     encoder.model.eval()
@@ -171,10 +175,10 @@ def dropped_by(shape, dropping):
     """The mask of a kernel's dropout, as a tensor."""
     import paddle
 
-    from utils import cpu_kernels
+    from utils.kernels import training_loops
 
     mask = np.empty(shape, np.float32)
-    cpu_kernels.dropout(np.ones(shape, np.float32), 0, dropping, mask)
+    training_loops.dropout(np.ones(shape, np.float32), 0, dropping, mask)
     return paddle.to_tensor(mask)
 
 
@@ -183,19 +187,19 @@ def test_the_cpu_layers_are_paddles(share, monkeypatch):
     import paddle
     from paddle.nn import functional
 
-    from utils import cpu_blocks, cpu_layers
+    from utils.training.layers import blocks, cpu
 
-    monkeypatch.setattr(cpu_blocks, "_ROWS", 3)
+    monkeypatch.setattr(blocks, "_ROWS", 3)
     paddle.seed(0)
     x, z, bias, gain, offset = (paddle.randn(shape) * 2 for shape in ([20, 7], [20, 7], [7], [7], [7]))
-    drop = cpu_layers.Drop(share, [3])
+    drop = cpu.Drop(share, [3])
     mask = dropped_by([20, 7], drop.settled())
-    both_ways([x, bias], cpu_layers.gelu, lambda x, bias: functional.gelu(x + bias))
-    both_ways([x], cpu_layers.gelu, functional.gelu)
-    both_ways([x], lambda x: cpu_layers.dropout(x, drop), lambda x: x * mask)
+    both_ways([x, bias], cpu.gelu, lambda x, bias: functional.gelu(x + bias))
+    both_ways([x], cpu.gelu, functional.gelu)
+    both_ways([x], lambda x: cpu.dropout(x, drop), lambda x: x * mask)
     both_ways(
         [x, z, bias, gain, offset],
-        lambda *tensors: cpu_layers.add_norm(*tensors, 1e-5, drop),
+        lambda *tensors: cpu.add_norm(*tensors, 1e-5, drop),
         lambda x, z, bias, gain, offset: functional.layer_norm(x + (z + bias) * mask, [7], gain, offset, 1e-5),
     )
 
@@ -207,13 +211,13 @@ def test_the_cpu_attention_is_the_textbooks(share, size, monkeypatch):
     import paddle
     from paddle.nn import functional
 
-    from utils import cpu_attention, cpu_layers
+    from utils.training.layers import attention, cpu
 
-    monkeypatch.setattr(cpu_attention, "_SCORES", 200)  # so that some texts are cut by heads and some are not
+    monkeypatch.setattr(attention, "_SCORES", 200)  # so that some texts are cut by heads and some are not
     lengths, heads, width = [7, 1, 13, 4], 4, 6
     paddle.seed(1)
     inputs = [paddle.randn([sum(lengths), 3 * heads * width]) * size, paddle.randn([3 * heads * width])]
-    drop = cpu_layers.Drop(share, [5])
+    drop = cpu.Drop(share, [5])
 
     def textbook(qkv, bias):
         rows = []
@@ -225,15 +229,15 @@ def test_the_cpu_attention_is_the_textbooks(share, size, monkeypatch):
             rows.append(paddle.matmul(weights, value).transpose([1, 0, 2]).reshape([t, heads * width]))
         return paddle.concat(rows)
 
-    both_ways(inputs, lambda *t: cpu_layers.attention(*t, lengths, heads, drop), textbook, 1e-5 * size**2)
+    both_ways(inputs, lambda *t: cpu.attention(*t, lengths, heads, drop), textbook, 1e-5 * size**2)
 
 
 def test_the_rounded_attention_is_nearly_the_other():
     import paddle
 
-    from utils import cpu_attention, cpu_layers
+    from utils.training.layers import attention, cpu
 
-    if not cpu_attention.can_round(32, cpu_layers.Drop()):
+    if not attention.can_round(32, cpu.Drop()):
         pytest.skip("this processor has no AMX")
     paddle.seed(2)
     lengths, heads = [7, 40, 1, 70], 3
@@ -244,15 +248,15 @@ def test_the_rounded_attention_is_nearly_the_other():
         tensors = [tensor.clone().detach() for tensor in inputs]
         for tensor in tensors:
             tensor.stop_gradient = False
-        result = cpu_layers.attention(*tensors, lengths, heads, bfloat16=bfloat16)
+        result = cpu.attention(*tensors, lengths, heads, bfloat16=bfloat16)
         (result * outer).sum().backward()
         gradients = (tensor.grad.numpy() for tensor in tensors)
         found.append([result.numpy(), *(part for own in gradients for part in np.split(own, 3, axis=-1))])
     key_bias = 5  # added to every score of a row alike, it changes nothing: its gradient is 0 but for rounding
     for number, (exact, rounded) in enumerate(zip(*found, strict=True)):
         assert 0 < np.linalg.norm(rounded - exact) <= (1.0 if number == key_bias else 0.01 * np.linalg.norm(exact))
-    dropped = cpu_layers.attention(*inputs, lengths, heads, cpu_layers.Drop(0.5, [1]), bfloat16=True)
-    same = cpu_layers.attention(*inputs, lengths, heads, cpu_layers.Drop(0.5, [1]))
+    dropped = cpu.attention(*inputs, lengths, heads, cpu.Drop(0.5, [1]), bfloat16=True)
+    same = cpu.attention(*inputs, lengths, heads, cpu.Drop(0.5, [1]))
     np.testing.assert_array_equal(dropped.numpy(), same.numpy())
 
 
@@ -261,16 +265,16 @@ def test_the_rounded_attention_is_nearly_the_other():
 def test_a_bfloat16_layer_multiplies_what_it_rounds(n):
     import paddle
 
-    from utils import cpu_layers
+    from utils.training.layers import cpu
 
     rng = np.random.default_rng(n)
     x, weight, gradient = (rng.standard_normal(shape).astype(np.float32) for shape in ((n, 48), (48, 40), (n, 40)))
 
     def rounded(values):
-        return (matmul.to_bfloat16(values).astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+        return (onednn.to_bfloat16(values).astype(np.uint32) << 16).view(np.float32).astype(np.float64)
 
     tensors = [paddle.to_tensor(values, stop_gradient=False) for values in (x, weight)]
-    result = cpu_layers.linear(*tensors)
+    result = cpu.linear(*tensors)
     result.backward(paddle.to_tensor(gradient))
     x, weight, gradient = map(rounded, (x, weight, gradient))
     for found, left, right in (
@@ -279,17 +283,17 @@ def test_a_bfloat16_layer_multiplies_what_it_rounds(n):
         bound = np.abs(left) @ np.abs(right) * (left.shape[1] + 2) * 2.0**-24
         assert (np.abs(found.numpy() - left @ right) <= bound).all()
     tensors[1].stop_gradient = True
-    cpu_layers.linear(*tensors).sum().backward()
+    cpu.linear(*tensors).sum().backward()
 
 
 def test_cpu_dropout_draws_evenly():
     """Its share, its mean, and no likeness between neighbours, rows, keys."""
     import paddle
 
-    from utils import cpu_layers
+    from utils.training.layers import cpu
 
     x = paddle.ones([400, 500])
-    first, second = (cpu_layers.dropout(x, cpu_layers.Drop(0.1, [seed])).numpy() for seed in (0, 1))
+    first, second = (cpu.dropout(x, cpu.Drop(0.1, [seed])).numpy() for seed in (0, 1))
     assert (first == 0).mean() == pytest.approx(0.1, abs=0.003)
     assert first.mean() == pytest.approx(1, abs=0.003)
     for other in (second, np.roll(first, 1, axis=1), np.roll(first, 1, axis=0)):
@@ -298,13 +302,13 @@ def test_cpu_dropout_draws_evenly():
 
 def test_no_key_moves_anothers_mask_along():
     """Keys that differ by as much as places do."""
-    from utils import cpu_kernels
+    from utils.kernels import training_loops
 
     whole, masks = np.ones((1, 20_000), np.float32), []
     for key in (5, (5 + 1000 * 0x9E3779B1) % 2**32):
         masks.append(np.empty_like(whole))
-        dropping = cpu_kernels.Dropping(np.uint32(key), np.uint32(2**31), np.float32(2))
-        cpu_kernels.dropout(whole, 0, dropping, masks[-1])
+        dropping = training_loops.Dropping(np.uint32(key), np.uint32(2**31), np.float32(2))
+        training_loops.dropout(whole, 0, dropping, masks[-1])
     for moved in (1000, -1000):
         assert abs(np.corrcoef(masks[0].ravel(), np.roll(masks[1], moved).ravel())[0, 1]) < 0.05
 
@@ -312,19 +316,19 @@ def test_no_key_moves_anothers_mask_along():
 def test_nan_comes_through_the_cpu_layers():
     import paddle
 
-    from utils import cpu_layers
+    from utils.training.layers import cpu
 
     x = paddle.randn([6, 8])
     x[2, 3] = float("nan")
     gain = paddle.ones([8])
-    assert np.isnan(cpu_layers.gelu(x).numpy()).sum() == 1
-    assert np.isnan(cpu_layers.add_norm(x, x, None, gain, gain, 1e-5, cpu_layers.Drop()).numpy()).any(axis=1).sum() == 1
-    assert np.isnan(cpu_layers.attention(paddle.concat([x] * 3, axis=1), None, [4, 2], 2).numpy()[2]).any()
+    assert np.isnan(cpu.gelu(x).numpy()).sum() == 1
+    assert np.isnan(cpu.add_norm(x, x, None, gain, gain, 1e-5, cpu.Drop()).numpy()).any(axis=1).sum() == 1
+    assert np.isnan(cpu.attention(paddle.concat([x] * 3, axis=1), None, [4, 2], 2).numpy()[2]).any()
 
 
 def test_padded_batches_are_packed_ones(tiny_model, monkeypatch):
     """What a GPU computes, computed here: texts padded to one length, in Paddle's own operators."""
-    from utils import trainable
+    from utils.training import encoder as trainable
 
     encoder = trainable.TrainableEncoder(checkpoint.resolve(tiny_model), "mean")
     encoder.model.eval()
@@ -345,7 +349,7 @@ def test_recomputing_changes_no_gradients(tiny_model, trained):
     """Of two passes, each with its own dropout, before one backward pass: as queries and passages are trained."""
     import paddle
 
-    from utils.trainable import TrainableEncoder
+    from utils.training.encoder import TrainableEncoder
 
     found = []
     for recompute in (False, True):

@@ -10,11 +10,11 @@ from conftest import make_rows, run_script, write_jsonl
 from thread_ranks import on_ranks
 
 from clean_query import Clean_Query
-from utils import holdout
-from utils.distributed import Ranks
-from utils.ragged import Ragged
-from utils.records import fold
-from utils.scores import pair_scores
+from utils.cleaning import holdout
+from utils.files.jsonl import fold
+from utils.files.ragged import Ragged
+from utils.ranks.group import Ranks
+from utils.search.scores import pair_scores
 
 THRESHOLD = 0.97
 

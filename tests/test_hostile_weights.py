@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 from conftest import make_rows, make_tiny_bert, write_jsonl
 
-from utils import checkpoint, paddlenlp_models, pdparams, reranker, torch_files
-from utils.arguments import build
-from utils.training import train
-from utils.training_arguments import TrainArguments
-from utils.weight_files import read_weights
+from utils.arguments.scripts import build
+from utils.arguments.training import TrainArguments
+from utils.encoding import cross_encoder
+from utils.models import checkpoint, paddlenlp, pdparams, torch_files
+from utils.models.weight_files import read_weights
+from utils.training.job import train
 
 
 class _Call:
@@ -86,13 +87,13 @@ def test_a_reranker(tmp_path, file):
     for name in ("system", "eval", "old opcodes"):
         hostile(folder / file, payloads(victim)[name])
         with pytest.raises(ValueError, match="cannot load this reranker"):
-            reranker.Reranker(str(folder), 32).score([("a", "b")])
+            cross_encoder.Reranker(str(folder), 32).score([("a", "b")])
     assert not victim.exists()
 
 
 def test_what_paddlenlp_loads_after_a_download(tmp_path):
     """Only a block of ``checked_files`` stands between a fetched file and Paddle's own loaders."""
-    paddlenlp_models.import_paddlenlp()
+    paddlenlp.import_paddlenlp()
     import paddle
     from paddlenlp.transformers import conversion_utils
 
@@ -101,7 +102,7 @@ def test_what_paddlenlp_loads_after_a_download(tmp_path):
         ("model_state.pdparams", paddle, "load"), ("pytorch_model.bin", conversion_utils, "load_torch")
     ):  # fmt: skip
         hostile(tmp_path / file, payloads(victim)["system"])
-        with paddlenlp_models.checked_files(), pytest.raises(ValueError, match=file):
+        with paddlenlp.checked_files(), pytest.raises(ValueError, match=file):
             getattr(holder, load)(str(tmp_path / file))
     assert not victim.exists()
 

@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 from conftest import make_rows, read_jsonl, script_command, script_env, write_jsonl
 
-from utils import interruption, training
-from utils.arguments import build
-from utils.embedding_trainer import EmbeddingTrainer
-from utils.gradients import GradientStep
-from utils.pdparams import read
-from utils.training_arguments import training_arguments
+from utils.arguments.scripts import build
+from utils.arguments.training import training_arguments
+from utils.models.pdparams import read
+from utils.process import interruption
+from utils.training import job as training
+from utils.training.gradients import GradientStep
+from utils.training.trainer import EmbeddingTrainer
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from utils import json_files
+from utils.files import json_files
 
 BOM = b"\xef\xbb\xbf"
 

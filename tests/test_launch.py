@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, make_rows, run_script, script_command, script_env, write_jsonl
 
-from utils import engines
+from utils.encoding import engines
 
 OUTPUTS = ("clean.json", "clean.json.removed.jsonl")
 

@@ -8,7 +8,7 @@ import tokenizers
 from test_word_cache import KINDS, nasty_texts
 from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 
-from utils import tokenizing
+from utils.models.tokenizers import tokenizer as tokenizing
 
 # As GPT's and its successors' are: white space looks at what follows, digits are grouped from the right.
 _GPT = r"'s|'t| ?\p{L}+|\p{N}{1,3}(?=(?:\p{N}{3})*(?!\p{N}))| ?[^\s\p{L}\p{N}]+|\s*[\r\n]+|\s+(?!\S)|\s+"

@@ -5,9 +5,9 @@ import math
 import numpy as np
 import pytest
 
-from utils import losses
-from utils.losses import LOSSES, Targets, objective
-from utils.training_arguments import LOSS_TYPES
+from utils.arguments.training import LOSS_TYPES
+from utils.training import losses
+from utils.training.losses import LOSSES, Targets, objective
 
 N, G, D, T, MARGIN = 5, 3, 7, 0.3, 0.4
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from conftest import resident
 
-from utils.mapped import map_place, place_of, release, taken
+from utils.ranks.mapped import map_place, place_of, release, taken
 
 
 @pytest.fixture

@@ -5,12 +5,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from utils import margins
-from utils.mining_problem import Problem
-from utils.ragged import Ragged
-from utils.rankings import Rankings
-from utils.scores import Neighbors
-from utils.search import ExactIndex
+from utils.files.ragged import Ragged
+from utils.mining import margins
+from utils.mining.problem import Problem
+from utils.mining.tiers import Rankings
+from utils.search.exact import ExactIndex
+from utils.search.scores import Neighbors
 
 
 def neighbors_of(problem: Problem, depth: int) -> Neighbors:

@@ -14,7 +14,7 @@ import time
 import pytest
 from conftest import ROOT, script_env
 
-from utils import meeting
+from utils.ranks import meeting
 
 TOKEN = secrets.token_bytes(32)
 
@@ -92,7 +92,8 @@ def test_strangers_are_sent_away():
 HOSTS = ("one", "two")
 TWO_HOSTS = """
     import os, sys, time
-    from utils import distributed, runtime
+    from utils.ranks import group as distributed
+    from utils.process import runtime
 
     def main():
         ranks = distributed.Ranks()

@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from utils import metrics
-from utils.metrics import FORMULAE, Relevance
+from utils.evaluation import metrics
+from utils.evaluation.metrics import FORMULAE, Relevance
 
 NAMES = [f"{name}@{k}" for name in FORMULAE for k in (1, 3, 5, 10)]
 

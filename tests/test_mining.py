@@ -10,29 +10,23 @@ from conftest import make_rows, make_tiny_bert, read_jsonl, run_script, write_js
 from thread_ranks import on_ranks
 
 from mining_negative_samples import MiningNegativeSamples
-from utils import (
-    arguments,
-    bm25,
-    collection,
-    embedding,
-    encoder,
-    fusion,
-    mining,
-    mining_search,
-    reranker,
-    runtime,
-    training_rows,
-)  # fmt: skip
-from utils.arguments import ArgumentError, EvaluateArguments, MiningArguments
-from utils.distributed import Ranks
-from utils.encoder import Cut
-from utils.evaluation_rankings import GivenRankings
-from utils.mapped import is_mapped
-from utils.mining_inputs import Inputs
-from utils.mining_problem import Problem
-from utils.records import fold
-from utils.scores import pair_scores
-from utils.search import ExactIndex
+from utils.arguments import scripts
+from utils.arguments.scripts import ArgumentError, EvaluateArguments, MiningArguments
+from utils.encoding import cross_encoder, embed, encoder
+from utils.encoding.encoder import Cut
+from utils.evaluation import collection
+from utils.evaluation.rankings import GivenRankings
+from utils.files.jsonl import fold
+from utils.mining import candidates, job
+from utils.mining.inputs import Inputs
+from utils.mining.problem import Problem
+from utils.process import runtime
+from utils.ranks.group import Ranks
+from utils.ranks.mapped import is_mapped
+from utils.search import bm25, fusion
+from utils.search.exact import ExactIndex
+from utils.search.scores import pair_scores
+from utils.training import rows as training_rows
 
 
 def mining_rows() -> list[dict]:
@@ -140,7 +134,7 @@ def test_neighbours_equal_brute_force(mine, tiny_model):
     result, _ = mine(relative_margin=None, positive_similarity=None, negative_similarity=None, num_negatives=40)
     rows = mining_rows()
     passages = list(dict.fromkeys(text for row in rows for text in row["pos_passage"]))
-    query_encoder, passage_encoder = embedding.build_encoders(arguments.build(MiningArguments, model_path=tiny_model))
+    query_encoder, passage_encoder = embed.build_encoders(scripts.build(MiningArguments, model_path=tiny_model))
     queries = list(dict.fromkeys(row["query"] for row in rows))
     query_vectors, vectors = query_encoder.encode(queries), passage_encoder.encode(passages)
     banned = forbidden_texts(rows)
@@ -158,7 +152,7 @@ def test_a_second_run_with_other_rules_encodes_and_searches_nothing(mine, monkey
     def fail(*args, **kwargs):
         raise AssertionError("encoded or searched again")
 
-    monkeypatch.setattr(embedding, "_fill", fail)
+    monkeypatch.setattr(embed, "_fill", fail)
     monkeypatch.setattr(ExactIndex, "search", fail)
     second, out = mine(range_for_sampling="5-40", relative_margin=0.4, num_negatives=3, output_format="triplet")
     assert second.report["counts"]["searched"] == second.report["counts"]["encoded"] == 0
@@ -166,7 +160,7 @@ def test_a_second_run_with_other_rules_encodes_and_searches_nothing(mine, monkey
 
 
 def test_a_killed_search_goes_on_where_it_stopped(mine, tmp_path, monkeypatch):
-    monkeypatch.setattr(mining_search, "_QUERY_BLOCK", 16)
+    monkeypatch.setattr(candidates, "_QUERY_BLOCK", 16)
     mine = partial(mine, range_for_sampling="0-50")
     _, out = mine(embedding_cache=None)
     whole = Path(out).read_bytes()
@@ -192,8 +186,8 @@ def test_a_killed_search_goes_on_where_it_stopped(mine, tmp_path, monkeypatch):
 @pytest.mark.parametrize("retrievers", [{}, {"lexical": True}])
 def test_only_queries_with_too_few_candidates_left_are_searched_further(mine, tmp_path, monkeypatch, retrievers):
     """They get what their larger window gives; the others what theirs gives; a second run searches nothing."""
-    monkeypatch.setattr(arguments, "_USUAL_WINDOW", 12)
-    monkeypatch.setattr(mining, "FURTHEST", 60)
+    monkeypatch.setattr(scripts, "_USUAL_WINDOW", 12)
+    monkeypatch.setattr(job, "FURTHEST", 60)
     options = {
         "embedding_cache": str(tmp_path / "cache"), "num_negatives": 6, "relative_margin": 0.3, "mix": None,
         "negative_similarity": None, **retrievers,
@@ -366,7 +360,7 @@ def test_short_rows(mine, tmp_path):
     assert filled.report["counts"]["backfilled"] > 0
 
 
-@pytest.mark.parametrize("name", arguments.FORMATS)
+@pytest.mark.parametrize("name", scripts.FORMATS)
 def test_rows_that_other_tools_cannot_take_are_set_aside(mine, tmp_path, caplog, name):
     rows = [row | {"answer": "yes"} for row in mining_rows()]
     source = write_jsonl(tmp_path / "qa.json", rows)
@@ -517,7 +511,7 @@ def test_own_negatives_are_scored_as_others_are(mine, tmp_path):
         assert row["neg_scores"] == [negative.score for negative in negatives]
         assert all(abs(score) <= 1 + 1e-6 for score in row["neg_scores"])
     _, out = mine(**options, reranker_path=folder)
-    scorer = reranker.Reranker(folder, 512)
+    scorer = cross_encoder.Reranker(folder, 512)
     for row in read_jsonl(out)[:20]:
         logits = scorer.score([(row["query"], text) for text in row["pos_passage"] + row["neg_passage"]])
         np.testing.assert_allclose(row["pos_scores"] + row["neg_scores"], logits, atol=1e-3)
@@ -576,7 +570,7 @@ def test_a_corpus_smaller_than_what_is_asked_for(mine, tmp_path, caplog):
 )
 def test_bad_options(options, message):
     with pytest.raises(ArgumentError) as caught:
-        arguments.build(MiningArguments, **options)
+        scripts.build(MiningArguments, **options)
     assert message in str(caught.value)
 
 
@@ -679,9 +673,9 @@ def test_a_run_file_names_the_same_texts_in_mining_and_evaluation(tmp_path, pool
     kept = {None: {}, "candidate_pool": {"neg_path": pool}, "candidate_pool_only": {"corpus_path": pool}}[pooled]
     (tmp_path / "run").write_text("q1 Q0 d1 1 1.0 t\n")
     run = {"run_path": str(tmp_path / "run")}
-    judged = collection.read(arguments.build(EvaluateArguments, dev_path=source, **kept, **run))
+    judged = collection.read(scripts.build(EvaluateArguments, dev_path=source, **kept, **run))
     names = {judged.passage_id(row): text for row, text in enumerate(judged.passages)}
-    found = Inputs.read(arguments.build(MiningArguments, input_data_path=source, **mined, **run))
+    found = Inputs.read(scripts.build(MiningArguments, input_data_path=source, **mined, **run))
     for name, number in found.passage_ids.items():
         assert names[name] == found.passages[number]
     assert {name: judged.queries[n] for n, name in enumerate(judged.query_ids)} == {
@@ -689,15 +683,15 @@ def test_a_run_file_names_the_same_texts_in_mining_and_evaluation(tmp_path, pool
     }
     every = [f"{query} Q0 {name} 1 {n} t" for query in judged.query_ids for n, name in enumerate(names)]
     (tmp_path / "run").write_text("\n".join(every))
-    found = Inputs.read(arguments.build(MiningArguments, input_data_path=source, **mined, **run))
+    found = Inputs.read(scripts.build(MiningArguments, input_data_path=source, **mined, **run))
     assert {*found.run_lists[0]} == {*range(found.n_candidates)} and "now they are" not in caplog.text
     # Numbers from 0, as mining once counted, mean the same to both.
     older = [f"{i} Q0 {n} 1 {n} t" for i in range(len(judged.queries)) for n in range(found.n_candidates)]
     (tmp_path / "run").write_text("\n".join(older))
-    found = Inputs.read(arguments.build(MiningArguments, input_data_path=source, **mined, **run))
+    found = Inputs.read(scripts.build(MiningArguments, input_data_path=source, **mined, **run))
     assert found.run_lists[0] == [*range(found.n_candidates)][::-1]
     assert caplog.text.count("name queries or passages by their numbers from 0") == 1
-    ranked = GivenRankings(arguments.build(EvaluateArguments, dev_path=source, **kept, **run), judged).search(0, 1, 99)
+    ranked = GivenRankings(scripts.build(EvaluateArguments, dev_path=source, **kept, **run), judged).search(0, 1, 99)
     texts = [judged.passages[row] for row in ranked.rows[0] if row >= 0]
     assert texts == [found.passages[number] for number in found.run_lists[0]]
 
@@ -778,7 +772,7 @@ def test_own_vectors(mine, tmp_path, tiny_model):
     _, out = mine(write_corpus=True)
     expected = [row["neg_passage"] for row in read_jsonl(out)]
     _, passages = ids_of(out)
-    query_encoder, passage_encoder = embedding.build_encoders(arguments.build(MiningArguments, model_path=tiny_model))
+    query_encoder, passage_encoder = embed.build_encoders(scripts.build(MiningArguments, model_path=tiny_model))
     np.save(tmp_path / "q.npy", query_encoder.encode([row["query"] for row in mining_rows()]) * np.float32(3))
     np.save(tmp_path / "p.npy", passage_encoder.encode(list(passages.values())).astype(np.float64))
     own = {"embeddings_path": str(tmp_path / "q.npy"), "passage_embeddings_path": str(tmp_path / "p.npy")}
@@ -810,7 +804,7 @@ def test_own_vectors_stay_in_their_files(mine, own, tmp_path, monkeypatch):
     vectors = np.load(own["embeddings_path"])
     np.save(own["embeddings_path"], np.concatenate([np.ones((1, 21), np.float32), vectors]))
     seen = []
-    monkeypatch.setattr(mining, "Problem", lambda *given: seen.append(given) or Problem(*given))
+    monkeypatch.setattr(job, "Problem", lambda *given: seen.append(given) or Problem(*given))
     mine(**own, input_data_path=source, on_bad_row="skip", embedding_cache=None)
     _, queries, passages, *_ = seen[0]
     assert is_mapped(queries) and is_mapped(passages)
@@ -818,7 +812,7 @@ def test_own_vectors_stay_in_their_files(mine, own, tmp_path, monkeypatch):
     first = [texts.index(query) for query in dict.fromkeys(texts)]
     expected = vectors[first] / np.linalg.norm(vectors[first], axis=1, keepdims=True)
     np.testing.assert_allclose(queries, expected, rtol=1e-6)
-    inputs = Inputs.read(arguments.build(MiningArguments, **own, input_data_path=source, on_bad_row="skip"))
+    inputs = Inputs.read(scripts.build(MiningArguments, **own, input_data_path=source, on_bad_row="skip"))
     assert is_mapped(inputs.query_vectors)
 
 
@@ -871,8 +865,8 @@ def test_what_an_approximate_index_found_is_kept_for_its_own_depth_with_its_reca
 
 def test_what_fails_on_the_first_rank_fails_on_all(tmp_path):
     pairs, queries = [("a", "bc")] * 5, np.zeros((2, 4), np.float32)
-    reranker.rerank(LengthReranker(), pairs, Ranks(), tmp_path / "logits")
-    embedding.embed(Alike(), ["a"] * 5, Ranks(), tmp_path / "vectors", "texts")
+    cross_encoder.rerank(LengthReranker(), pairs, Ranks(), tmp_path / "logits")
+    embed.embed(Alike(), ["a"] * 5, Ranks(), tmp_path / "vectors", "texts")
     for path in tmp_path.glob("*/*/vectors"):
         path.write_bytes(b"1" * path.stat().st_size)
 
@@ -882,11 +876,11 @@ def test_what_fails_on_the_first_rank_fails_on_all(tmp_path):
 
     def work(ranks):
         for collective in (
-            lambda: reranker.rerank(LengthReranker(), pairs if ranks.is_first else None, ranks, tmp_path / "logits"),
-            lambda: embedding.embed(
-                Alike(), ["a"] * 5 if ranks.is_first else None, ranks, tmp_path / "vectors", "texts"
+            lambda: cross_encoder.rerank(
+                LengthReranker(), pairs if ranks.is_first else None, ranks, tmp_path / "logits"
             ),
-            lambda: mining_search._OnFirst(ranks, Failing() if ranks.is_first else None).search(queries, 3),
+            lambda: embed.embed(Alike(), ["a"] * 5 if ranks.is_first else None, ranks, tmp_path / "vectors", "texts"),
+            lambda: candidates._OnFirst(ranks, Failing() if ranks.is_first else None).search(queries, 3),
         ):
             with pytest.raises(ValueError, match="is damaged"):
                 collective()
@@ -923,7 +917,7 @@ def test_a_reranker_has_the_last_word(mine, tiny_model, tmp_path, monkeypatch):
     assert wide.drops_by_reason["reranker_margin"] == 0 and wide.report["counts"]["reranked"] > 100
     narrow, out = mine(reranker_path=str(folder), reranker_margin=0.0, output_scores=True)
     assert narrow.drops_by_reason["reranker_margin"] > 0
-    scorer = reranker.Reranker(str(folder), 512)
+    scorer = cross_encoder.Reranker(str(folder), 512)
     for row in read_jsonl(out)[:20]:
         texts = row["pos_passage"] + row["neg_passage"]
         logits = scorer.score([(row["query"], text) for text in texts])
@@ -951,7 +945,7 @@ def test_a_cross_encoders_logits_reach_the_rows_and_a_training(tiny_model, tmp_p
     report = json.loads(out.with_name(out.name + ".report.json").read_text())
     assert report["counts"]["backfilled"] > 0 and report["output_scores"]["kind"] == "logits of the cross-encoder"
     assert report["scores"]["positives"]["max"] <= 1 < report["output_scores"]["positives"]["max"]
-    scorer, rows = reranker.Reranker(folder, 512), read_jsonl(out)
+    scorer, rows = cross_encoder.Reranker(folder, 512), read_jsonl(out)
     for row in rows:
         logits = scorer.score([(row["query"], text) for text in row["pos_passage"] + row["neg_passage"]])
         np.testing.assert_allclose(row["pos_scores"] + row["neg_scores"], logits, atol=1e-3)
@@ -972,10 +966,10 @@ def test_a_cross_encoders_logits_reach_the_rows_and_a_training(tiny_model, tmp_p
 
 
 def test_a_killed_reranking_goes_on_where_it_stopped(mine, tmp_path, monkeypatch):
-    monkeypatch.setattr(reranker, "_BATCHES_A_ROUND", 2)
+    monkeypatch.setattr(cross_encoder, "_BATCHES_A_ROUND", 2)
     options = {"reranker_path": make_tiny_bert(tmp_path / "reranker", labels=1), "embedding_cache": None}
     _, out = mine(**options, reranker_margin=0.0)
-    whole, score, calls = Path(out).read_bytes(), reranker.Reranker.score, []
+    whole, score, calls = Path(out).read_bytes(), cross_encoder.Reranker.score, []
 
     def dying(self, pairs):
         calls.append(pairs)
@@ -983,10 +977,10 @@ def test_a_killed_reranking_goes_on_where_it_stopped(mine, tmp_path, monkeypatch
             raise KeyboardInterrupt
         return score(self, pairs)
 
-    monkeypatch.setattr(reranker.Reranker, "score", dying)
+    monkeypatch.setattr(cross_encoder.Reranker, "score", dying)
     with pytest.raises(KeyboardInterrupt):
         mine(**options, reranker_margin=0.0)
-    monkeypatch.setattr(reranker.Reranker, "score", score)
+    monkeypatch.setattr(cross_encoder.Reranker, "score", score)
     again, out = mine(**options, reranker_margin=0.0)
     assert Path(out).read_bytes() == whole and again.report["counts"]["encoded"] == 0
     options["embedding_cache"] = str(tmp_path / "fresh")
@@ -1014,7 +1008,7 @@ def test_what_is_cut_of_a_cross_encoders_pairs_is_counted(mine, tmp_path, caplog
     assert "pairs are longer than 16 tokens" in caplog.text and "See reranker_max_len" in caplog.text
     again, _ = mine(**options)
     assert again.report["counts"]["reranked"] == 0 and again.report["cut"] == result.report["cut"]
-    scorer = reranker.Reranker(folder, 16)
+    scorer = cross_encoder.Reranker(folder, 16)
     pairs = [("loan " * n, "card " * 3) for n in range(1, 31)]
     assert scorer.cut(pairs) == (
         sum(n + 6 > 16 for n in range(1, 31)),
@@ -1042,7 +1036,7 @@ def test_logits_on_any_number_of_ranks(tmp_path):
     for size in (1, 2, 3):
 
         def work(ranks, folder=tmp_path / str(size)):
-            return reranker.rerank(LengthReranker(), pairs if ranks.is_first else None, ranks, folder)
+            return cross_encoder.rerank(LengthReranker(), pairs if ranks.is_first else None, ranks, folder)
 
         (logits, n), *others = on_ranks(size, work)
         assert np.array_equal(logits, LengthReranker().score(pairs)) and n == 1000
@@ -1052,7 +1046,7 @@ def test_logits_on_any_number_of_ranks(tmp_path):
     broken = LengthReranker()
     broken.score = lambda pairs: np.full(len(pairs), np.nan, np.float32)
     with pytest.raises(ValueError, match="NaN or infinity"):
-        reranker.rerank(broken, pairs, Ranks(), tmp_path / "broken")
+        cross_encoder.rerank(broken, pairs, Ranks(), tmp_path / "broken")
     assert not list((tmp_path / "broken").iterdir())  # nothing of it is kept
 
 

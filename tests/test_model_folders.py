@@ -17,10 +17,11 @@ from test_qwen3 import _weights as decoder_weights
 from test_word_cache import _bert, bare_vocabulary, vocabulary
 from tokenizers import models, pre_tokenizers
 
-from utils import records, tokenizing
-from utils.arguments import ModelArguments, build
-from utils.embedding import build_encoders
-from utils.run_ids import PASSAGE_IDS, QUERY_IDS
+from utils.arguments.scripts import ModelArguments, build
+from utils.encoding.embed import build_encoders
+from utils.files import jsonl
+from utils.files.run_ids import PASSAGE_IDS, QUERY_IDS
+from utils.models.tokenizers import tokenizer as tokenizing
 
 TEXT = "lost CARD Löst 信用 [MASK] <q> [SEP] card lost card phone lost"
 BERT, DECODER = "bert", "decoder"
@@ -295,7 +296,7 @@ def test_the_page_lists_the_keys_of_a_row():
         if line.startswith("| `"):
             listed |= set(re.findall(r"`(\w+)`", line.split("|")[1]))
     known = {"query", "prompt", "type", "pos_scores", "neg_scores", "text", "title"}
-    assert listed == known | {*records._ALIASES, *records._ALIASES.values()} | {*QUERY_IDS, *PASSAGE_IDS}
+    assert listed == known | {*jsonl._ALIASES, *jsonl._ALIASES.values()} | {*QUERY_IDS, *PASSAGE_IDS}
 
 
 @pytest.mark.parametrize(

@@ -6,16 +6,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from utils import negatives
-from utils.arguments import MARGIN_POSITIVES
-from utils.margins import Background, measure_background
-from utils.mining_problem import Problem
-from utils.negatives import Criteria, Rules, screen
-from utils.ragged import Ragged
-from utils.rankings import Rankings, tiers_of
-from utils.sampling import choose
-from utils.scores import Neighbors, pair_scores
-from utils.search import ExactIndex
+from utils.arguments.scripts import MARGIN_POSITIVES
+from utils.files.ragged import Ragged
+from utils.mining import rules as negatives
+from utils.mining.margins import Background, measure_background
+from utils.mining.problem import Problem
+from utils.mining.rules import Criteria, Rules, screen
+from utils.mining.sampling import choose
+from utils.mining.tiers import Rankings, tiers_of
+from utils.search.exact import ExactIndex
+from utils.search.scores import Neighbors, pair_scores
 
 
 def make_problem(n_queries=60, n_passages=200, dim=16, seed=0) -> Problem:

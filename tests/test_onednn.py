@@ -7,8 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from utils import checkpoint, matmul, onednn, runtime
-from utils.weight_files import read_weights
+from utils.encoding import cpu_engine
+from utils.kernels import onednn as matmul
+from utils.models import checkpoint
+from utils.models.weight_files import read_weights
+from utils.process import runtime
 
 HEADS, INNER, LAYERS, WORDS, POSITIONS = 3, 40, 2, 60, 150
 # Two widths, since heads of 32 take another path where the processor has AMX.
@@ -128,7 +131,7 @@ dtypes = ["float32"] + ["bfloat16"] * matmul.bfloat16_is_fast()
 def test_vectors_are_those_of_an_encoder_spelt_out(model, hidden, kind, dtype):
     given, weights = model(kind, hidden, **{"embeddings.position_ids": np.arange(4)})
     ids, lengths, pooling = a_batch([5, 1, 17, 64, 130, 90, 2] + [33] * 40)
-    vectors = onednn.OneDNNEngine(given, dtype).forward(ids, lengths, pooling)
+    vectors = cpu_engine.OneDNNEngine(given, dtype).forward(ids, lengths, pooling)
     expected = np.stack([encoded(weights, kind, row[:n]).mean(0) for row, n in zip(ids, lengths, strict=True)])
     if dtype == "float32":
         np.testing.assert_allclose(vectors, expected, rtol=0, atol=1e-5)
@@ -142,7 +145,7 @@ def test_vectors_are_those_of_an_encoder_spelt_out(model, hidden, kind, dtype):
 @pytest.mark.parametrize("dtype", dtypes)
 @pytest.mark.parametrize("hidden", [NARROW, WIDE])
 def test_a_text_has_the_same_bits_in_any_batch(model, hidden, dtype):
-    engine = onednn.OneDNNEngine(model(hidden=hidden)[0], dtype)
+    engine = cpu_engine.OneDNNEngine(model(hidden=hidden)[0], dtype)
     rng = np.random.default_rng(5)
     lengths = rng.integers(1, 145, 60)
     ids, _, pooling = a_batch([*lengths, 144])
@@ -157,7 +160,7 @@ def test_a_text_has_the_same_bits_in_any_batch(model, hidden, dtype):
 @needs_onednn
 @pytest.mark.parametrize("dtype", dtypes)
 def test_calls_side_by_side_give_the_same_bits(model, dtype):
-    engine = onednn.OneDNNEngine(model(hidden=WIDE)[0], dtype)
+    engine = cpu_engine.OneDNNEngine(model(hidden=WIDE)[0], dtype)
     batch = a_batch([20] * 30 + [7])
     alone = engine.forward(*batch)
     with ThreadPoolExecutor(4) as pool:
@@ -188,7 +191,7 @@ def test_weights_that_are_not_what_the_configuration_says_are_refused(model, con
     kept = {name: w for name, w in weights.items() if lost is None or lost not in name}
     write_safetensors(given.folder / "model.safetensors", kept)
     with pytest.raises(ValueError) as caught:
-        onednn.OneDNNEngine(checkpoint.resolve(str(given.folder)), "float32")
+        cpu_engine.OneDNNEngine(checkpoint.resolve(str(given.folder)), "float32")
     assert message in str(caught.value) and str(given.folder) in str(caught.value)
 
 
@@ -196,11 +199,11 @@ def test_weights_that_are_not_what_the_configuration_says_are_refused(model, con
 def test_sizes_that_the_configuration_leaves_out_are_the_weights(model):
     given, _ = model()
     path, batch = given.folder / "config.json", a_batch([5, 9])
-    expected = onednn.OneDNNEngine(given, "float32").forward(*batch)
+    expected = cpu_engine.OneDNNEngine(given, "float32").forward(*batch)
     config = json.loads(path.read_text())
     del config["num_hidden_layers"], config["intermediate_size"]
     path.write_text(json.dumps(config))
-    found = onednn.OneDNNEngine(checkpoint.resolve(str(given.folder)), "float32").forward(*batch)
+    found = cpu_engine.OneDNNEngine(checkpoint.resolve(str(given.folder)), "float32").forward(*batch)
     np.testing.assert_array_equal(found, expected)
 
 

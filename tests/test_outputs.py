@@ -8,9 +8,9 @@ import time
 import pytest
 from conftest import ROOT
 
-from utils import outputs as outputs_module
-from utils import own_files
-from utils.outputs import Outputs
+from utils.files import outputs as outputs_module
+from utils.files.outputs import Outputs
+from utils.process import own_files
 
 SUFFIXES = (".removed.jsonl", ".report.json")
 
@@ -280,7 +280,7 @@ def test_a_link_as_output_stays_a_link(tmp_path):
 def test_a_second_run_with_the_same_output_is_refused_until_the_first_ends(tmp_path, monkeypatch):
     monkeypatch.setattr(outputs_module, "LOCK_PATIENCE_S", 0.3)
     code = (
-        "import sys, time; from utils.outputs import Outputs\n"
+        "import sys, time; from utils.files.outputs import Outputs\n"
         f"outputs = Outputs({str(tmp_path / 'out.json')!r}, ()); outputs.open_work()\n"
         "print('locked', flush=True); time.sleep(60)"
     )

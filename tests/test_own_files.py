@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from utils import bm25, embedding_store, own_files, runtime
-from utils.embedding_store import EmbeddingStore
-from utils.outputs import Outputs, write_whole
-from utils.training_folder import Journal
+from utils.files import store as embedding_store
+from utils.files.outputs import Outputs, write_whole
+from utils.files.store import EmbeddingStore
+from utils.process import own_files, runtime
+from utils.search import bm25
+from utils.training.folder import Journal
 
 SECRET = b"the only copy"
 OTHER_USER = 65534
@@ -211,7 +213,7 @@ def test_a_cache_that_is_run_must_be_private(tmp_path, monkeypatch, mode):
 
 def test_machine_code_is_not_loaded_from_a_folder_that_others_may_write_to(tmp_path):
     """The sources lie in a copy that anybody may write to, and so does the user's cache."""
-    program = "import numba; from utils import compiled; print(repr(numba.config.CACHE_DIR))"
+    program = "import numba; from utils.kernels import compiled; print(repr(numba.config.CACHE_DIR))"
     tree = tmp_path / "tree"
     tree.mkdir()
     subprocess.run(["cp", "-r", str(ROOT / "utils"), str(tree)], check=True)

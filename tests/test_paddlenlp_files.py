@@ -9,11 +9,14 @@ import pytest
 import tokenizers
 from conftest import read_jsonl, run_script, write_jsonl
 
-from utils import checkpoint, paddlenlp_keys, paddlenlp_models, training, training_rows, weights
-from utils.argument_parsing import ArgumentError, build
-from utils.batch_plan import Plan
-from utils.encoder import pooling_weights
-from utils.training_arguments import training_arguments
+from utils.arguments import paddlenlp_keys
+from utils.arguments.fields import ArgumentError, build
+from utils.arguments.training import training_arguments
+from utils.encoding.encoder import pooling_weights
+from utils.models import checkpoint, loading, paddlenlp
+from utils.training import job
+from utils.training import rows as training_rows
+from utils.training.plan import Plan
 
 ROWS = [
     {"query": f"how is card {i}", "pos_passage": [f"visa {i} answer"], "neg_passage": [f"soup {i}", f"star {i}"]}
@@ -36,7 +39,7 @@ def qwen(tiny_model, tmp_path_factory) -> str:
     (folder / "config.json").write_text(json.dumps(QWEN))
     kept = folder / "model_state.pdparams"
     kept.touch()
-    fresh = paddlenlp_models.new_model(checkpoint.resolve(str(folder)), "float32")
+    fresh = paddlenlp.new_model(checkpoint.resolve(str(folder)), "float32")
     rng = np.random.default_rng(0)
     state = {name: paddle.to_tensor(rng.normal(0, 0.3, w.shape), "float32") for name, w in fresh.state_dict().items()}
     paddle.save(state, str(kept))
@@ -47,13 +50,13 @@ def embedded(folder: str, texts: list[str], pooling: str) -> np.ndarray:
     """Unit vectors by PaddleNLP's model, one text at a time."""
     import paddle
 
-    model = weights.load_model(checkpoint.resolve(folder))
+    model = loading.load_model(checkpoint.resolve(folder))
     model.eval()
     tokenizer = tokenizers.Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
     found = []
     for text in texts:
         ids = np.array([tokenizer.encode(text).ids])
-        hidden = paddlenlp_models.first_output(model(paddle.to_tensor(ids))).numpy()[0].astype(np.float64)
+        hidden = paddlenlp.first_output(model(paddle.to_tensor(ids))).numpy()[0].astype(np.float64)
         vector = pooling_weights(np.array([ids.shape[1]]), ids.shape[1], pooling)[0] @ hidden
         found.append(vector / np.linalg.norm(vector))
     return np.array(found)
@@ -89,7 +92,7 @@ def test_losses_are_paddlenlps_over_the_accumulated_batch(
         "save_strategy": "no", "report_to": "none",
     } | options  # fmt: skip
     if n_ranks == 1:
-        training.train(build(training_arguments(), **given))
+        job.train(build(training_arguments(), **given))
     else:
         (tmp_path / "given.json").write_text(json.dumps(given))
         done = run_script("run_embedding.py", tmp_path / "given.json", nproc=n_ranks)
@@ -123,7 +126,7 @@ def run(tiny_model, tmp_path, **options):
         "model_name_or_path": tiny_model, "dataset_name_or_path": write_jsonl(tmp_path / "rows.jsonl", ROWS),
         "output_dir": str(tmp_path / "out"), "max_steps": 1, "save_strategy": "no", "report_to": "none",
     }  # fmt: skip
-    return training.train(build(training_arguments(), **given | options))
+    return job.train(build(training_arguments(), **given | options))
 
 
 def test_qwens_prompts_are_told_of_and_give_way(qwen, tmp_path, caplog):
@@ -139,7 +142,7 @@ def theirs() -> dict[str, object]:
     """Every argument of its configurations with its default."""
     import dataclasses
 
-    paddlenlp_models.import_paddlenlp()
+    paddlenlp.import_paddlenlp()
     from paddlenlp.trl import DataConfig, ModelConfig, SFTConfig
 
     return {f.name: f.default for cls in (ModelConfig, DataConfig, SFTConfig) for f in dataclasses.fields(cls)}
@@ -184,8 +187,8 @@ def test_what_has_no_effect_is_in_one_line(tiny_model, tmp_path, caplog):
 
 
 def test_paddlenlps_dropout_and_decay_have_their_meaning(tiny_model, tmp_path, monkeypatch):
-    shares, load = [], training.TrainableEncoder
-    monkeypatch.setattr(training, "TrainableEncoder", lambda *args: shares.append(args[5]) or load(*args))
+    shares, load = [], job.TrainableEncoder
+    monkeypatch.setattr(job, "TrainableEncoder", lambda *args: shares.append(args[5]) or load(*args))
     run(
         tiny_model, tmp_path, hidden_dropout_prob=0.25, attention_probs_dropout_prob=0.25, max_steps=4, decay_steps=8,
         warmup_ratio=0.0, logging_steps=1, learning_rate=1e-4, per_device_train_batch_size=8,

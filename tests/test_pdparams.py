@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from utils import pdparams
+from utils.models import pdparams
 
 
 def _state() -> dict:
@@ -107,6 +107,7 @@ def test_reading_does_not_import_paddle(tmp_path):
 
     path = tmp_path / "model_state.pdparams"
     paddle.save(_state(), str(path))
-    code = f"import sys; from pathlib import Path; from utils import pdparams; pdparams.read(Path({str(path)!r})); "
+    code = "import sys; from pathlib import Path; from utils.models import pdparams; "
+    code += f"pdparams.read(Path({str(path)!r})); "
     code += "assert not any(name.startswith('paddle') for name in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from utils.embedding import _work
-from utils.report import Pace
+from utils.encoding.embed import _work
+from utils.files.report import Pace
 
 
 @pytest.mark.parametrize("compiling", [0.0, 40.0])
@@ -42,11 +42,11 @@ def test_the_first_update_counts_until_there_is_a_second():
 
 
 COMPILES = """
-from utils import runtime
+from utils.process import runtime
 runtime.prepare()
-from utils import report
+from utils.files import report
 report.set_up_logging()
-from utils.compiled import compiled
+from utils.kernels.compiled import compiled
 import numpy as np
 inner = compiled()(lambda x: x + 1)
 outer = compiled()(lambda x: inner(x) * 2)

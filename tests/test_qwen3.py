@@ -8,11 +8,12 @@ import pytest
 from conftest import make_rows, make_tiny_bert, write_jsonl
 from safetensors.numpy import load_file, save_file
 
-from utils import checkpoint, training
-from utils.arguments import ModelArguments, build
-from utils.embedding import build_encoders
-from utils.engines import PaddleEngine
-from utils.training_arguments import training_arguments
+from utils.arguments.scripts import ModelArguments, build
+from utils.arguments.training import training_arguments
+from utils.encoding.embed import build_encoders
+from utils.encoding.engines import PaddleEngine
+from utils.models import checkpoint
+from utils.training import job
 
 HIDDEN, INNER, LAYERS, HEADS, GROUPS, WIDTH, THETA, EPSILON = 32, 48, 2, 4, 2, 12, 1e6, 1e-6
 TEXTS = ["my old card is lost", "how do i open the list", "train"]
@@ -125,7 +126,7 @@ def test_it_is_trained_and_exported(qwen3, tmp_path, options):
         "output_dir": str(tmp_path / "out"), "per_device_train_batch_size": 8, "learning_rate": 1e-2,
         "evaluation_strategy": "no", "save_strategy": "no", "report_to": "none", "export_format": "huggingface",
     }  # fmt: skip
-    training.train(build(training_arguments(), **given | options))
+    job.train(build(training_arguments(), **given | options))
     trained = _vectors(tmp_path / "out")
     assert np.abs(trained - _vectors(base)).max() > 1e-3
     np.testing.assert_allclose(_vectors(tmp_path / "out" / "huggingface"), trained, atol=1e-6)
@@ -137,7 +138,7 @@ def test_it_is_trained_and_exported(qwen3, tmp_path, options):
 
 
 def test_recomputing_changes_no_gradient(qwen3):
-    from utils.trainable import TrainableEncoder
+    from utils.training.encoder import TrainableEncoder
 
     ids, lengths = np.random.default_rng(1).integers(4, 40, (3, 11)), np.array([11, 4, 7])
     model, gradients = checkpoint.resolve(qwen3()), []

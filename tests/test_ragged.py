@@ -6,7 +6,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from utils.ragged import Growing, Ragged
+from utils.files.ragged import Growing, Ragged
 
 
 def random_lists(seed: int) -> list[list[int]]:

@@ -2,10 +2,10 @@
 
 import numpy as np
 
-from utils import rankings
-from utils.ragged import Ragged
-from utils.rankings import Rankings, tiers_of
-from utils.scores import Neighbors
+from utils.files.ragged import Ragged
+from utils.mining import tiers as rankings
+from utils.mining.tiers import Rankings, tiers_of
+from utils.search.scores import Neighbors
 
 
 def test_few_queries_with_most_of_the_positives_do_not_lengthen_all_lists():

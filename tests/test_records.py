@@ -6,8 +6,8 @@ import pickle
 import pytest
 from conftest import write_jsonl
 
-from utils import records
-from utils.records import RecordError, Source, fold, to_line
+from utils.files import jsonl
+from utils.files.jsonl import RecordError, Source, fold, to_line
 
 GOOD = {"query": "问题", "pos_passage": ["a", "b"], "neg_passage": [], "id": 7}
 
@@ -90,7 +90,7 @@ def test_bad_rows_are_named(tmp_path, line, message):
 def test_other_ways_of_saying_one_positive_and_no_negative(tmp_path, row, none):
     (record,) = Source(write_jsonl(tmp_path / "in.json", [{"query": "q"} | row | none]))
     assert (record.pos_passage, record.neg_passage) == (("p",), ())
-    assert record.row[records.passages_key(record.row, "pos_passage")] == ["p"]
+    assert record.row[jsonl.passages_key(record.row, "pos_passage")] == ["p"]
 
 
 @pytest.mark.parametrize("indent", [None, 2])
@@ -109,7 +109,7 @@ def test_an_array_is_named_and_no_row_of_it_skipped(tmp_path, indent, on_bad_row
     ],
 )  # fmt: skip
 def test_what_keyboards_and_encodings_vary_is_folded(text, same):
-    assert records.fold(text) == records.fold(same) == same
+    assert jsonl.fold(text) == jsonl.fold(same) == same
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_what_keyboards_and_encodings_vary_is_folded(text, same):
     ],
 )  # fmt: skip
 def test_what_changes_a_number_or_a_letter_is_not_folded(text, other):
-    assert records.fold(text) != records.fold(other)
+    assert jsonl.fold(text) != jsonl.fold(other)
 
 
 def test_required_passages(tmp_path):

@@ -11,9 +11,9 @@ from conftest import make_rows, read_jsonl, write_jsonl
 from clean_query import Clean_Query
 from embedding_evaluate import Embedding_Evaluation
 from mining_negative_samples import MiningNegativeSamples
-from utils import arguments
-from utils.cleaning_result import RemovedPair
-from utils.training import TrainingResult
+from utils.arguments import scripts
+from utils.cleaning.result import RemovedPair
+from utils.training.job import TrainingResult
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def mined(tiny_model, source, output, **options):
 
 
 @pytest.mark.parametrize("short_rows", ["keep", "drop"])
-@pytest.mark.parametrize("form", arguments.FORMATS)
+@pytest.mark.parametrize("form", scripts.FORMATS)
 @pytest.mark.parametrize("name", ["mined.json", "mined.json.gz"])
 def test_negatives_of_a_row_are_found_in_every_format(name, form, short_rows, tiny_model, tmp_path):
     """Against the passages in reading order, which the numbers of negatives count."""
@@ -129,7 +129,7 @@ def test_texts_that_are_gone_or_replaced_are_said_at_once(clean, judged, tiny_mo
 def test_texts_are_read_as_they_are_asked_for(clean, monkeypatch):
     """A result holds none, and an iteration only the line that it is at."""
     result, lines = clean(), []
-    from utils import written
+    from utils.files import written
 
     whole = written.parse_object
     monkeypatch.setattr(written, "parse_object", lambda raw, path: lines.append(raw) or whole(raw, path))

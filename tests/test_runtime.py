@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from utils import report, runtime
+from utils.files import report
+from utils.process import runtime
 
 
 @pytest.mark.parametrize(
@@ -39,7 +40,7 @@ def test_a_containers_limit_counts(tmp_path, monkeypatch, files, expected):
 
 
 SCRIPT = """
-from utils import runtime
+from utils.process import runtime
 def main():
     open({path!r}, "w").write("rows")
     runtime.tell("told" * 100_000)
@@ -79,7 +80,7 @@ def test_what_is_left_of_a_launchers_variables_is_named(given, expected):
 WORKER = """
 import sys, time
 from pathlib import Path
-from utils import runtime
+from utils.process import runtime
 def main():
     runtime.prepare()
     {first}
@@ -116,7 +117,7 @@ def test_termination_is_told_in_one_line_but_by_no_worker(tmp_path, first, envir
 ORPHAN = """
 import os, sys, time
 from pathlib import Path
-from utils import runtime
+from utils.process import runtime
 while os.getppid() == int(sys.argv[1]):
     time.sleep(0.01)
 Path({begun!r}).write_text(str(os.getpid()))
@@ -144,7 +145,8 @@ def test_a_launcher_is_known_by_paddle_behind_whatever_started_us(tmp_path):
     """Here the launcher is a process that has mapped a file of that name, and a shell lies between."""
     library = tmp_path / "libpaddle.so"
     library.write_bytes(bytes(4096))
-    ask = f"{shlex.quote(sys.executable)} -c 'from utils import runtime; print(runtime._launcher_lives())'; true"
+    asks = "from utils.process import runtime; print(runtime._launcher_lives())"
+    ask = f"{shlex.quote(sys.executable)} -c '{asks}'; true"
     code = f"""
         import mmap, subprocess
         file = open({str(library)!r})
@@ -181,7 +183,7 @@ def test_a_fork_of_a_process_that_has_run_a_job_is_refused(tmp_path, method):
     script.write_text(
         "import multiprocessing, sys\n"
         f"sys.path.insert(0, {str(ROOT)!r})\n"
-        "from utils import runtime\n"
+        "from utils.process import runtime\n"
         "def job():\n"
         "    try:\n"
         "        runtime.prepare()\n"

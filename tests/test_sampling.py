@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from test_negatives import by_the_book, criteria_of, make_problem, mine
 
-from utils import sampling
-from utils.margins import Background
-from utils.mining_problem import Problem
-from utils.negatives import Rules
-from utils.ragged import Ragged
-from utils.sampling import Negative, Negatives
+from utils.files.ragged import Ragged
+from utils.mining import sampling
+from utils.mining.margins import Background
+from utils.mining.problem import Problem
+from utils.mining.rules import Rules
+from utils.mining.sampling import Negative, Negatives
 
 
 def test_strategies_differ_in_how_near_their_negatives_are():

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 from test_dedup import clean, clustered, one_by_one
 
-from utils import dedup, screening
-from utils.scores import largest_norm, pair_scores
-from utils.screening import ScreenedIndex, Sketcher, fit
-from utils.search import ExactIndex
+from utils.cleaning import greedy
+from utils.search import sketches as screening
+from utils.search.exact import ExactIndex
+from utils.search.scores import largest_norm, pair_scores
+from utils.search.sketches import ScreenedIndex, Sketcher, fit
 
 
 def anisotropic(n, dim=48, seed=0, spread=0.5):
@@ -42,9 +43,9 @@ def test_a_product_of_sketches_is_an_upper_bound():
 @pytest.mark.parametrize("threshold", [0.75, 0.9, 0.97, 1.0])
 @pytest.mark.parametrize("spread", [0.2, 0.5])
 def test_cleaning_with_screening_equals_one_by_one(threshold, spread, arithmetic, monkeypatch):
-    monkeypatch.setattr(dedup, "_SCREENED_ROWS", 1)
+    monkeypatch.setattr(greedy, "_SCREENED_ROWS", 1)
     monkeypatch.setattr(ScreenedIndex, "block_rows", 128)
-    monkeypatch.setattr(dedup, "_PART_ROWS", 50)
+    monkeypatch.setattr(greedy, "_PART_ROWS", 50)
     monkeypatch.setattr(screening, "_ROW_BLOCK", 100)
     monkeypatch.setattr(screening, "_PAIRS", 50)
     vectors = anisotropic(900, spread=spread)
@@ -59,7 +60,7 @@ def test_cleaning_with_screening_equals_one_by_one(threshold, spread, arithmetic
 
 @pytest.mark.parametrize("scale", [1e-33, 1e-21, 1e-15, 1e15])
 def test_vectors_of_any_length_are_cleaned_alike(scale, arithmetic, monkeypatch):
-    monkeypatch.setattr(dedup, "_SCREENED_ROWS", 1)
+    monkeypatch.setattr(greedy, "_SCREENED_ROWS", 1)
     vectors = anisotropic(300)
     sketcher = Sketcher(leading(vectors, 12))
     monkeypatch.setattr(screening, "fit", lambda sample, threshold: sketcher)

@@ -5,12 +5,13 @@ import pytest
 from conftest import resident
 from thread_ranks import on_ranks
 
-from utils import matmul, search
-from utils.distributed import Ranks
-from utils.mapped import release
-from utils.scores import Neighbors, evenly, merge, pair_scores, rounding_bound
-from utils.search import ExactIndex, ShardedIndex
-from utils.search_screens import Bfloat16Screen, Float32Screen, Shape
+from utils.kernels import onednn
+from utils.ranks.group import Ranks
+from utils.ranks.mapped import release
+from utils.search import exact as search
+from utils.search.exact import ExactIndex, ShardedIndex
+from utils.search.scores import Neighbors, evenly, merge, pair_scores, rounding_bound
+from utils.search.screens import Bfloat16Screen, Float32Screen, Shape
 
 
 def brute_force(queries, corpus, k, floor=-np.inf) -> Neighbors:
@@ -58,7 +59,7 @@ def test_a_corpus_that_is_its_own_mean_is_settled_in_float64(arithmetic):
     rng = np.random.default_rng(0)
     for _ in range(200):
         row = (rng.standard_normal((1, 384)) / 20).astype(np.float32)
-        row = (matmul.to_bfloat16(row).astype(np.uint32) << 16).view(np.float32)
+        row = (onednn.to_bfloat16(row).astype(np.uint32) << 16).view(np.float32)
         query = (rng.standard_normal((1, 384)) / 20).astype(np.float32)
         floor = pair_scores(query, row)[0]
         assert ExactIndex(384, vectors=row).search(query, 1, floor).rows[0, 0] == 0
@@ -221,7 +222,7 @@ def test_what_a_gpu_finds_is_settled_like_the_rest(floor):
     """faiss's CPU search stands in for its GPU twin, which takes the same arguments behind its resources."""
     import faiss
 
-    from utils.search import _Gpu
+    from utils.search.exact import _Gpu
 
     rng = np.random.default_rng(5)
     corpus = unit(rng, 400, 16)

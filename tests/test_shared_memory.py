@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from utils import shared_memory
-from utils.shared_memory import SharedMemory
+from utils.ranks import shared_memory
+from utils.ranks.shared_memory import SharedMemory
 
 pytestmark = pytest.mark.skipif(not shared_memory.is_possible(), reason="needs Linux on x86-64")
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from utils.standing import Guard, Standing
+from utils.training.guard import Guard, Standing
 
 FINE = {"loss": 1.0, "mean_cosine": 0.3, "warming_up": False, "skips": False}
 

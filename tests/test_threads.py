@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from utils import runtime, threads
+from utils.process import runtime, threads
 
 
 @pytest.fixture(params=[1, 2, 5])

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from test_dedup import clean, clustered, one_by_one
 
-from utils import thresholds
-from utils.thresholds import Unrelated, measured
+from utils.cleaning import thresholds
+from utils.cleaning.thresholds import Unrelated, measured
 
 
 @pytest.mark.parametrize("target", [1, 50, 200, 399, 400, 1000])

@@ -14,29 +14,21 @@ import pytest
 from conftest import ROOT, make_rows, make_tiny_bert, read_jsonl, run_script, write_jsonl
 from thread_ranks import on_ranks
 
-from utils import (
-    bert_names,
-    checkpoint,
-    engines,
-    matmul,
-    onednn,
-    own_files,
-    paddlenlp_models,
-    pdparams,
-    resuming,
-    standing,
-    training,
-    training_data,
-    training_folder,
-    weight_files,
-)  # fmt: skip
-from utils.arguments import ArgumentError, ModelArguments, build, parse
-from utils.embedding import build_encoders
-from utils.encoder import pooling_weights
-from utils.gradients import GradientStep
-from utils.trainable import TrainableEncoder
-from utils.training_arguments import _REPORTS, training_arguments
-from utils.training_data import Collator
+from utils.arguments.scripts import ArgumentError, ModelArguments, build, parse
+from utils.arguments.training import _REPORTS, training_arguments
+from utils.encoding import cpu_engine, engines
+from utils.encoding.embed import build_encoders
+from utils.encoding.encoder import pooling_weights
+from utils.kernels import onednn as matmul
+from utils.models import bert_names, checkpoint, paddlenlp, pdparams, weight_files
+from utils.process import own_files
+from utils.training import batches, guard
+from utils.training import folder as training_folder
+from utils.training import job as training
+from utils.training import resume as resuming
+from utils.training.batches import Collator
+from utils.training.encoder import TrainableEncoder
+from utils.training.gradients import GradientStep
 
 TEXTS = ["my old card is lost", "how do i open the list", "train"]
 
@@ -201,7 +193,7 @@ def ernie(tiny_model, tmp_path) -> str:
     config |= {"use_task_id": True, "task_type_vocab_size": 3, "layer_norm_eps": 1e-5}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "model_state.pdparams").write_bytes(b"")
-    model = paddlenlp_models.new_model(checkpoint.resolve(str(folder)), "float32")
+    model = paddlenlp.new_model(checkpoint.resolve(str(folder)), "float32")
     paddle.seed(5)
     for parameter in model.parameters():
         parameter.set_value(parameter + paddle.randn(parameter.shape) * 0.2)
@@ -229,7 +221,7 @@ def test_ernie_too(run, ernie, tmp_path):
     )[0][:, 0].numpy()
     np.testing.assert_allclose(encoder.embed(ids, lengths).numpy(), expected, atol=1e-5)
     shares = pooling_weights(lengths, 9, "cls")
-    engine = onednn.OneDNNEngine(checkpoint.resolve(ernie), "float32").forward(ids, lengths, shares)
+    engine = cpu_engine.OneDNNEngine(checkpoint.resolve(ernie), "float32").forward(ids, lengths, shares)
     np.testing.assert_allclose(engine, expected, atol=1e-5)
 
 
@@ -468,7 +460,7 @@ def test_the_same_data_elsewhere_make_the_same_run(run, data, tiny_model, tmp_pa
     run(**options)
     shutil.copytree(data, tmp_path / "moved")
     shutil.copytree(tiny_model, tmp_path / "base")
-    from utils.embedding_trainer import EmbeddingTrainer
+    from utils.training.trainer import EmbeddingTrainer
 
     monkeypatch.setattr(EmbeddingTrainer, "training_step", None)  # nothing is left to be done
     run(model_name_or_path=str(tmp_path / "base"), dataset_name_or_path=f"{tmp_path}/moved/", save_steps=2, **options)
@@ -477,7 +469,7 @@ def test_the_same_data_elsewhere_make_the_same_run(run, data, tiny_model, tmp_pa
 def test_what_the_base_says_may_be_said_again(run, tmp_path, monkeypatch):
     options = {"max_steps": 6}
     run(**options)
-    from utils.embedding_trainer import EmbeddingTrainer
+    from utils.training.trainer import EmbeddingTrainer
 
     monkeypatch.setattr(EmbeddingTrainer, "training_step", None)
     run(normalize=True, query_template="{text}", passage_template="{text}", dataloader_num_workers=1, **options)
@@ -500,7 +492,7 @@ def test_a_run_of_an_earlier_version_is_gone_on_with(run, tmp_path, monkeypatch)
     record = json.loads((tmp_path / "out" / "run.json").read_text())
     record |= {"float32_matmul_precision": "highest", "dataset_name_or_path": ["elsewhere"], "save_steps": 4}
     (tmp_path / "out" / "run.json").write_text(json.dumps(record))
-    from utils.embedding_trainer import EmbeddingTrainer
+    from utils.training.trainer import EmbeddingTrainer
 
     monkeypatch.setattr(EmbeddingTrainer, "training_step", None)
     run(**options)
@@ -678,8 +670,8 @@ def test_accumulated_batches_are_one_contrastive_batch(run, tmp_path):
 
 def test_plain_accumulation_trains_every_row(run, tmp_path, monkeypatch):
     """12 batches of 2 in steps of 7 and 5; each step's gradient is the mean of its own batches'."""
-    paddlenlp_models.import_paddlenlp()
-    from utils.embedding_trainer import EmbeddingTrainer
+    paddlenlp.import_paddlenlp()
+    from utils.training.trainer import EmbeddingTrainer
 
     rows = [{"query": f"card {i}", "pos_passage": [f"visa {i} answer"]} for i in range(24)]
     shares, met, scaled, collate = [], [], EmbeddingTrainer._scaled, Collator.__call__
@@ -740,9 +732,9 @@ def test_a_part_of_an_epoch_rounds_up_to_a_step_that_learns(run, tmp_path):
 
 def test_more_accumulation_than_an_epoch_has_batches_is_an_epochs(run, tmp_path, monkeypatch):
     """Each epoch is one step, with the mean of its batches' gradients, in a resumed run too."""
-    epochs, set_epoch = [], training_data.Loader.set_epoch
+    epochs, set_epoch = [], batches.Loader.set_epoch
     monkeypatch.setattr(
-        training_data.Loader, "set_epoch", lambda *args: epochs.append(args[1]) or set_epoch(*args)
+        batches.Loader, "set_epoch", lambda *args: epochs.append(args[1]) or set_epoch(*args)
     )  # fmt: skip
     options = {"num_train_epochs": 6, "save_steps": 1}
     assert run("exact", gradient_accumulation_steps=8, plain_accumulation=True, **options).steps == 6
@@ -1065,9 +1057,9 @@ BEST_BETWEEN = {
 
 def judge_by_step(values: dict[int, float], monkeypatch) -> None:
     """An evaluation finds the value of its step, or 0."""
-    note = standing.Standing.note
+    note = guard.Standing.note
     monkeypatch.setattr(training.Job, "evaluate", lambda job: dict.fromkeys(training.METRICS, 0.0))
-    monkeypatch.setattr(standing.Standing, "note", lambda self, _, step: note(self, values.get(step, 0.0), step))
+    monkeypatch.setattr(guard.Standing, "note", lambda self, _, step: note(self, values.get(step, 0.0), step))
 
 
 @pytest.mark.parametrize("killed", [False, True])
@@ -1122,8 +1114,8 @@ class Scaler:
 
 @pytest.mark.parametrize("accumulated", [1, 2])
 def test_an_fp16_step_without_a_loss_is_passed_over(run, tmp_path, monkeypatch, accumulated):
-    paddlenlp_models.import_paddlenlp()
-    from utils.embedding_trainer import EmbeddingTrainer
+    paddlenlp.import_paddlenlp()
+    from utils.training.trainer import EmbeddingTrainer
 
     train, step, scaler, found = EmbeddingTrainer.run, GradientStep.__call__, Scaler(), []
 
@@ -1282,7 +1274,9 @@ FAILS_ON_ONE_RANK = """
     import json
     import os
     import sys
-    from utils import arguments, gradients, runtime, training, training_folder
+    from utils.arguments import scripts as arguments
+    from utils.training import gradients, job as training, folder as training_folder
+    from utils.process import runtime
 
     def main():
         rank, what, calls = runtime.rank(), sys.argv[2], []
@@ -1305,7 +1299,7 @@ FAILS_ON_ONE_RANK = """
             return add(self, number, *args, **kwargs)
 
         gradients.GradientStep.__call__, gradients.reduce, training_folder.Journal.add = stepped, reduced, added
-        from utils.training_arguments import training_arguments
+        from utils.arguments.training import training_arguments
         training.train(arguments.parse(training_arguments(), [sys.argv[1]], ""))
 
     runtime.prepare()
@@ -1446,7 +1440,7 @@ def test_a_tokenizer_of_another_model_is_refused(run, tiny_model, tmp_path, monk
     if sampled:
         monkeypatch.setattr(TrainableEncoder, "__init__", None)
     else:
-        monkeypatch.setattr(training_data, "_SAMPLE_TEXTS", 1)
+        monkeypatch.setattr(batches, "_SAMPLE_TEXTS", 1)
     with pytest.raises(ValueError, match="expected the model's own tokenizer"):
         run(tokenizer_name_or_path=str(folder))
 

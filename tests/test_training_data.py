@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 from conftest import make_rows, write_jsonl
 
-from utils import hard_batches, training_data
-from utils.batch_plan import Example, Plan
-from utils.dev_evaluation import DevSet
-from utils.ragged import Ragged
-from utils.records import RecordError
-from utils.training_data import Collator, ignored, preflight
-from utils.training_rows import find_files, read
+from utils.files.jsonl import RecordError
+from utils.files.ragged import Ragged
+from utils.training import batches as training_data
+from utils.training import hard_batches
+from utils.training.batches import Collator, ignored, preflight
+from utils.training.dev import DevSet
+from utils.training.plan import Example, Plan
+from utils.training.rows import find_files, read
 
 
 class Words:

@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from utils import checkpoint, export, paddlenlp_models, torch_files, weight_files, weights
-from utils.engines import PaddleEngine
-from utils.weight_files import read_weights, write_weights
+from utils.encoding.engines import PaddleEngine
+from utils.models import checkpoint, loading, paddlenlp, torch_files, weight_files
+from utils.models.weight_files import read_weights, write_weights
+from utils.training import export
 
 LAYER_NORM = "encoder.layer.1.output.LayerNorm"
 
@@ -179,7 +180,7 @@ def test_a_damaged_file_of_the_older_format_is_named(torch_model):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_model_is_loaded_in_the_type_that_a_gpu_computes_in(tiny_model, dtype):
     model = checkpoint.resolve(tiny_model)
-    exact, rounded = (weights.load_model(model, kind).state_dict() for kind in ("float32", dtype))
+    exact, rounded = (loading.load_model(model, kind).state_dict() for kind in ("float32", dtype))
     for name, values in rounded.items():
         assert str(values.dtype) == f"paddle.{dtype}"
         if not name.startswith("pooler."):
@@ -212,15 +213,15 @@ def test_a_model_with_whole_numbers_among_its_weights_is_loaded_from_either_form
     (tmp_path / "vocab.txt").write_text("a\n")
     kept = tmp_path / "model_state.pdparams"
     kept.touch()
-    model = paddlenlp_models.new_model(checkpoint.resolve(str(tmp_path)), "float32")
+    model = paddlenlp.new_model(checkpoint.resolve(str(tmp_path)), "float32")
     state = model.state_dict()
     assert not state["embeddings.position_ids"].is_floating_point()
     paddle.save(state, str(kept))
-    found = [weights.load_model(checkpoint.resolve(str(tmp_path))).state_dict()]
+    found = [loading.load_model(checkpoint.resolve(str(tmp_path))).state_dict()]
     if kind == "albert":  # PyTorch's form of the other is none that is supported
         export.check_torch_weights(model, checkpoint.resolve(str(tmp_path)))
         kept.unlink()
-        write_weights(weights.to_torch(model, state), tmp_path / "model.safetensors")
-        found.append(weights.load_model(checkpoint.resolve(str(tmp_path))).state_dict())
+        write_weights(loading.to_torch(model, state), tmp_path / "model.safetensors")
+        found.append(loading.load_model(checkpoint.resolve(str(tmp_path))).state_dict())
     for own in found:
         assert all((own[name] == values).all() for name, values in state.items())

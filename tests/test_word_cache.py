@@ -8,7 +8,9 @@ import pytest
 import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers, processors
 
-from utils import bundled_model, tokenizing, word_cache
+from utils.models import bundled
+from utils.models.tokenizers import tokenizer as tokenizing
+from utils.models.tokenizers import word_cache
 
 ALPHABET = "".join(map(chr, [*range(0x20, 0x7F)] * 5 + [*range(0x3100)] + [*range(0x4E00, 0xA000, 97)] * 2))
 ALPHABET += "".join(map(chr, [*range(0xAC00, 0xD7A3, 197), *range(0xF900, 0x10000), *range(0x1F1E6, 0x1F700, 7)]))
@@ -50,7 +52,7 @@ def _bert(folder, **normalizer):
 
 
 def _xlm_roberta(folder, pre_tokenizer=None):
-    tokenizer = tokenizers.Tokenizer.from_file(str(bundled_model.build() / "tokenizer.json"))
+    tokenizer = tokenizers.Tokenizer.from_file(str(bundled.build() / "tokenizer.json"))
     if pre_tokenizer is not None:
         tokenizer.pre_tokenizer = pre_tokenizer
     tokenizer.save(str(folder / "tokenizer.json"))

@@ -9,7 +9,9 @@ from types import SimpleNamespace
 import pytest
 from test_word_cache import bare_vocabulary, nasty_texts, vocabulary
 
-from utils import export, tokenizing, wordpiece
+from utils.models.tokenizers import tokenizer as tokenizing
+from utils.models.tokenizers import wordpiece
+from utils.training import export
 
 
 def _tokens(tokenizer, text: str) -> list[str]:

@@ -6,8 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from utils import mapped
-from utils.distributed import Ranks
+from utils.ranks import mapped
+from utils.ranks.group import Ranks
 
 
 class ThreadRanks(Ranks):
