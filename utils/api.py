@@ -21,7 +21,7 @@ class Clean_Query:
         options: any other field of ``arguments.scripts.CleanArguments``.
 
     Raises:
-        utils.arguments.ArgumentError: an unknown option, or a value out of range.
+        utils.arguments.fields.ArgumentError: an unknown option, or a value out of range.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class MiningNegativeSamples:
         options: any other field of ``arguments.scripts.MiningArguments``.
 
     Raises:
-        utils.arguments.ArgumentError: an unknown option, or a value out of range.
+        utils.arguments.fields.ArgumentError: an unknown option, or a value out of range.
     """
 
     def __init__(
@@ -137,7 +137,7 @@ class Embedding_Evaluation:
         options: any other field of ``arguments.scripts.EvaluateArguments``.
 
     Raises:
-        utils.arguments.ArgumentError: an unknown option, or a value out of range.
+        utils.arguments.fields.ArgumentError: an unknown option, or a value out of range.
     """
 
     def __init__(

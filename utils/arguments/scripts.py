@@ -1,6 +1,6 @@
 """What each script can be told: one dataclass a script, its fields documented where they stand.
 
-Training's is in ``training_arguments``.
+Training's is in ``arguments.training``.
 """
 
 from dataclasses import dataclass, fields

@@ -60,7 +60,7 @@ _EXPECTED = {"fp16_opt_level": "O0|O1|O2", "device": "cpu|gpu|xpu|npu|mlu|gcu|in
 class TrainArguments:
     """Arguments of run_embedding.py that are this toolkit's own, or whose defaults are, or that it reads.
 
-    ``training_arguments`` adds the others of PaddleNLP's Trainer.
+    ``arguments.training`` adds the others of PaddleNLP's Trainer.
     """
 
     model_name_or_path: str = option(

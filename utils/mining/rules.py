@@ -35,7 +35,7 @@ _PAIRS = 1 << 18
 
 @dataclass(frozen=True)
 class Rules:
-    """The user's choices; None switches a test off. See utils.arguments.MiningArguments."""
+    """The user's choices; None switches a test off. See utils.arguments.scripts.MiningArguments."""
 
     window: tuple[int, int] = (0, 50)
     parts: tuple[tuple[str, int], ...] = (("top", 15),)

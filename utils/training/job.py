@@ -1,4 +1,4 @@
-"""The training job: rows in, a model out. The loop is ``embedding_trainer``'s."""
+"""The training job: rows in, a model out. The loop is ``trainer``'s."""
 
 import logging
 from dataclasses import asdict, dataclass, field

@@ -1,6 +1,6 @@
 """The gradients of attention in bfloat16, by the processor's matrix instructions.
 
-As ``amx_attention``: 32 queries of a head at a time, whose scores are made again and never leave the core's own cache
+As ``attention``: 32 queries of a head at a time, whose scores are made again and never leave the core's own cache
 (FlashAttention, Dao et al., 2022). With the weights P of the values V, and the gradient O of the result:
 
     dV = P' O,   dP = O V',   dS = P * (dP - the sum over a row of P * dP),   dQ = dS K,   dK = dS' Q.
@@ -23,7 +23,7 @@ _inlined = inlined(MATHS)
 
 
 def attention_backward(qkv: np.ndarray, d_context: np.ndarray, heads: int, d_qkv: np.ndarray) -> None:
-    """The gradient of ``kernels.amx.attention.attention`` of one text without padding.
+    """The gradient of ``attention.attention`` of one text without padding.
 
     Args:
         qkv: uint16 (bfloat16) [t, 3 * heads * width], as for the attention: its scores are logarithms to base 2.
@@ -51,7 +51,7 @@ def attention_backward(qkv: np.ndarray, d_context: np.ndarray, heads: int, d_qkv
 
 
 class _Scratch(NamedTuple):
-    """Where a head's work goes on; see ``amx_attention``.
+    """Where a head's work goes on; see ``attention``.
 
     across: keys and values, packed to be multiplied by rows of theirs. along: keys, packed to be summed up over.
     transposed: queries and ``d_context``, bfloat16 [2, width, t]. sums: the gradients of keys and of values, float32

@@ -26,7 +26,7 @@ from ..compiled import inlined, may_use
 
 logger = logging.getLogger(__name__)
 
-# With what compiled loops use beside the tiles (``avx512``), of which a virtual machine may hide some: Linux's names.
+# With what compiled loops use beside the tiles (``vectors``), of which a virtual machine may hide some: Linux's names.
 _NEEDED = ("amx_tile", "amx_bf16", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16")
 _NEEDED_BY_LLVM = ("amx-tile", "amx-bf16", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512bf16")
 

@@ -1,4 +1,4 @@
-"""What ``cpu_layers`` and ``cpu_attention`` share: blocks of rows on all cores, products in bfloat16, dropout."""
+"""What ``cpu`` and ``attention`` share: blocks of rows on all cores, products in bfloat16, dropout."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ class Drop:
     seed: Sequence[int] = ()
 
     def settled(self, *place: int) -> "Dropping":
-        """As ``cpu_kernels`` take it; the key is of the seed and a place."""
+        """As ``training_loops`` take it; the key is of the seed and a place."""
         from ...kernels.training_loops import Dropping
 
         key = np.random.SeedSequence([*self.seed, *place]).generate_state(1)[0] if self.share else 0

@@ -1,10 +1,10 @@
 """The parts of an encoder layer that suit a CPU, over packed texts: no padding anywhere.
 
 A batch's texts stand one after another in one array of tokens. Products and norms do not care where a
-text ends; ``cpu_attention`` does.
+text ends; ``attention`` does.
 
 Matrix products are Paddle's, which run at the machine's peak; by bfloat16, ``linear`` makes them. All that lies
-between two products is one pass over memory on all cores (``cpu_kernels``); Paddle's own operators take several, on
+between two products is one pass over memory on all cores (``training_loops``); Paddle's own operators take several, on
 one core.
 """
 

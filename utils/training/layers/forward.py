@@ -70,7 +70,7 @@ class PaddedBatch:
 
 
 class PackedBatch:
-    """A batch as a CPU likes it: texts one after another, ids [tokens]. The same operations by ``cpu_layers``."""
+    """A batch as a CPU likes it: texts one after another, ids [tokens]. The same operations by ``cpu``."""
 
     def __init__(self, ids: np.ndarray, mask: np.ndarray, bfloat16: bool):
         self.ids, self.positions, self._bfloat16 = ids[mask], np.nonzero(mask)[1], bfloat16

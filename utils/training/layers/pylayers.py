@@ -1,4 +1,4 @@
-"""The layers of ``cpu_layers`` as Paddle's: forward and backward passes over tensors' own memory.
+"""The layers of ``cpu`` as Paddle's: forward and backward passes over tensors' own memory.
 
 Imports Paddle and numba: import it where it is needed.
 """
