@@ -133,9 +133,11 @@ def test_qwens_prompts_are_told_of_and_give_way(qwen, tmp_path, caplog):
     caplog.set_level("INFO")
     run(qwen, tmp_path)
     assert "query_template is PaddleNLP's for Qwen models: 'Query: {text}\\nUse one word" in caplog.text
+    assert "would add the end token" not in caplog.text
     caplog.clear()
     run(qwen, tmp_path, query_template="a {text}", passage_template="b {text}", overwrite_output_dir=True)
     assert "PaddleNLP's for Qwen" not in caplog.text
+    assert "passage texts end where the tokenizer ends them; PaddleNLP would add the end token" in caplog.text
 
 
 def theirs() -> dict[str, object]:

@@ -319,6 +319,11 @@ class Job:
         ):
             if asked is None and template != base:
                 logger.info("%s_template is PaddleNLP's for Qwen models: %r", side, template)
+            elif self.base.model_type == "qwen2" and template.endswith("{text}"):
+                logger.info(
+                    "%s texts end where the tokenizer ends them; PaddleNLP would add the end token to a template that"
+                    " ends with {text}", side,
+                )  # fmt: skip
 
     def load(self) -> None:
         """Load the base model, to be trained."""
