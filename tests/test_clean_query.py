@@ -431,7 +431,7 @@ def test_a_failure_leaves_embeddings_for_the_next_run_and_nothing_else(
         with pytest.raises(KeyboardInterrupt):
             job(**options)
     left = [path.name for path in job.output.parent.rglob("*") if path.is_file()]
-    assert sorted(left) == ([] if with_own_vectors else ["about.json", "lock", "lock", "vectors"])
+    assert sorted(left) == ([] if with_own_vectors else ["about.json", "lock", "lock", "texts", "vectors"])
     assert job(**options).report["counts"]["encoded"] == 0
 
 

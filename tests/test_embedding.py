@@ -67,12 +67,13 @@ def test_a_second_run_encodes_nothing(tmp_path):
     assert encoded == 0
 
 
-@pytest.mark.parametrize("change", ["setting", "text", "order"])
-def test_any_change_is_another_store(tmp_path, change):
+@pytest.mark.parametrize(("change", "expected"), [("setting", len(TEXTS)), ("text", 1), ("order", 0)])
+def test_any_change_is_another_store(tmp_path, change, expected):
     run(CountingEncoder(), tmp_path)
     texts = {"setting": TEXTS, "text": [*TEXTS[:-1], "y"], "order": TEXTS[::-1]}[change]
     encoder = CountingEncoder("b" if change == "setting" else "a")
-    assert run(encoder, tmp_path, texts)[1] == len(TEXTS)
+    assert run(encoder, tmp_path, texts)[1] == expected
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_a_store_on_a_full_disk_lets_go_of_its_lock(tmp_path):

@@ -63,7 +63,7 @@ class ModelArguments:
         at_least=64,
     )  # fmt: skip
     embedding_cache: str | None = option(
-        None, "a folder that keeps the vectors, so that another run with other options encodes nothing"
+        None, "a folder that keeps the vectors, so that no run encodes a text again; all scripts can share it"
     )
 
     @property

@@ -2,8 +2,8 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import fields
-from functools import partial
+from dataclasses import dataclass, fields
+from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ from ..files.report import Progress, RunReport
 from ..files.store import EmbeddingStore, fingerprint
 from ..models import checkpoint
 from ..ranks.group import Ranks
-from . import engines
+from . import engines, known_texts
 from .encoder import Cut, Encoder, EncoderSettings, TextEncoder
 
 logger = logging.getLogger(__name__)
@@ -54,36 +54,96 @@ def build_encoders(given: ModelArguments) -> tuple[Encoder, Encoder]:
 
 
 def embed(encoder: TextEncoder, texts: Sequence[str] | None, ranks: Ranks, folder: Path, what: str) -> Embedded:
-    """Encode ``texts``, or read the vectors of an earlier run.
+    """Encode ``texts``, but for those that an earlier run has encoded, in this list or another.
 
     Args:
         texts: on rank 0; None elsewhere.
         folder: where rank 0 keeps its stores; unused on other ranks.
         what: a word for progress lines, such as "queries".
     """
-    store: EmbeddingStore | None = None
+    filling: _Filling | None = None
     finished: set[int] | None = None
 
     def open_store() -> None:
-        nonlocal store, finished
+        nonlocal filling, finished
         assert texts is not None
-        store = EmbeddingStore(folder, fingerprint(encoder.description(), texts), len(texts), encoder.dim)
-        finished = store.open()
-        if store.is_complete:
-            finished = None
-            logger.info("%s: all %s vectors are in %s", what, f"{len(texts):,}", store.folder)
+        about = encoder.description()
+        store = EmbeddingStore(folder, fingerprint(about, texts), len(texts), encoder.dim)
+        filling = _Filling(store, fingerprint(about, ()), texts)
+        finished = filling.open(what)
 
     try:
         ranks.on_first(open_store)
         finished = ranks.broadcast_object(finished)
         encoded = 0
         if finished is not None:
-            encoded = _fill(encoder, ranks.broadcast_texts(texts), ranks, store, finished, what)
+            new = ranks.broadcast_texts(filling.new_texts() if filling is not None else None)
+            encoded = _fill(encoder, new, ranks, filling, finished, what)
+        store = filling.store if filling is not None else None
         vectors = ranks.on_first(lambda: store.read() if store is not None else None)
         return Embedded(vectors, encoded, ranks.on_first(lambda: _cut(store, what)))
     finally:
-        if store is not None:
-            store.close()
+        if filling is not None:
+            filling.store.close()
+
+
+@dataclass
+class _Filling:
+    """On rank 0, a list's store, into which go the vectors that others hold, and those of its new texts.
+
+    encoder: the key of all that a vector depends on but the text.
+    """
+
+    store: EmbeddingStore
+    encoder: str
+    texts: Sequence[str]
+
+    def open(self, what: str) -> set[int] | None:
+        """The batches of the new texts that are finished; None if the store is complete."""
+        store, n = self.store, f"{len(self.texts):,}"
+        finished = store.open()
+        if store.is_complete:
+            logger.info("%s: all %s vectors are in %s", what, n, store.folder)
+            return None
+        if not finished and store.copied is None:
+            n_sources = known_texts.copy_known(store, self.encoder, self.texts)
+            if n_sources:
+                n_known = f"{len(self.texts) - len(self.rows):,}"
+                logger.info("%s: %s of %s vectors copied, from %d other lists", what, n_known, n, n_sources)
+        return finished
+
+    @cached_property
+    def rows(self) -> np.ndarray:
+        """Of the new texts, int64, ascending."""
+        return self.store.rows_to_write()
+
+    def new_texts(self) -> Sequence[str]:
+        return self.texts if self.store.copied is None else [self.texts[row] for row in self.rows]
+
+    def write(self, numbers: list[int], plan: list[np.ndarray], gathered: list[np.ndarray]) -> None:
+        """Finished batches of new texts, of which the ranks took turns."""
+        offsets = [0] * len(gathered)
+        batches = []
+        for position, number in enumerate(numbers):
+            owner, rows = position % len(gathered), self.rows[plan[number]]
+            block = gathered[owner][offsets[owner] : offsets[owner] + len(rows)]
+            offsets[owner] += len(rows)
+            bad = np.flatnonzero(~np.isfinite(block).all(axis=1))
+            if len(bad):
+                text = self.texts[rows[bad[0]]][:60]
+                reason = "try dtype float32, or check the weights"
+                raise ValueError(f"the model gives NaN or infinity for {text!r}; {reason}")
+            batches.append((number, rows, block))
+        self.store.write(batches)
+
+    def finish(self, encoder: TextEncoder, new_lengths: np.ndarray) -> None:
+        """All new texts are written; ``new_lengths`` are their token counts."""
+        lengths = new_lengths
+        if self.store.copied is not None:
+            lengths = np.array(self.store.copied)
+            lengths[self.rows] = new_lengths
+        known = known_texts.note(self.store, self.encoder, self.texts, lengths)
+        self.store.finish({"cut": encoder.cut(self.texts, lengths)} | known)
 
 
 def with_prompts(
@@ -117,11 +177,11 @@ def _fill(
     encoder: TextEncoder,
     texts: Sequence[str],
     ranks: Ranks,
-    store: EmbeddingStore | None,
+    filling: _Filling | None,
     finished: set[int],
     what: str,
 ) -> int:
-    """Encode the batches that are not finished; returns the number of texts in them."""
+    """Encode the batches of the new texts that are not finished; returns the number of texts in them."""
     share = np.array_split(np.arange(len(texts)), ranks.size)[ranks.rank]
     own = encoder.token_lengths([texts[row] for row in share])
     lengths = np.concatenate(ranks.gather_rows(own))
@@ -129,10 +189,11 @@ def _fill(
     todo = [number for number in range(len(plan)) if number not in finished]
     n_todo = sum(len(plan[number]) for number in todo)
     megabytes = len(texts) * encoder.dim * 4 / 2**20
-    logger.info(
-        "%s: encoding %s texts of %s tokens; their vectors will take %.1f MiB on disk",
-        what, f"{n_todo:,}", f"{sum(int(lengths[plan[number]].sum()) for number in todo):,}", megabytes,
-    )  # fmt: skip
+    if todo:
+        logger.info(
+            "%s: encoding %s texts of %s tokens; their vectors will take %.1f MiB on disk",
+            what, f"{n_todo:,}", f"{sum(int(lengths[plan[number]].sum()) for number in todo):,}", megabytes,
+        )  # fmt: skip
     mine = todo[ranks.rank :: ranks.size]
     vectors = encoder.encode_batches(texts, [plan[number] for number in mine])
     work = [_work(lengths[rows], encoder.dim) for rows in plan]
@@ -143,9 +204,9 @@ def _fill(
             blocks = [next(vectors) for _ in numbers[ranks.rank :: ranks.size]]
             own_rows = np.concatenate(blocks) if blocks else np.zeros((0, encoder.dim), np.float32)
             gathered = ranks.gather_rows(own_rows)
-            ranks.on_first(partial(_write, store, numbers, plan, gathered, texts))
+            ranks.on_first(partial(_write, filling, numbers, plan, gathered))
             progress.update(sum(len(plan[number]) for number in numbers), sum(work[number] for number in numbers))
-    ranks.on_first(lambda: store.finish({"cut": encoder.cut(texts, lengths)}) if store is not None else None)
+    ranks.on_first(lambda: filling.finish(encoder, lengths) if filling is not None else None)
     return n_todo
 
 
@@ -168,23 +229,6 @@ def _cut(store: EmbeddingStore | None, what: str) -> Cut | None:
     return cut
 
 
-def _write(
-    store: EmbeddingStore | None,
-    numbers: list[int],
-    plan: list[np.ndarray],
-    gathered: list[np.ndarray],
-    texts: Sequence[str],
-) -> None:
-    assert store is not None
-    offsets = [0] * len(gathered)
-    batches = []
-    for position, number in enumerate(numbers):
-        owner, rows = position % len(gathered), plan[number]
-        block = gathered[owner][offsets[owner] : offsets[owner] + len(rows)]
-        offsets[owner] += len(rows)
-        bad = np.flatnonzero(~np.isfinite(block).all(axis=1))
-        if len(bad):
-            text = texts[rows[bad[0]]][:60]
-            raise ValueError(f"the model gives NaN or infinity for {text!r}; try dtype float32, or check the weights")
-        batches.append((number, rows, block))
-    store.write(batches)
+def _write(filling: _Filling | None, numbers: list[int], plan: list[np.ndarray], gathered: list[np.ndarray]) -> None:
+    assert filling is not None
+    filling.write(numbers, plan, gathered)

@@ -252,8 +252,11 @@ def write_rejected(outputs: Outputs, rejected: Iterable[RecordError]) -> None:
             stream.write(to_line({"path": error.path, "line": error.line, "reason": error.reason}))
 
 
-def write_whole(path: Path, content: bytes) -> None:
+def write_whole(path: Path, content: bytes, is_safe: bool = False) -> None:
     """A small file that appears by rename, all of it or none.
+
+    Args:
+        is_safe: once this returns, it is there also after a power cut.
 
     Raises:
         OSError: it cannot be written; the message names it.
@@ -262,7 +265,16 @@ def write_whole(path: Path, content: bytes) -> None:
     try:
         with own_files.create(draft) as stream:
             stream.write(content)
+            if is_safe:
+                stream.flush()
+                os.fsync(stream.fileno())
         os.replace(draft, path)
+        if is_safe:
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
     except OSError as error:
         draft.unlink(missing_ok=True)
         raise described(error, f"{path}: cannot write") from None

@@ -5,7 +5,8 @@ their order and the encoder's own description (weights, tokenizer, template, len
 Any change gives another folder, so a stale vector cannot be read. In it, ``vectors.partial`` (raw
 little-endian float32 rows) is filled batch by batch and ``journal`` notes each finished batch after
 its rows are on disk; when all are there the file is renamed to ``vectors``. ``about.json`` tells a
-damaged file from a whole one, whatever numbers are in it.
+damaged file from a whole one, whatever numbers are in it. Rows that other stores had are copied first;
+``copied`` then says which, and the batches are those of the other rows.
 """
 
 import contextlib
@@ -58,6 +59,8 @@ class EmbeddingStore:
     ):  # fmt: skip
         self.folder, self.what = folder / key[:32], what
         self.n, self.dim, self.dtype = n, dim, dtype
+        # Of the rows that were copied, what ``copy`` was told of each, int32 [n]; None if there was no copy.
+        self.copied: np.ndarray | None = None
         self._lock: IO | None = None
         self._data: IO | None = None
         self._journal: IO | None = None
@@ -81,32 +84,64 @@ class EmbeddingStore:
             raise ValueError(f"{path}: is damaged; remove {self.folder} and run again") from None
 
     def open(self) -> set[int]:
-        """Lock the store and return the numbers of the batches that are finished.
+        """Lock the store and return the numbers of the batches that are finished; an earlier copy is in ``copied``.
 
         Raises:
             OSError: the folder cannot be made or written, or too little space is left on its disk.
         """
+        self.copied = None
         try:
             self._lock = own_files.take_lock(self.folder, patience_s=1)
             if self._lock is None:
                 logger.info("another run is filling %s; waiting for it", self.folder)
                 self._lock = own_files.take_lock(self.folder, patience_s=float("inf"))
+            os.utime(self._lock.fileno())  # what was used the longest ago goes first where a cache is made smaller
             if self.is_complete:
-                (self.folder / "journal").unlink(missing_ok=True)  # of a run that was killed just before it did
+                self._remove_notes()  # of a run that was killed just before it did
                 return set()
             size = self.n * self.dim * self.dtype.itemsize
-            partial = self.folder / "vectors.partial"
+            partial, journal = self.folder / "vectors.partial", self.folder / "journal"
+            finished = set()
             # Without its rows, as after a copy that was broken off, the journal means nothing.
-            finished = self._read_journal() if partial.is_file() and partial.stat().st_size == size else set()
-            if not finished:
+            if partial.is_file() and partial.stat().st_size == size and self._read_copied():
+                finished = self._read_journal()
+            goes_on = bool(finished) or self.copied is not None
+            if not goes_on:
                 self._require_space(size)
-            journal = self.folder / "journal"
-            self._data = own_files.reopen(partial) if finished else own_files.create(partial)
+                self._remove_notes()
+            self._data = own_files.reopen(partial) if goes_on else own_files.create(partial)
             self._data.truncate(size)
-            self._journal = own_files.append(journal) if finished else own_files.create(journal)
+            self._journal = own_files.append(journal) if goes_on else own_files.create(journal)
             return finished
         except OSError as error:
             raise described(error, f"{self.folder}: cannot keep {self.what} there") from None
+
+    def copy(self, copied: np.ndarray, blocks: Iterable[tuple[int, np.ndarray]]) -> None:
+        """Rows that are known already; requires that nothing was finished. All other rows are then to be written.
+
+        Args:
+            copied: int32 [n], -1 for the rows that are not copied; the numbers of the others are kept for the caller.
+            blocks: (first row, vectors float32 [b, dim]). Rows between that are not copied can hold anything.
+
+        Raises:
+            OSError: the disk is full or gone.
+        """
+        assert self._data is not None
+        try:
+            for first, vectors in blocks:
+                self._data.seek(first * self.dim * self.dtype.itemsize)
+                self._data.write(np.ascontiguousarray(vectors, self.dtype))
+            self._data.flush()
+            os.fdatasync(self._data.fileno())
+            # Batches are numbered among the rows that remain, so the journal must not outlive this.
+            write_whole(self.folder / "copied", np.ascontiguousarray(copied, np.int32).tobytes(), is_safe=True)
+            self.copied = copied
+        except OSError as error:
+            raise described(error, f"{self.folder}: cannot write {self.what}") from None
+
+    def rows_to_write(self) -> np.ndarray:
+        """The rows that were not copied, int64, ascending."""
+        return np.arange(self.n) if self.copied is None else np.flatnonzero(self.copied < 0)
 
     def write(self, batches: list[tuple[int, np.ndarray, np.ndarray]]) -> None:
         """Finished batches: (number, rows int64 [b], vectors float32 [b, dim]).
@@ -137,12 +172,14 @@ class EmbeddingStore:
             digest = self._digest(self.folder / "vectors.partial")
             write_whole(self.folder / "about.json", json.dumps((about or {}) | {"some_rows": digest}).encode())
             os.replace(self.folder / "vectors.partial", self.folder / "vectors")
-            (self.folder / "journal").unlink(missing_ok=True)
+            self._remove_notes()
         except OSError as error:
             raise described(error, f"{self.folder}: cannot write {self.what}") from None
 
     def read(self) -> np.ndarray:
         """The vectors, [n, dim], memory-mapped and read-only; requires ``is_complete``.
+
+        While they are mapped, the store is in use and not removed from a cache.
 
         Raises:
             ValueError: the file is damaged, as after a copy that was broken off.
@@ -154,30 +191,47 @@ class EmbeddingStore:
             raise ValueError(
                 f"{path}: is damaged, its {self.what} are not those written; remove {self.folder} and run again"
             )
-        return self._mapped(path)
-
-    def _mapped(self, path: Path) -> np.ndarray:
         if self.n == 0:
             return np.zeros((0, self.dim), self.dtype)
-        return np.memmap(path, self.dtype, "r", shape=(self.n, self.dim))
+        with own_files.open_shared(path) as stream:
+            return np.memmap(stream, self.dtype, "r", shape=(self.n, self.dim))
 
     def _digest(self, path: Path) -> str:
         """SHA-256, in hex, of evenly spaced rows."""
-        some = self._mapped(path)[np.linspace(0, self.n - 1, min(self.n, _CHECKED_ROWS)).astype(int)]
-        return hashlib.sha256(np.ascontiguousarray(some)).hexdigest()
+        hasher, size = hashlib.sha256(), self.dim * self.dtype.itemsize
+        with open(path, "rb") as stream:  # through a map, far more than these rows would be in memory
+            for row in np.linspace(0, self.n - 1, min(self.n, _CHECKED_ROWS)).astype(int).tolist():
+                hasher.update(os.pread(stream.fileno(), size, row * size))
+        return hasher.hexdigest()
 
     def close(self) -> None:
-        """Let go of the files and the lock; a store in which nothing was finished is removed."""
+        """Let go of the files and the lock; a store in which nothing was finished or copied is removed."""
         try:
             with contextlib.ExitStack() as stack:  # closes each, also where one cannot be flushed
                 for stream in filter(None, (self._lock, self._journal, self._data)):
                     stack.callback(stream.close)
-                if self._journal is not None and not self._journal.closed and self._journal.tell() == 0:
+                is_filled = self._journal is None or self._journal.closed or self._journal.tell() > 0
+                if not is_filled and self.copied is None:
                     shutil.rmtree(self.folder, ignore_errors=True)
         except OSError as error:
             raise described(error, f"{self.folder}: cannot write {self.what}") from None
         finally:
             self._data = self._journal = self._lock = None
+
+    def _read_copied(self) -> bool:
+        """False if what an earlier copy has noted is not whole, and so the rows mean nothing."""
+        path = self.folder / "copied"
+        if not path.exists():
+            return True
+        copied = np.frombuffer(path.read_bytes(), np.uint8)
+        if copied.nbytes != self.n * 4:
+            return False
+        self.copied = copied.view(np.int32)
+        return True
+
+    def _remove_notes(self) -> None:
+        for name in ("journal", "copied"):
+            (self.folder / name).unlink(missing_ok=True)
 
     def _read_journal(self) -> set[int]:
         try:

@@ -136,3 +136,18 @@ def take_lock(folder: Path, patience_s: float, is_given: bool = False) -> IO | N
         except FileNotFoundError:
             pass  # locked a file that its holder had just removed: make a new one
         lock.close()
+
+
+def open_shared(path: Path) -> IO[bytes]:
+    """A file to read, with a shared lock on it until it and every map of it are closed.
+
+    Raises:
+        OSError: it cannot be opened, or another process is about to remove it (BlockingIOError).
+    """
+    stream = open(os.fspath(path), "rb")  # noqa: SIM115 - the caller's
+    try:
+        fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        stream.close()
+        raise
+    return stream
