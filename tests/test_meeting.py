@@ -24,10 +24,16 @@ def met(size: int) -> list[meeting.Meeting]:
     door = meeting.invite("127.0.0.1")
     port = door.getsockname()[1]
     others = []
-    for rank in range(1, size):
-        thread = threading.Thread(target=lambda rank=rank: others.append(meeting.join("127.0.0.1", port, rank, TOKEN)))
+    threads = [
+        threading.Thread(target=lambda rank=rank: others.append(meeting.join("127.0.0.1", port, rank, TOKEN)))
+        for rank in range(1, size)
+    ]
+    for thread in threads:
         thread.start()
-    return [meeting.receive(door, size, TOKEN), *others]
+    first = meeting.receive(door, size, TOKEN)
+    for thread in threads:
+        thread.join()
+    return [first, *others]
 
 
 def test_nobody_goes_on_before_all_have_come():
