@@ -15,7 +15,7 @@ PACKAGES = {
     "models": "process files", "search": "process files kernels ranks",
     "encoding": "arguments process files kernels ranks models search", "cleaning": _LOWER, "mining": _LOWER,
     "evaluation": _LOWER, "training": _LOWER + " evaluation",
-    "api": _LOWER + " cleaning mining evaluation training",
+    "prune_cache": "process files", "api": _LOWER + " cleaning mining evaluation training",
 }  # fmt: skip
 # The libraries that are not Python's own, and which packages or modules may import them.
 LIBRARIES = {

@@ -23,18 +23,27 @@ from typing import IO
 import numpy as np
 
 from ..process import own_files
-from .outputs import described, write_whole
+from .outputs import DRAFT, described, write_whole
 
 logger = logging.getLogger(__name__)
 
 _DTYPE = np.dtype("<f4")
 _JOURNAL_ENTRY = struct.Struct("<qq")  # a batch number and a check on it, against a torn last entry
+# All that a store can hold; other modules put ``texts`` there.
+_WHOLE = ("about.json", "copied", "texts")
+_FILES = {"lock", "vectors", "vectors.partial", "journal", *_WHOLE, *(name + DRAFT for name in _WHOLE)}
 # Longest vector whose products with its like fit into float32.
 _LARGEST_NORM = 1e18
 # Rows of a store that are looked at when it is read: all would take as long as a search.
 _CHECKED_ROWS = 1000
 # Rows that derive() holds in memory at a time.
 _DERIVE_ROWS = 1 << 14
+
+
+def is_store(folder: Path) -> bool:
+    """Whether a folder holds what a store does, and nothing else."""
+    names = set(os.listdir(folder)) if folder.is_dir() and not folder.is_symlink() else set()
+    return "lock" in names and names <= _FILES
 
 
 def fingerprint(description: dict, texts: Iterable[str]) -> str:
@@ -248,10 +257,10 @@ class EmbeddingStore:
         disk = os.statvfs(self.folder)
         free = disk.f_bavail * disk.f_frsize
         if free < size:
-            raise OSError(f"{_amount(size)} needed for {self.n:,} rows of {self.dim} numbers, {_amount(free)} free")
+            raise OSError(f"{amount(size)} needed for {self.n:,} rows of {self.dim} numbers, {amount(free)} free")
 
 
-def _amount(size: int) -> str:
+def amount(size: int) -> str:
     """Bytes for people, in the largest unit of which there is at least one."""
     power = next((power for power in (3, 2, 1) if size >= 1 << 10 * power), 0)
     return f"{size / (1 << 10 * power):,.0f} {('bytes', 'KiB', 'MiB', 'GiB')[power]}"

@@ -27,7 +27,10 @@ def make_folder(folder: Path) -> None:
         ValueError: a link, something else or another user's folder is there.
     """
     try:
-        folder.mkdir(parents=True)
+        try:
+            folder.mkdir(parents=True)
+        except FileNotFoundError:  # the folder above has just been removed
+            folder.mkdir(parents=True)
     except FileExistsError:
         with suppress(FileNotFoundError):  # another run has just removed it
             about = folder.lstat()
@@ -136,6 +139,17 @@ def take_lock(folder: Path, patience_s: float, is_given: bool = False) -> IO | N
         except FileNotFoundError:
             pass  # locked a file that its holder had just removed: make a new one
         lock.close()
+
+
+def open_alone(path: Path) -> IO[bytes] | None:
+    """What ``reopen`` opens, locked until it is closed; None if a file or a map of ``open_shared`` is still open."""
+    stream = reopen(path)
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        stream.close()
+        return None
+    return stream
 
 
 def open_shared(path: Path) -> IO[bytes]:
