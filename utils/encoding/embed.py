@@ -109,7 +109,7 @@ class _Filling:
             n_sources = known_texts.copy_known(store, self.encoder, self.texts)
             if n_sources:
                 n_known = f"{len(self.texts) - len(self.rows):,}"
-                logger.info("%s: %s of %s vectors copied, from %d other lists", what, n_known, n, n_sources)
+                logger.info("%s: %s of %s vectors copied from other lists (%d)", what, n_known, n, n_sources)
         return finished
 
     @cached_property
