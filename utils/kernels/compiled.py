@@ -55,6 +55,8 @@ if numba.config.CPU_FEATURES is None and runtime.cpu_has("avx512_bf16"):
     numba.config.CPU_FEATURES = f"{get_host_cpu_features()},-prefer-256-bit"
 if not numba.config.CACHE_DIR:
     numba.config.CACHE_DIR = _folder_for_these_sources() or ""
+    if not numba.config.CACHE_DIR:
+        logger.info("machine code is kept nowhere: no folder was found that only this user can write to")
 
 
 class _Cache(FunctionCache):
